@@ -1,0 +1,21 @@
+"""fastkl: RL training of language models with a KL penalty that cannot be gamed, at the speed of the hardware.
+
+The scoring operators, for other training loops as well: `token_scores`, `linear_token_scores`, `TokenScores`. They need
+torch alone, and are loaded on first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastkl.kernels.operators import TokenScores, linear_token_scores, token_scores
+
+__version__ = "0.1.0"
+__all__ = ["TokenScores", "__version__", "linear_token_scores", "token_scores"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("TokenScores", "linear_token_scores", "token_scores"):
+        from fastkl.kernels import operators
+
+        return getattr(operators, name)
+    raise AttributeError(f"module 'fastkl' has no attribute {name!r}")

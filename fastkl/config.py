@@ -1,0 +1,261 @@
+"""Every setting of a training run in one frozen dataclass: the names of `fastkl train --help` and of config.yaml.
+
+The string below a field is its help text, and the comment above a block of fields is the block's title there
+(configfile.py). Below the dataclass: the checks that need the settings alone (`check_config`), and the run folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from fastkl.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """Settings of one training run. The defaults are the embedded main job: a story model learns to alliterate."""
+
+    # What is trained, on what, for what
+    model: str = "storyteller"
+    """Policy and reference: "storyteller" (embedded), a local folder, or a hub id; safetensors, no remote code."""
+    prompts: str = "Once upon a time"
+    """One prompt as text, or a .jsonl file, data set folder or hub id with a `prompt` column (text or messages)."""
+    reward: tuple[str, ...] = ("alliteration",)
+    """Reward functions: a built-in name, package.module:function, or file.py:function."""
+    reward_weights: tuple[float, ...] | None = None
+    """One weight per reward function; None weighs each 1."""
+
+    # The objective
+    kl_coef: float = 0.5
+    """beta: the reward lost per nat of KL(policy, reference)."""
+    kl_reduction: str = "sum"
+    """"sum": sequence KL; "mean": KL per token, the difference of the mean cross entropies."""
+    baseline: str = "leave_one_out"
+    """"leave_one_out" (RLOO) or "none" (plain REINFORCE)."""
+
+    # Sampling
+    prompts_per_step: int = 8
+    """B, prompts drawn for each step (a single prompt is repeated)."""
+    num_samples: int = 16
+    """K, completions per prompt."""
+    max_new_tokens: int = 96
+    """Completions are cut at this many tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; scores use the same."""
+    top_k: int = 0
+    """Keep only the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens with at least this fraction of the likeliest one's probability; 0 keeps all."""
+    min_tokens: int = 0
+    """No end-of-sequence before this many tokens."""
+    generator: str = "auto"
+    """"vllm", "transformers", or "auto": vLLM where it can run the model."""
+    gpu_memory_utilization: float = 0.3
+    """Share of the GPU's memory that vLLM may take; ignored without a GPU."""
+
+    # Optimisation
+    steps: int = 40
+    """Optimizer steps."""
+    lr: float = 3e-4
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 2
+    """Linear warm-up from 0."""
+    lr_decay: str = "linear"
+    """"linear" to zero at the last step, "cosine", or "constant"."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 does not clip."""
+    micro_batch_tokens: int = 16384
+    """Packed tokens per forward and backward; prompt groups stay whole. The result does not depend on it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, one more forward."""
+    dtype: str = "auto"
+    """Compute type over float32 weights: "float32", "bfloat16", or "auto": bfloat16 where the machine is fast at it."""
+    device: str = "auto"
+    """"cpu", "cuda", or "auto"."""
+
+    # The run
+    output: str = "runs/alliteration"
+    """Run folder: config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, report.html."""
+    seed: int = 0
+    """All randomness derives from it."""
+    save_every: int = 10
+    """Steps between checkpoints (one more at the end); 0 saves only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; 0 keeps all."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """"tensorboard", "wandb", "trackio"; none for files only."""
+    sample_every: int = 5
+    """Steps between completions shown in the terminal."""
+    resume: bool = False
+    """Continue the run in `output` from its newest checkpoint."""
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "kl_reduction": ("sum", "mean"),
+    "baseline": ("leave_one_out", "none"),
+    "generator": ("auto", "vllm", "transformers"),
+    "lr_decay": ("linear", "cosine", "constant"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda"),
+    "report_to": ("tensorboard", "wandb", "trackio"),
+}
+
+AT_LEAST_ONE = ("prompts_per_step", "num_samples", "max_new_tokens", "steps", "micro_batch_tokens")
+NOT_NEGATIVE = (
+    *("kl_coef", "top_k", "min_tokens", "lr", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
+    *("save_every", "keep_checkpoints", "sample_every"),
+)
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    **{name: (lambda x: x >= 1, "1 or more") for name in AT_LEAST_ONE},
+    **{name: (lambda x: x >= 0, "0 or more") for name in NOT_NEGATIVE},
+    "temperature": (lambda x: x > 0, "above 0"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "min_p": (lambda x: 0 <= x < 1, "0 or more and below 1"),
+    "gpu_memory_utilization": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+}
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raises UserError for the first setting that cannot be right, whatever the model, the files and the machine."""
+    for name in ("model", "prompts", "output"):
+        if not getattr(config, name).strip():
+            raise UserError(f"{name}: is empty; `fastkl train --help` says what it takes.")
+    for name, known in CHOICES.items():
+        value = getattr(config, name)
+        for item in (value,) if isinstance(value, str) else value:
+            if item not in known:
+                raise UserError(f"{name}: unknown {item!r}.{nearest(item, known)} Choose from {', '.join(known)}.")
+    for name, (fits, wanted) in RANGES.items():
+        value = getattr(config, name)
+        if not (math.isfinite(value) and fits(value)):
+            raise UserError(f"{name}: {value} is out of range; it must be {wanted}.")
+    check_rewards(config)
+    check_combinations(config)
+    refuse_unscorable_sampling(config)
+
+
+def check_rewards(config: TrainConfig) -> None:
+    """At least one reward function, and one finite weight for each."""
+    if not config.reward or not all(name.strip() for name in config.reward):
+        raise UserError("reward: names no function; give a built-in name, package.module:function or file.py:function.")
+    weights = config.reward_weights
+    if weights is not None and len(weights) != len(config.reward):
+        raise UserError(
+            f"reward_weights: {len(weights)} weights for {len(config.reward)} reward functions; give one for each."
+        )
+    if weights is not None and not all(map(math.isfinite, weights)):
+        raise UserError(f"reward_weights: {weights} holds a value that is not finite; give numbers.")
+
+
+def check_combinations(config: TrainConfig) -> None:
+    """Settings that are right alone and wrong together."""
+    if config.baseline == "leave_one_out" and config.num_samples < 2:
+        raise UserError(
+            f"num_samples: {config.num_samples} leaves the leave-one-out baseline no other sample to compare with; "
+            "use 2 or more, or --baseline none."
+        )
+    if config.min_tokens > config.max_new_tokens:
+        raise UserError(
+            f"min_tokens: {config.min_tokens} is more than max_new_tokens ({config.max_new_tokens}); lower it."
+        )
+
+
+def refuse_unscorable_sampling(config: TrainConfig) -> None:
+    """Refuses sampling that draws from a part of the vocabulary while scores are taken over all of it.
+
+    If the sampler draws from a set S only, the mean of log pi(y) - log q(y) over the full vocabulary is
+    KL(pi_S, q) + log pi(S): a policy that moves mass off S is paid for it, and the penalty becomes a reward.
+    """
+    neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "min_tokens": 0}
+    for name, value in neutral.items():
+        if getattr(config, name) != value:
+            raise UserError(
+                f"{name}: {getattr(config, name)} keeps some tokens from being sampled, but they are scored over the "
+                f"whole vocabulary, so the KL estimate would be wrong and could go negative; use {name} {value:g}."
+            )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question that names the known name most like `name` (begins with a space), or nothing where none is."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+MAY_CHANGE_ON_RESUME = (
+    *("output", "resume", "steps", "save_every", "keep_checkpoints", "sample_every", "report_to", "device"),
+    *("micro_batch_tokens", "gradient_checkpointing", "gpu_memory_utilization"),
+)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is a run folder that can be resumed."""
+    return any(path.is_dir() for path in (folder / "checkpoints").glob("step-*"))
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has left results in `folder`; settings alone (a run that failed at the start) do not count."""
+    metrics = folder / "metrics.jsonl"
+    return has_checkpoint(folder) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def check_run_folder(config: TrainConfig) -> None:
+    """Raises UserError if `output` is no folder, holds another run, or cannot be resumed although `resume` asks so."""
+    folder = Path(config.output).expanduser()
+    blocking = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if blocking:
+        raise UserError(f"output: {str(blocking)!r} is a file, not a folder; choose another --output.")
+    if not config.resume:
+        if holds_run(folder):
+            raise UserError(
+                f"output: {str(folder)!r} holds another run; continue it with --resume, or choose another name, for "
+                f"example --output {unused_name(folder)}."
+            )
+        return
+    if not has_checkpoint(folder):
+        remedy = "delete that folder to start the run anew" if holds_run(folder) else "start without --resume"
+        raise UserError(f"resume: there is no checkpoint in {str(folder)!r}; {remedy}.")
+    check_same_run(config, folder)
+
+
+def check_same_run(config: TrainConfig, folder: Path) -> None:
+    """Raises UserError if a setting that shapes the results differs from those that the run was started with."""
+    from fastkl.configfile import load_config
+
+    if not (folder / "config.yaml").is_file():
+        return  # the checkpoint holds its settings too
+    started = load_config(folder / "config.yaml")
+    for name in (field.name for field in fields(config) if field.name not in MAY_CHANGE_ON_RESUME):
+        before, now = getattr(started, name), getattr(config, name)
+        if before != now:
+            raise UserError(
+                f"{name}: {now!r}, but the run in {str(folder)!r} was started with {before!r}; resume with that, or "
+                "start a new run with another --output."
+            )
+
+
+def prepare_run_folder(config: TrainConfig) -> Path:
+    """Checks the run folder, makes it, and writes config.yaml. Raises UserError where that cannot be done."""
+    from fastkl.configfile import save_config
+
+    check_run_folder(config)
+    folder = Path(config.output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    except OSError as failure:
+        reason = failure.strerror or failure
+        raise UserError(f"output: {str(folder)!r} cannot be written ({reason}); choose another --output.") from failure
+    return folder
+
+
+def unused_name(folder: Path) -> Path:
+    """The first of folder-2, folder-3, ... that does not exist."""
+    return next(path for n in range(2, 10**9) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())

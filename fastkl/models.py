@@ -1,0 +1,164 @@
+"""Models: loading policy and reference, and splitting a language model into trunk and head.
+
+Safetensors only, remote code off, dropout off. Weights are float32 (the optimizer's master weights); lower precision is
+autocast's business. The head is described by data, not code, since the fused operators compute it: logits =
+softcap(logit_scale * (hidden @ weight.T + bias)).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastkl.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output head of a causal language model."""
+
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None  # [V]
+    softcap: float | None  # logits are softcap * tanh(logits / softcap): Gemma-2
+    logit_scale: float  # Cohere multiplies by it, Granite divides
+
+
+def resolve_model(name: str) -> str:
+    """The folder or hub id to load: "storyteller" is the embedded model. UserError if a folder lacks what is needed."""
+    if name == "storyteller":
+        from fastkl.storyteller import model_path
+
+        return str(model_path())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise UserError(f"model: the folder {name!r} holds no config.json; name a Hugging Face model folder.")
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"model: the folder {name!r} holds no .safetensors weights; save it with save_pretrained.")
+        return str(folder)
+    looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and " " not in name
+    if not looks_like_hub_id or folder.exists():
+        raise UserError(
+            f"model: there is no model folder {name!r}; name an existing folder, a hub id, or 'storyteller'."
+        )
+    return name
+
+
+def load_tokenizer(source: str) -> Any:
+    """The model's tokenizer; UserError where the folder or hub has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as failure:  # transformers raises many types here; all mean that there is no usable tokenizer
+        raise UserError(f"model: no tokenizer could be loaded from {source!r} ({first_line(failure)}).") from failure
+
+
+def load_config(source: str) -> Any:
+    """The model's configuration, without its weights; UserError where there is none or it needs remote code."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as failure:
+        raise UserError(f"model: {source!r} has no usable configuration ({first_line(failure)}).") from failure
+
+
+def load_model(source: str, device: torch.device) -> nn.Module:
+    """A causal language model in float32 on `device`, dropout off. UserError when it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(source)
+    # Soft-capped attention scores (Gemma-2) exist only in the eager implementation.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, **options)
+    except Exception as failure:
+        raise UserError(f"model: {source!r} could not be loaded ({first_line(failure)}).") from failure
+    return without_dropout(model).to(device)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Sets every dropout probability to 0, so that train() and eval() score alike (notes: the KL needs it)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model.eval()
+
+
+def head_of(model: nn.Module) -> Head:
+    """Weight, bias, softcap and scale of the model's output head."""
+    linear, config = model.get_output_embeddings(), model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(linear.weight, getattr(linear, "bias", None), softcap, scale)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, token_ids: list[int], tolerance: float = 1e-3) -> None:
+    """Raises UserError unless trunk + Head reproduce the model's own logits on `token_ids`."""
+    ids = torch.tensor([token_ids], device=model.device)
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    head = head_of(model)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+    logits = hidden @ head.weight.float().T
+    logits = (logits if head.bias is None else logits + head.bias.float()) * head.logit_scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    error = float((logits - own).abs().max())
+    if not error <= tolerance * (1 + float(own.abs().max())):
+        raise UserError(
+            f"model: {type(model).__name__} computes its logits in a way that fastkl does not know (its own logits and "
+            f"hidden states x head differ by {error:.2g}); it would be mis-scored."
+        )
+
+
+def stop_token_ids(config: Any, source: str) -> tuple[int, ...]:
+    """Every id that ends a completion: the union of the model config's and generation_config.json's eos_token_id."""
+    from transformers import GenerationConfig
+
+    ids: list[int] = []
+    try:
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:  # many models ship none
+        generation = None
+    for holder in (config, generation):
+        eos = getattr(holder, "eos_token_id", None)
+        ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return tuple(sorted(set(ids)))
+
+
+def context_length(config: Any) -> int | None:
+    """The longest sequence the model can take, in tokens; None where the configuration does not say."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products beat float32 ones: every GPU since 2020; CPUs with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def set_offline_if_local(source: str) -> None:
+    """Keeps transformers from asking the network about a model that lies on disk."""
+    if os.path.isdir(source):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def first_line(failure: BaseException) -> str:
+    """The first line of an exception's message, for one-line errors."""
+    text = str(failure).strip() or type(failure).__name__
+    return text.splitlines()[0][:200]

@@ -1,0 +1,129 @@
+"""Reads run folders for the report.
+
+In: folders with metrics.jsonl and, where there are any, config.yaml and samples.jsonl. Out: one `Run` each.
+Lenient where a run may still be going (a half-written last line, missing keys, no samples yet); strict about folders
+that hold no run at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastkl.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the page shows of one run. Every list of steps is in order and holds each step once."""
+
+    folder: Path
+    label: str  # short and unique on the page
+    config: dict[str, Any]
+    steps: tuple[dict[str, Any], ...]  # the lines of metrics.jsonl
+    first_samples: tuple[dict[str, Any], ...]  # the first step's lines of samples.jsonl
+    last_samples: tuple[dict[str, Any], ...]
+
+    def series(self, key: str) -> list[float]:
+        """The metric at every step, NaN where it is missing or not finite."""
+        return [_number(step.get(key)) for step in self.steps]
+
+    def step_numbers(self) -> list[float]:
+        """The steps' own numbers, the x axis of most charts."""
+        return [float(step["step"]) for step in self.steps]
+
+    def has(self, key: str) -> bool:
+        """Whether the metric has a number anywhere."""
+        return any(math.isfinite(value) for value in self.series(key))
+
+    def ends(self, key: str) -> tuple[float, float]:
+        """First and last finite value; NaN twice where there is none."""
+        values = [value for value in self.series(key) if math.isfinite(value)]
+        return (values[0], values[-1]) if values else (math.nan, math.nan)
+
+    @property
+    def kl_key(self) -> str:
+        """The less noisy of the two measures of the same sequence KL that this run has."""
+        return "kl/exact" if self.has("kl/exact") else "kl/mean"
+
+    @property
+    def reward_names(self) -> list[str]:
+        """The reward functions, from the metrics' names."""
+        general = {"reward/raw", "reward/std", "reward/penalized"}
+        names = {key for step in self.steps for key in step if key.startswith("reward/")} - general
+        return sorted(name.removeprefix("reward/") for name in names)
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read the runs, with labels that tell them apart: by kl_coef where that does it, else by folder."""
+    if not folders:
+        raise UserError("report: no run folder given; name one or more, such as runs/alliteration.")
+    folders = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    configs = [_read_config(folder) for folder in folders]
+    labels = _labels(folders, configs)
+    return [_load(folder, label, config) for folder, label, config in zip(folders, labels, configs, strict=True)]
+
+
+def _load(folder: Path, label: str, config: dict[str, Any]) -> Run:
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"report: {folder} holds no metrics.jsonl; give the --output folder of a training run.")
+    rows = {row["step"]: row for row in _rows(path)}
+    if not rows:
+        raise UserError(f"report: {path} holds no finished step yet; try again once the run has logged one.")
+    first, last = _samples_at_ends(folder / "samples.jsonl")
+    return Run(folder, label, config, tuple(rows[step] for step in sorted(rows)), first, last)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file that have a step; lines that are not whole are passed over."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
+
+
+def _samples_at_ends(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
+    """The samples of the first and of the last step, in one pass that holds no more than those."""
+    first: list[dict[str, Any]] = []
+    last: list[dict[str, Any]] = []
+    for row in _rows(path) if path.is_file() else ():
+        if not first or row["step"] == first[0]["step"]:
+            first.append(row)
+        if last and row["step"] != last[0]["step"]:
+            last = []
+        last.append(row)
+    return tuple(first), tuple(last)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}  # the page does without its table of settings
+    return config if isinstance(config, dict) else {}
+
+
+def _labels(folders: Sequence[Path], configs: Sequence[dict[str, Any]]) -> list[str]:
+    coefficients = [config.get("kl_coef") for config in configs]
+    if len(folders) > 1 and None not in coefficients and len(set(coefficients)) == len(folders):
+        return [f"β\u00a0=\u00a0{coefficient:g}" for coefficient in coefficients]
+    if len({folder.name for folder in folders}) == len(folders):
+        return [folder.name or str(folder) for folder in folders]
+    shared = os.path.commonpath(folders)
+    return [os.path.relpath(folder, shared) for folder in folders]
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan

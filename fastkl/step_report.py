@@ -1,0 +1,134 @@
+"""One step's account of itself: what update() saw, as metrics for metrics.jsonl and records for samples.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastkl.config import TrainConfig
+from fastkl.kernels.types import TokenScores
+from fastkl.metrics import distinct_2
+from fastkl.rloo import sequence_sums
+from fastkl.sync import logprob_gaps
+from fastkl.types import PackedBatch, RolloutBatch
+
+# Per-sequence sums over a completion's tokens, each a column of StepReport.sums.
+COLUMNS = ("logprob", "ref_logprob", "entropy", "kl_exact", "kl_penalized", "reward_penalized")
+
+
+class StepReport:
+    """Collects what the micro-batches of one step report, then words it."""
+
+    def __init__(
+        self, step: int, batch: RolloutBatch, reward_by_function: Mapping[str, float], config: TrainConfig
+    ) -> None:
+        self.step = step
+        self.batch = batch
+        self.config = config
+        self.reward_by_function = reward_by_function
+        self.sums = torch.full((*batch.rewards.shape, len(COLUMNS)), torch.nan)  # f32 [B, K, columns]; NaN: not scored
+        self.loss = 0.0
+        self.grad_norm = 0.0
+        self.num_tokens = 0
+        self.max_gap = 0.0
+        self._gap_sum = 0.0
+
+    @property
+    def mean_gap(self) -> float:
+        """Mean |engine - trainer| log-prob over the scored tokens, nats."""
+        return self._gap_sum / max(1, self.num_tokens)
+
+    def add(
+        self,
+        members: Sequence[int],
+        micro: PackedBatch,
+        scores: TokenScores,
+        kl: torch.Tensor,
+        penalized: torch.Tensor,
+        loss: torch.Tensor,
+    ) -> None:
+        """Takes in one micro-batch: its groups' indices, scores [N], KL [s], penalised rewards [G, K] and loss."""
+        logprobs = scores.policy_logprobs.detach()
+        per_token = (logprobs, scores.ref_logprobs, scores.entropy.detach(), scores.kl.detach())
+        columns = [sequence_sums(values, micro.completion_cu_seqlens) for values in per_token]
+        table = torch.stack([*columns, kl, penalized.flatten()], dim=-1).float().cpu().view(*micro.valid.shape, -1)
+        self.sums[list(members)] = table.masked_fill(~micro.valid.cpu()[..., None], torch.nan)
+        self.loss += float(loss.detach())
+        gap_sum, gap_max, count = logprob_gaps(micro.engine_logprobs, logprobs)
+        self._gap_sum += gap_sum
+        self.max_gap = max(self.max_gap, gap_max)
+        self.num_tokens += count
+
+    def metrics(self, lr: float, seconds: Mapping[str, float], well_formed: Callable | None) -> dict[str, float | int]:
+        """The step's line of metrics.jsonl, but for the run's own counters."""
+        batch, scored = self.batch, ~self.sums[..., 0].isnan()
+        completions = [completion for group in batch.completions for completion in group]
+        texts = [completion.text for completion in completions]
+        lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float32)
+        mean = {name: float(self.sums[..., i][scored].mean()) for i, name in enumerate(COLUMNS)}
+        per_token = {
+            name: float(self.sums[..., i][scored].sum()) / max(1, self.num_tokens) for i, name in enumerate(COLUMNS)
+        }
+        rewards = batch.rewards[batch.valid]
+        values: dict[str, float | int] = {
+            "step": self.step,
+            "reward/raw": float(rewards.mean()),
+            "reward/std": float(rewards.std(correction=0)),
+            "reward/penalized": mean["reward_penalized"],
+            **{f"reward/{name}": value for name, value in self.reward_by_function.items()},
+            "kl/mean": mean["logprob"] - mean["ref_logprob"],
+            "kl/per_token": per_token["logprob"] - per_token["ref_logprob"],
+            "kl/exact": mean["kl_exact"],
+            "kl/penalty": self.config.kl_coef * mean["kl_penalized"],
+            "lm_cross_entropy": -per_token["logprob"],
+            "original_lm_cross_entropy": -per_token["ref_logprob"],
+            "entropy": per_token["entropy"],
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "lr": lr,
+            "diversity/distinct_2": distinct_2(texts),
+            "completion/mean_length": float(lengths.mean()),
+            "completion/truncated_share": sum(c.finish_reason == "length" for c in completions) / len(completions),
+            "groups/skipped": int((~scored.any(dim=1)).sum()),
+            "throughput/tokens_per_second": float(lengths.sum()) / sum(seconds.values()),
+            **{
+                f"time/{stage}_s": seconds.get(stage, 0.0)
+                for stage in ("generate", "reward", "score", "update", "sync")
+            },
+            "time/step_s": sum(seconds.values()),
+            "mismatch/mean_abs_logprob": self.mean_gap,
+            "mismatch/max_abs_logprob": self.max_gap,
+            "policy_version": self.batch.policy_version,
+        }
+        if well_formed is not None:
+            prompted = [
+                p.text + c.text for p, group in zip(batch.prompts, batch.completions, strict=True) for c in group
+            ]
+            values["grammar/well_formed"] = well_formed(prompted)
+        return values
+
+    def samples(self) -> list[dict[str, Any]]:
+        """One record per completion, for samples.jsonl; scores are null for a sample that left its group."""
+        records = []
+        for b, (prompt, group) in enumerate(zip(self.batch.prompts, self.batch.completions, strict=True)):
+            for k, completion in enumerate(group):
+                valid = bool(self.batch.valid[b, k])
+                row = dict(zip(COLUMNS, self.sums[b, k].tolist(), strict=True))
+                num_tokens = len(completion.token_ids)
+                records.append(
+                    {
+                        "step": self.step,
+                        "prompt": prompt.text,
+                        "completion": completion.text,
+                        "reward": float(self.batch.rewards[b, k]) if valid else None,
+                        "penalized_reward": row["reward_penalized"],
+                        "kl": row["logprob"] - row["ref_logprob"],
+                        "lm_cross_entropy": -row["logprob"] / max(1, num_tokens),
+                        "original_lm_cross_entropy": -row["ref_logprob"] / max(1, num_tokens),
+                        "num_tokens": num_tokens,
+                        "finish_reason": completion.finish_reason,
+                    }
+                )
+        return records

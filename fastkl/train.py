@@ -1,0 +1,192 @@
+"""The training loop: prompts -> completions -> rewards -> scores -> RLOO update -> weights back into the generator.
+
+`train(config)` is the whole run; `update` is the whole optimisation step. Everything that can go wrong cheaply has gone
+wrong in setup.py before the first line of the loop. One policy forward per update: its detached log-probs are the KL in
+the reward, its differentiable ones carry the gradient, so a step costs two forwards and one backward per token.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+import fastkl
+from fastkl import sync
+from fastkl.config import TrainConfig
+from fastkl.kernels.types import TokenScores
+from fastkl.metrics import Stopwatch
+from fastkl.models import head_of
+from fastkl.pack import pack, scorable_groups
+from fastkl.reward import compute_rewards
+from fastkl.rloo import advantages, rloo_loss, sequence_kl
+from fastkl.setup import Run, set_up
+from fastkl.step_report import StepReport
+from fastkl.trunk import hidden_states
+from fastkl.types import PackedBatch, RolloutBatch
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+class Diverged(RuntimeError):
+    """Loss or gradient was not finite for MAX_SKIPPED_IN_A_ROW steps in a row."""
+
+
+def train(config: TrainConfig) -> None:
+    """Runs the training that `config` describes; raises UserError for a user's mistake before anything expensive."""
+    run = set_up(config)
+    skipped_in_a_row = 0
+    with run.log, run.view, stop_request() as stop, saved_on_failure(run):
+        for step in range(run.first_step, config.steps + 1):
+            watch = Stopwatch(run.device)
+            with watch("sync"):
+                run.push_weights()
+            prompts = run.prompts.take(config.prompts_per_step)
+            with watch("generate"):
+                completions = run.generator.generate(prompts, config.num_samples, seed=config.seed, step=step)
+            with watch("reward"):
+                rewards = compute_rewards(run.rewards, prompts, completions, step=step)
+            batch = RolloutBatch(prompts, completions, rewards.total, rewards.valid, policy_version=step - 1)
+            report = StepReport(step, batch, rewards.by_function, config)
+            set_learning_rate(run.optimizer, learning_rate(step, config))
+            applied = update(run, batch, report, watch)
+            skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
+            run.skipped_steps += not applied
+            run.record(report, watch)
+            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise Diverged(diagnosis(config, step))
+            if stop.requested:
+                break
+            if config.save_every and step % config.save_every == 0:
+                run.save()
+        run.finish()
+
+
+def update(run: Run, batch: RolloutBatch, report: StepReport, watch: Stopwatch) -> bool:
+    """One optimizer step on one batch; False if it was skipped because loss or gradient was not finite.
+
+    Raises StaleEngineError when generator and trainer disagree about the sampled tokens' log-probs.
+    """
+    config = run.config
+    groups = scorable_groups(batch.valid, min_samples=2 if config.baseline == "leave_one_out" else 1)
+    normalizer = float(batch.valid[groups].sum())  # of the whole step: micro-batches add up to it
+    for members, micro in pack(batch, groups, config.micro_batch_tokens, run.device):
+        with watch("score"), torch.no_grad(), run.autocast():
+            ref_hidden = hidden_states(run.reference, micro, run.layout)
+        with watch("update"):
+            with run.autocast():
+                policy_hidden = hidden_states(run.policy, micro, run.layout)
+            scores = score(run, micro, policy_hidden, ref_hidden)
+            kl = sequence_kl(
+                scores.policy_logprobs.detach(), scores.ref_logprobs, micro.completion_cu_seqlens, config.kl_reduction
+            )
+            penalized = micro.rewards - config.kl_coef * kl.view_as(micro.rewards)
+            loss = rloo_loss(
+                scores.policy_logprobs,
+                advantages(penalized, micro.valid, config.baseline),
+                micro.completion_cu_seqlens,
+                normalizer,
+            )
+            loss.backward()
+        report.add(members, micro, scores, kl, penalized, loss)
+    if not report.num_tokens:
+        return True  # no group had an advantage: nothing to learn from, nothing wrong
+    sync.check_agreement(report.mean_gap, report.max_gap, run.generator_dtype, report.step)
+    with watch("update"):
+        report.grad_norm = clip_gradients(run.policy, config.max_grad_norm)
+        finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
+        if finite:
+            run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+    return finite
+
+
+def score(run: Run, micro: PackedBatch, policy_hidden: torch.Tensor, ref_hidden: torch.Tensor) -> TokenScores:
+    """Policy and reference log-probs, entropy and exact KL of the micro-batch's N tokens; logits are never stored."""
+    policy_head, ref_head = head_of(run.policy), head_of(run.reference)
+    return fastkl.linear_token_scores(
+        policy_hidden,
+        policy_head.weight,
+        ref_hidden,
+        ref_head.weight,
+        micro.target_ids,
+        temperature=run.config.temperature,
+        policy_bias=policy_head.bias,
+        ref_bias=ref_head.bias,
+        softcap=policy_head.softcap,
+        logit_scale=policy_head.logit_scale,
+    )
+
+
+def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:
+    """Scales the gradients down to the global norm `max_norm` (0: leaves them); returns the norm before."""
+    return float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm or math.inf))
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up over `warmup_steps`, then "linear" or "cosine" decay to 0 after the last step, or "constant"."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    progress = (step - 1 - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return config.lr * decay[config.lr_decay]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@contextmanager
+def saved_on_failure(run: Run) -> Iterator[None]:
+    """Whatever ends the loop (a failing reward, a stale engine, divergence), the completed steps are saved."""
+    try:
+        yield
+    except BaseException:
+        run.save()
+        raise
+
+
+@dataclass(slots=True)
+class StopRequest:
+    """Set by SIGINT or SIGTERM: the step under way is finished and saved. A second signal interrupts at once."""
+
+    requested: bool = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Routes SIGINT and SIGTERM to a StopRequest; the former handlers return afterwards."""
+    stop = StopRequest()
+    previous: Sequence[tuple[int, Any]] = [(n, signal.signal(n, stop)) for n in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield stop
+    finally:
+        for number, handler in previous:
+            signal.signal(number, handler)
+
+
+def diagnosis(config: TrainConfig, step: int) -> str:
+    """What to try after divergence."""
+    remedies = [f"a smaller --lr (now {config.lr:g})"]
+    if not config.max_grad_norm:
+        remedies.append("--max-grad-norm 1 (gradients are not clipped now)")
+    if config.kl_coef == 0:
+        remedies.append("--kl-coef above 0 (without it nothing holds the policy near the reference)")
+    if config.dtype != "float32":
+        remedies.append("--dtype float32")
+    return (
+        f"steps {step - MAX_SKIPPED_IN_A_ROW + 1} to {step}: loss or gradient was not finite. Their updates were "
+        f"skipped, and the run has stopped with its state saved. Try {', '.join(remedies)}."
+    )

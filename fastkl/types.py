@@ -1,0 +1,79 @@
+"""The data that moves between the stages, one type per arrow.
+
+    prompts (B) -> rollout -> completions (B x K) -> reward -> RolloutBatch
+        -> pack -> PackedBatch -> score -> TokenScores -> rloo
+
+Letters used for shapes everywhere in the project:
+
+    B  prompts in a step            S  sequences, S = B * K         V  vocabulary
+    K  samples per prompt           M  packed tokens (prompts and completions, no padding)
+    T  completion length (tokens)   N  scored tokens (completions only, no padding)          H  hidden size
+
+Everything here is frozen: a stage reads its input and returns something new. `TokenScores`, the output of scoring,
+stands beside the operators in kernels/reference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, ready for the generator."""
+
+    token_ids: tuple[int, ...]  # what the model sees, special tokens and chat template included
+    text: str  # the prompt as text; for chat messages, their rendering
+    raw: str | list[dict[str, str]]  # what a reward function receives: the text, or the chat messages
+    row: int  # position in the prompt file, for messages to people
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the data set's other columns, for reward functions
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled continuation. token_ids holds the end-of-sequence token, scored once, where the model sampled one."""
+
+    token_ids: tuple[int, ...]  # [T]
+    logprobs: tuple[float, ...]  # [T], nats; the generator's log-probs under the distribution it sampled from
+    finish_reason: str  # "stop" (end-of-sequence sampled) or "length" (cut at max_new_tokens)
+    text: str  # decoded without special tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """One step's samples and their rewards."""
+
+    prompts: tuple[Prompt, ...]  # [B]
+    completions: tuple[tuple[Completion, ...], ...]  # [B][K]
+    rewards: torch.Tensor  # f32 [B, K], CPU; 0 where not valid
+    valid: torch.Tensor  # bool [B, K], CPU; False: the reward does not apply, the sample has left its group
+    policy_version: int  # weight version that sampled the completions
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Whole prompt groups laid end to end without padding: one micro-batch of G groups, s = G * K sequences.
+
+    The hidden state at packed position `score_positions[n]` predicts `target_ids[n]`: the shift by one happens once, in
+    pack.py, and nowhere else.
+    """
+
+    input_ids: torch.Tensor  # i64 [M]
+    position_ids: torch.Tensor  # i64 [M]; starts at 0 in every sequence
+    cu_seqlens: torch.Tensor  # i32 [s + 1]; sequence i owns input_ids[cu_seqlens[i] : cu_seqlens[i + 1]]
+    score_positions: torch.Tensor  # i64 [N]; indices into M
+    target_ids: torch.Tensor  # i64 [N]
+    completion_cu_seqlens: torch.Tensor  # i32 [s + 1]; sequence i owns the scored tokens between its two entries
+    engine_logprobs: torch.Tensor  # f32 [N]; what the generator recorded
+    rewards: torch.Tensor  # f32 [G, K]
+    valid: torch.Tensor  # bool [G, K]
+    lengths: tuple[int, ...]  # the sequences' lengths as Python ints (no device round trip); len s
+
+    @property
+    def completion_lengths(self) -> torch.Tensor:
+        """Scored tokens per sequence, i64 [s]."""
+        return self.completion_cu_seqlens.diff().long()

@@ -1,0 +1,187 @@
+"""The operators as autograd sees them: scores now, gradients later.
+
+`Call` is one checked operator call. `ScoreFunction` keeps only row statistics for the backward, which computes the
+logits again. (Where the loss's coefficients are known, loss.py takes the gradient while the logits are still there.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import wraps
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .chunked import Chunks, Rows, chunk_ranges
+from .epilogue import RowStats
+from .linear import Head, LinearSource, LogitOptions, LogitsSource
+from .types import TokenCoefficients, TokenScores
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One operator call after the border checks. n of the N rows are scored: those of `row_ids`, or all."""
+
+    num_rows: int  # N
+    row_ids: Tensor | None  # i64 [n]
+    rows: Rows  # of the n rows
+    options: LogitOptions  # of the n rows
+    reference: Head | Tensor | None  # hidden states and head, or logits
+    outputs: frozenset[str]
+    chunk_rows: int
+    dtype: torch.dtype
+
+    def source(self, policy: Head | Tensor) -> LinearSource | LogitsSource:
+        """The logits of the scored rows."""
+        kind = LinearSource if isinstance(policy, Head) else LogitsSource
+        chunk_rows = max(1, min(self.chunk_rows, len(self.rows)))
+        return kind(policy, self.reference, self.row_ids, self.options, chunk_rows, self.dtype)
+
+    def chunks(self, source: LinearSource | LogitsSource, stats: RowStats, support_stats: RowStats | None) -> Chunks:
+        """The passes over a source."""
+        return Chunks(source, self.rows, stats, support_stats)
+
+    def empty_stats(self) -> tuple[RowStats, RowStats | None]:
+        """Room for the statistics of all scored rows: full vocabulary, and support."""
+        new = [RowStats.empty(len(self.rows), self.rows.target_ids, self.dtype) for _ in range(2)]
+        return new[0], None if self.rows.support is None else new[1]
+
+    def select(self, index: Tensor) -> Call:
+        """The same call for some of its scored rows, i64 [m] in any order."""
+        rows, options = self.rows, self.options
+        support = None if rows.support is None else rows.support.select(index)
+        if isinstance(options.temperature, Tensor):
+            options = replace(options, temperature=options.temperature[index])
+        return replace(
+            self,
+            row_ids=index if self.row_ids is None else self.row_ids[index],
+            rows=replace(rows, target_ids=rows.target_ids[index], support=support),
+            options=options,
+        )
+
+    def available(self) -> set[str]:
+        """The names of the scores that this call computes."""
+        names = {"policy_logprobs", *(self.outputs if self.reference is not None else self.outputs - {"kl"})}
+        if self.rows.support is not None:
+            names |= {"policy_logprobs_support"} | ({"kl_support"} if "kl" in names else set())
+        return names
+
+    def scores(self, stats: RowStats, support_stats: RowStats | None) -> TokenScores:
+        """The statistics of the n scored rows as scores of all N rows, zero in the others."""
+        has_ref = self.reference is not None
+
+        def expand(values: Tensor) -> Tensor:
+            if self.row_ids is None:
+                return values.clone()
+            return values.new_zeros(self.num_rows).index_copy_(0, self.row_ids, values)
+
+        want_kl = has_ref and "kl" in self.outputs
+        on_support = support_stats is not None
+        return TokenScores(
+            policy_logprobs=expand(stats.logprobs),
+            ref_logprobs=expand(stats.ref_logprobs) if has_ref else None,
+            entropy=expand(stats.entropy()) if "entropy" in self.outputs else None,
+            kl=expand(stats.kl()) if want_kl else None,
+            policy_logprobs_support=expand(support_stats.logprobs) if on_support else None,
+            ref_logprobs_support=expand(support_stats.ref_logprobs) if on_support and has_ref else None,
+            kl_support=expand(support_stats.kl()) if on_support and want_kl else None,
+        )
+
+
+def flat_scores(scores: TokenScores) -> tuple[Tensor | None, ...]:
+    """The seven fields in order."""
+    return tuple(getattr(scores, name) for name in TokenScores.__slots__)
+
+
+def collect(source: LinearSource | LogitsSource, needs_grad: tuple[bool, ...]) -> None:
+    """Asks the source for the gradients of the policy inputs that need one."""
+    source.collect_gradients(*(needs_grad[:3] if isinstance(source, LinearSource) else ()))
+
+
+def gradients_of(source: LinearSource | LogitsSource, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The collected gradients in the dtypes of (hidden, weight, bias) or (logits,)."""
+    if isinstance(source, LogitsSource):
+        return (source.grad_logits,)
+    if source.needs_weight_grad and source.grad_weight is None:  # no row had a gradient
+        source.grad_weight = torch.zeros_like(source.policy.weight)
+    grads = (source.grad_hidden, source.grad_weight, source.grad_bias)
+    return tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+
+
+def policy_of(inputs: tuple[Tensor | None, ...]) -> Head | Tensor:
+    """The policy inputs of a Function (hidden, weight, bias; or logits) as a source takes them."""
+    return Head(*inputs) if len(inputs) == 3 else inputs[0]
+
+
+def without_autocast(function: Callable) -> Callable:
+    """Runs a Function's forward or backward with autocast off: the head computes float32 logits in any context."""
+
+    @wraps(function)
+    def run(ctx, *args):
+        with ExitStack() as stack:
+            for device_type in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            return function(ctx, *args)
+
+    return run
+
+
+class ScoreFunction(torch.autograd.Function):
+    """(Call, *policy inputs) -> the seven fields of TokenScores."""
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx, call: Call, *inputs: Tensor | None):
+        """inputs: hidden, weight, bias; or logits."""
+        stats, support_stats = call.empty_stats()
+        chunks = call.chunks(call.source(policy_of(inputs)), stats, support_stats)
+        for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
+            chunks.score(lo, hi)
+        ctx.save_for_backward(*inputs)
+        ctx.call, ctx.stats, ctx.support_stats = call, stats, support_stats
+        ctx.set_materialize_grads(False)
+        scores = call.scores(stats, support_stats)
+        ctx.mark_non_differentiable(*(x for x in (scores.ref_logprobs, scores.ref_logprobs_support) if x is not None))
+        return flat_scores(scores)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, *grads: Tensor | None):
+        """Computes the logits of the rows that matter again and turns them into gradients in place."""
+        inputs = ctx.saved_tensors
+        grad = TokenScores(*grads)
+        coefficients = TokenCoefficients(
+            grad.policy_logprobs, grad.entropy, grad.kl, grad.policy_logprobs_support, grad.kl_support
+        )
+        call, stats, support_stats = ctx.call, ctx.stats, ctx.support_stats
+        if call.row_ids is not None:
+            coefficients = coefficients.select(call.row_ids)
+        active = active_rows(coefficients, len(call.rows))
+        # a recomputed support must see the very logits of the forward, whatever the BLAS does with other row counts
+        if len(active) < len(call.rows) and not (call.rows.support is not None and call.rows.support.is_recomputed):
+            call, stats, coefficients = call.select(active), stats[active], coefficients.select(active)
+            support_stats = None if support_stats is None else support_stats[active]
+
+        source = call.source(policy_of(inputs))
+        collect(source, ctx.needs_input_grad[1:])
+        chunks = call.chunks(source, stats, support_stats)
+        need_gap = coefficients.kl is not None or coefficients.kl_support is not None
+        for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
+            z, gap = chunks.reload(lo, hi, need_gap)
+            chunks.gradient_(lo, hi, z, gap, coefficients.select(slice(lo, hi)))
+        return None, *gradients_of(source, inputs)
+
+
+def active_rows(coefficients: TokenCoefficients, num_rows: int) -> Tensor:
+    """Indices of the rows with any coefficient that is not zero (NaN counts as not zero)."""
+    given = [c for c in coefficients.values() if c is not None]
+    if not given:
+        return torch.empty(0, dtype=torch.int64)
+    active = torch.zeros(num_rows, dtype=torch.bool, device=given[0].device)
+    for c in given:
+        active |= c != 0
+    return active.nonzero()[:, 0]

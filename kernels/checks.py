@@ -1,0 +1,138 @@
+"""Border checks of the operators: every mistake that shapes, dtypes and devices can reveal, with what to do about it.
+
+Values are looked at only where that costs nothing (on the CPU) or when asked (`check_values=True`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .types import Support
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(
+    name: str, x: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
+) -> None:
+    """UserError unless x is a tensor of this shape (None: any size), of one of the dtypes, on `like`'s device."""
+    if not isinstance(x, Tensor):
+        raise UserError(f"{name} must be a tensor, not {type(x).__name__}.")
+    fits = x.dim() == len(shape) and all(e is None or e == s for s, e in zip(x.shape, shape, strict=True))
+    if not fits:
+        expected = ", ".join("any" if e is None else str(e) for e in shape)
+        raise UserError(f"{name} has shape {list(x.shape)}, expected [{expected}].")
+    if x.dtype not in dtypes:
+        raise UserError(f"{name} has dtype {x.dtype}, expected {' or '.join(str(d) for d in dtypes)}.")
+    if x.device != like.device:
+        raise UserError(f"{name} is on {x.device}, the policy is on {like.device}: move one of them.")
+
+
+def check_heads(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    policy_bias: Tensor | None,
+    ref_bias: Tensor | None,
+) -> None:
+    """Hidden states, heads and biases fit together; the reference has both hidden states and a head or neither."""
+    check_tensor("policy_hidden", policy_hidden, (None, None), FLOATS, policy_hidden)
+    num_rows, hidden_size = policy_hidden.shape
+    check_tensor("policy_weight", policy_weight, (None, hidden_size), FLOATS, policy_hidden)
+    vocab = len(policy_weight)
+    if (ref_hidden is None) != (ref_weight is None):
+        raise UserError("ref_hidden and ref_weight belong together: pass both, or neither for no reference.")
+    if ref_hidden is not None:
+        check_tensor("ref_hidden", ref_hidden, (num_rows, None), FLOATS, policy_hidden)
+        check_tensor("ref_weight", ref_weight, (vocab, ref_hidden.shape[1]), FLOATS, policy_hidden)
+        if ref_hidden.shape[1] != hidden_size:
+            raise UserError(
+                f"ref_hidden has {ref_hidden.shape[1]} features and policy_hidden {hidden_size}: "
+                "the reference must be a model of the same width."
+            )
+    for name, bias in (("policy_bias", policy_bias), ("ref_bias", ref_bias)):
+        if bias is not None:
+            check_tensor(name, bias, (vocab,), FLOATS, policy_hidden)
+
+
+def check_options(vocab: int, softcap: float | None, logits_dtype: str, valid_vocab: int | None) -> int:
+    """The number of columns that exist."""
+    if logits_dtype not in ("float32", "bfloat16"):
+        raise UserError(f'logits_dtype is {logits_dtype!r}, expected "float32" or "bfloat16".')
+    if softcap is not None and not softcap > 0:
+        raise UserError(f"softcap is {softcap}, expected a positive number or None.")
+    valid = vocab if valid_vocab is None else valid_vocab
+    if not 1 <= valid <= vocab:
+        raise UserError(f"valid_vocab is {valid_vocab}, expected 1 to {vocab}, the number of logits per row.")
+    return valid
+
+
+def check_rows(policy: Tensor, target_ids: Tensor, mask: Tensor | None, temperature: float | Tensor) -> None:
+    """One target, one mask bit and one positive temperature per row."""
+    check_tensor("target_ids", target_ids, (len(policy),), (torch.int64,), policy)
+    if mask is not None:
+        check_tensor("mask", mask, (len(policy),), (torch.bool,), policy)
+    if isinstance(temperature, Tensor) and temperature.dim():
+        check_tensor("temperature", temperature, (len(policy),), FLOATS, policy)
+    elif not isinstance(temperature, Tensor) and not 0 < temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}, expected a positive number or a tensor of one per row.")
+
+
+def check_support(support: Support, policy: Tensor) -> None:
+    """One form of the support only, with one entry per row."""
+    num_rows = len(policy)
+    if (support.kept_ids is None) != (support.kept_offsets is None):
+        raise UserError("support.kept_ids and support.kept_offsets belong together: pass both or neither.")
+    if support.kept_ids is not None:
+        check_tensor("support.kept_ids", support.kept_ids, (None,), (torch.int64,), policy)
+        check_tensor("support.kept_offsets", support.kept_offsets, (num_rows + 1,), (torch.int64,), policy)
+        if support.banned_ids is not None or support.top_k is not None or support.top_p is not None or support.min_p:
+            raise UserError("support.kept_ids is the whole record: leave banned_ids, top_k, top_p and min_p out.")
+    if support.banned_ids is not None:
+        check_tensor("support.banned_ids", support.banned_ids, (None,), (torch.int64,), policy)
+    if support.banned_rows is not None:
+        check_tensor("support.banned_rows", support.banned_rows, (num_rows,), (torch.bool,), policy)
+        if support.banned_ids is None:
+            raise UserError("support.banned_rows says where ids are banned: pass support.banned_ids too.")
+    for name in ("top_k", "top_p", "min_p"):
+        value = getattr(support, name)
+        if isinstance(value, Tensor) and value.dim():
+            dtypes = (torch.int64, torch.int32) if name == "top_k" else FLOATS
+            check_tensor(f"support.{name}", value, (num_rows,), dtypes, policy)
+
+
+def check_values(valid_vocab: int, target_ids: Tensor, temperature: float | Tensor, support: Support | None) -> None:
+    """Ids inside the vocabulary, temperatures positive, offsets ascending; of the rows that are scored."""
+    for name, ids in (
+        ("target_ids", target_ids),
+        ("support.kept_ids", None if support is None else support.kept_ids),
+        ("support.banned_ids", None if support is None else support.banned_ids),
+    ):
+        if ids is not None and ids.numel():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= valid_vocab:
+                raise UserError(
+                    f"{name} has the id {low if low < 0 else high}, but the vocabulary is 0 to {valid_vocab - 1}: "
+                    "check the tokenizer and valid_vocab, and mask the rows without a target."
+                )
+    if isinstance(temperature, Tensor) and not bool(((temperature > 0) & temperature.isfinite()).all()):
+        raise UserError("temperature has an entry that is not a positive number: a greedy row has no distribution.")
+    if support is not None and support.kept_offsets is not None:
+        offsets = support.kept_offsets
+        if int(offsets[0]) != 0 or int(offsets[-1]) != len(support.kept_ids) or bool((offsets.diff() < 0).any()):
+            raise UserError(
+                f"support.kept_offsets must ascend from 0 to {len(support.kept_ids)}, the length of kept_ids."
+            )
+
+
+def check_finite(name: str, logprobs: Tensor) -> None:
+    """NaN in any logit of a row makes its log-probability NaN: one look at [n] numbers finds it."""
+    bad = logprobs.isnan()
+    if bool(bad.any()):
+        raise UserError(
+            f"{name} is NaN in {int(bad.sum())} of {len(bad)} scored rows (the first is row {int(bad.nonzero()[0])} of "
+            "them): the hidden states, the head or the logits hold NaN or infinity."
+        )

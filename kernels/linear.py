@@ -1,0 +1,214 @@
+"""Sources of logits for chunked.py: heads with hidden states (linear_token_scores), or logits (token_scores).
+
+Each turns a range of rows into processed logits in a reused buffer, and takes the gradient of that range back:
+d hidden = d logits @ W, dW += d logits^T @ hidden, accumulated in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .epilogue import EXCLUDED
+
+ROW_MULTIPLE = 16
+"""Matrix products see a multiple of this many rows: below 12, MKL's order of summation depends on their number."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogitOptions:
+    """How a head's output becomes the logits that are sampled from: rounding, softcap, scale, then temperature."""
+
+    temperature: float | Tensor = 1.0  # a number, or [n]
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    logits_dtype: str = "float32"
+
+    def apply_(self, logits: Tensor, temperature: float | Tensor) -> None:
+        """Processes the head's output [n, V] in place."""
+        if self.logits_dtype == "bfloat16":
+            logits.copy_(logits.bfloat16())
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.logit_scale != 1.0:
+            logits.mul_(self.logit_scale)
+        if isinstance(temperature, Tensor):
+            logits.div_(temperature[:, None])
+        elif temperature != 1.0:
+            logits.div_(temperature)
+
+    def temperature_of(self, lo: int, hi: int) -> float | Tensor:
+        """The temperature of rows lo..hi."""
+        return self.temperature[lo:hi] if isinstance(self.temperature, Tensor) else self.temperature
+
+    def gradient_scale(self, lo: int, hi: int, like: Tensor) -> Tensor | None:
+        """logit_scale / temperature of rows lo..hi as [hi - lo]; None if it is one and there is no softcap."""
+        if not isinstance(self.temperature, Tensor) and self.softcap is None and self.temperature == self.logit_scale:
+            return None
+        ones = torch.ones(hi - lo, dtype=like.dtype, device=like.device)
+        return ones * self.logit_scale / self.temperature_of(lo, hi)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """One model's side: hidden states [*, H], weight [V, H], bias [V] or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The head with weight and bias in the compute dtype. -inf in a bias becomes a finite, hopeless logit."""
+        bias = self.bias
+        if bias is not None:
+            bias = bias.detach().to(dtype).clamp(min=EXCLUDED)
+        return Head(self.hidden.detach(), self.weight.detach().to(dtype), bias)
+
+    def shares_weights_with(self, other: Head) -> bool:
+        """Whether both use the same head in memory, so that one product serves both."""
+        a, b = self.weight, other.weight
+        same_weight = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+        same_bias = (self.bias is None and other.bias is None) or (
+            self.bias is not None and other.bias is not None and self.bias.data_ptr() == other.bias.data_ptr()
+        )
+        return same_weight and same_bias
+
+
+class LinearSource:
+    """Logits of a policy head and, optionally, a reference head; collects the policy's gradients if asked to.
+
+    row_ids i64 [n] picks the scored rows of the hidden states (None: all of them).
+    """
+
+    def __init__(
+        self,
+        policy: Head,
+        reference: Head | None,
+        row_ids: Tensor | None,
+        options: LogitOptions,
+        chunk_rows: int,
+        dtype: torch.dtype,
+    ) -> None:
+        shared = reference is not None and policy.shares_weights_with(reference)
+        self.policy = policy.to(dtype)
+        self.reference = (
+            None
+            if reference is None
+            else (
+                Head(reference.hidden.detach(), self.policy.weight, self.policy.bias) if shared else reference.to(dtype)
+            )
+        )
+        self.shared, self.row_ids, self.options, self.dtype = shared, row_ids, options, dtype
+        self.vocab, self.hidden_size = policy.weight.shape
+        self.softcap = options.softcap
+        sides = 1 if reference is None else 2
+        self.buffer_rows = -(-chunk_rows // ROW_MULTIPLE) * ROW_MULTIPLE
+        new = policy.hidden.new_zeros
+        self.hidden_buffer = new(sides, self.buffer_rows, self.hidden_size, dtype=dtype)
+        self.logits_buffer = torch.empty(sides, self.buffer_rows, self.vocab, dtype=dtype, device=policy.hidden.device)
+        self.grad_hidden = self.grad_weight = self.grad_bias = None
+        self.loaded_from = 0
+
+    def collect_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
+        """Asks `store` to accumulate these gradients, starting from zero."""
+        policy = self.policy
+        self.grad_hidden = torch.zeros_like(policy.hidden) if hidden else None
+        self.needs_weight_grad = weight
+        self.grad_weight = None  # the first chunk creates it, which saves a pass over zeros
+        self.grad_bias = policy.weight.new_zeros(self.vocab) if bias else None
+
+    def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
+        """See chunked.LogitsSource."""
+        self.loaded_from = lo
+        sides = [self.policy] if self.reference is None or not need_ref else [self.policy, self.reference]
+        n = -(-(hi - lo) // ROW_MULTIPLE) * ROW_MULTIPLE
+        for side, head in enumerate(sides):
+            self._read_hidden(head.hidden, lo, hi, self.hidden_buffer[side, :n])
+        if len(sides) == 2 and self.shared and n == self.buffer_rows:
+            self._product(self.policy, self.hidden_buffer.flatten(0, 1), self.logits_buffer.flatten(0, 1))
+        else:
+            for side, head in enumerate(sides):
+                self._product(head, self.hidden_buffer[side, :n], self.logits_buffer[side, :n])
+        temperature = self.options.temperature_of(lo, hi)
+        logits = [self.logits_buffer[side, : hi - lo] for side in range(len(sides))]
+        for x in logits:
+            self.options.apply_(x, temperature)
+        return logits[0], logits[1] if len(logits) == 2 else None
+
+    def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
+        """See chunked.LogitsSource."""
+        hidden = self.hidden_buffer[0, lo - self.loaded_from : hi - self.loaded_from]
+        if self.grad_hidden is not None:
+            grad = (dlogits @ self.policy.weight).to(self.grad_hidden.dtype)
+            if self.row_ids is None:
+                self.grad_hidden[lo:hi] = grad
+            else:
+                self.grad_hidden.index_copy_(0, self.row_ids[lo:hi], grad)
+        if self.needs_weight_grad and self.grad_weight is None:
+            self.grad_weight = dlogits.t() @ hidden
+        elif self.needs_weight_grad:
+            self.grad_weight.addmm_(dlogits.t(), hidden)
+        if self.grad_bias is not None:
+            self.grad_bias.add_(dlogits.sum(0))
+
+    def gradient_scale(self, lo: int, hi: int) -> Tensor | None:
+        """See chunked.LogitsSource."""
+        return self.options.gradient_scale(lo, hi, self.policy.weight)
+
+    def _read_hidden(self, hidden: Tensor, lo: int, hi: int, out: Tensor) -> None:
+        out[hi - lo :].zero_()
+        out[: hi - lo].copy_(hidden[lo:hi] if self.row_ids is None else hidden.index_select(0, self.row_ids[lo:hi]))
+
+    @staticmethod
+    def _product(head: Head, hidden: Tensor, out: Tensor) -> None:
+        torch.mm(hidden, head.weight.t(), out=out)
+        if head.bias is not None:
+            out.add_(head.bias)
+
+
+class LogitsSource:
+    """Given policy and reference logits [*, V]; the gradient goes into a tensor like the policy's logits."""
+
+    def __init__(
+        self,
+        policy_logits: Tensor,
+        ref_logits: Tensor | None,
+        row_ids: Tensor | None,
+        options: LogitOptions,
+        chunk_rows: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.logits = [x.detach() for x in (policy_logits, ref_logits) if x is not None]
+        self.row_ids, self.options, self.dtype = row_ids, options, dtype
+        self.vocab = policy_logits.shape[1]
+        self.softcap = options.softcap
+        self.buffer = torch.empty(len(self.logits), chunk_rows, self.vocab, dtype=dtype, device=policy_logits.device)
+        self.grad_logits = None
+
+    def collect_gradients(self) -> None:
+        """Asks `store` to keep the gradient; rows that are never stored stay zero."""
+        self.grad_logits = torch.zeros_like(self.logits[0])
+
+    def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
+        """See chunked.LogitsSource. -inf becomes a finite, hopeless logit, so that 0 * -inf never arises."""
+        temperature = self.options.temperature_of(lo, hi)
+        out = []
+        for logits, buffer in zip(self.logits[: 2 if need_ref else 1], self.buffer, strict=False):
+            x = logits[lo:hi] if self.row_ids is None else logits.index_select(0, self.row_ids[lo:hi])
+            x = buffer[: hi - lo].copy_(x).clamp_(min=EXCLUDED)
+            self.options.apply_(x, temperature)
+            out.append(x)
+        return out[0], out[1] if len(out) == 2 else None
+
+    def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
+        """See chunked.LogitsSource."""
+        if self.row_ids is None:
+            self.grad_logits[lo:hi] = dlogits.to(self.grad_logits.dtype)
+        else:
+            self.grad_logits.index_copy_(0, self.row_ids[lo:hi], dlogits.to(self.grad_logits.dtype))
+
+    def gradient_scale(self, lo: int, hi: int) -> Tensor | None:
+        """See chunked.LogitsSource."""
+        return self.options.gradient_scale(lo, hi, self.buffer)

@@ -1,0 +1,219 @@
+"""The public operators: border checks, and the one place that decides which path computes a call.
+
+    token_scores         policy and reference logits in
+    linear_token_scores  hidden states and heads in: the logits are never stored for all rows
+    linear_token_loss    the same with a loss linear in the scores, whose gradient is taken at once
+
+All agree with reference.py, which is their definition; TokenScores (types.py) says what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import checks
+from .autograd import Call, ScoreFunction
+from .checks import FLOATS, check_finite, check_heads, check_options, check_rows, check_support, check_tensor
+from .chunked import Rows
+from .linear import Head, LogitOptions
+from .loss import LossFunction
+from .types import OUTPUTS, CoefficientsFunction, Support, TokenCoefficients, TokenScores
+
+__all__ = [
+    "Support", "TokenCoefficients", "TokenScores", "linear_token_loss", "linear_token_scores", "token_scores",
+]  # fmt: skip
+
+CHUNK_BYTES = 80 << 20
+"""Default size of one chunk's policy and reference logits together."""
+
+
+def token_scores(
+    policy_logits: Tensor,
+    ref_logits: Tensor | None,
+    target_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    valid_vocab: int | None = None,
+    outputs: Collection[str] = OUTPUTS,
+    chunk_tokens: int | None = None,
+    check_values: bool | None = None,
+) -> TokenScores:
+    """Scores of the target tokens under policy and reference logits, from one pass over both.
+
+    policy_logits float [N, V], ref_logits float [N, V] or None; rows may be strided. target_ids i64 [N]. Rows where
+    mask (bool [N]) is false cost nothing, may hold anything and come back zero. temperature divides all logits: a
+    number or [N]. support: what the sampler allowed (see Support). Only the first valid_vocab columns exist.
+    outputs: which of "entropy" and "kl" are wanted; the others come back as None.
+    chunk_tokens: rows held in work buffers at a time. check_values: look at ids and for NaN (None: only on the CPU,
+    where it costs nothing).
+
+    Returns TokenScores, f32 [N] (f64 for f64 logits), differentiable towards policy_logits. Raises UserError for
+    inputs that do not fit together. Formulas: TokenScores; definition: reference.token_scores.
+    """
+    check_tensor("policy_logits", policy_logits, (None, None), FLOATS, policy_logits)
+    if ref_logits is not None:
+        check_tensor("ref_logits", ref_logits, tuple(policy_logits.shape), FLOATS, policy_logits)
+    valid = check_options(policy_logits.shape[1], None, "float32", valid_vocab)
+    rows = policy_logits, target_ids, mask, temperature, support
+    call, check = _call(*rows, valid, outputs, chunk_tokens, check_values, LogitOptions())
+    call = replace(call, reference=None if ref_logits is None else ref_logits.detach()[:, :valid])
+    return _checked(TokenScores(*ScoreFunction.apply(call, policy_logits[:, :valid])), check)
+
+
+def linear_token_scores(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    target_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    policy_bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+    logits_dtype: str = "float32",
+    outputs: Collection[str] = OUTPUTS,
+    chunk_tokens: int | None = None,
+    check_values: bool | None = None,
+) -> TokenScores:
+    """token_scores of the logits of two language-model heads, without ever storing the logits of all rows.
+
+    policy_hidden [N, H], policy_weight [V, H], policy_bias [V] or None; the same of the reference, or None, None.
+    logits = softcap * tanh((hidden @ weight^T + bias) / softcap) * logit_scale / temperature, in float32 whatever
+    autocast says; logits_dtype="bfloat16" rounds the head's output first, as an engine with bfloat16 logits does.
+    If both sides pass the same weight (and bias) tensor, one product serves both. Other arguments: token_scores.
+
+    Returns TokenScores, differentiable towards policy_hidden, policy_weight and policy_bias; the backward computes the
+    logits again, chunk_tokens rows at a time, only for rows with a gradient. Where the loss's coefficients are known,
+    linear_token_loss is cheaper. Raises UserError for inputs that do not fit. Definition: reference.py.
+    """
+    inputs, call, check = _linear_call(
+        policy_hidden, policy_weight, ref_hidden, ref_weight, target_ids, mask, temperature, support, policy_bias,
+        ref_bias, softcap, logit_scale, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values,
+    )  # fmt: skip
+    return _checked(TokenScores(*ScoreFunction.apply(call, *inputs)), check)
+
+
+def linear_token_loss(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    target_ids: Tensor,
+    coefficients: TokenCoefficients | CoefficientsFunction,
+    *,
+    row_splits: Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    policy_bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+    logits_dtype: str = "float32",
+    outputs: Collection[str] = OUTPUTS,
+    chunk_tokens: int | None = None,
+    check_values: bool | None = None,
+) -> tuple[Tensor, TokenScores]:
+    """A loss that is linear in the token scores, with its gradient taken while the logits are at hand.
+
+    loss = sum over rows and scores of coefficient * score. coefficients: a TokenCoefficients of N rows, or a function
+    (slice of rows, their TokenScores) -> TokenCoefficients of these rows, called in order for ranges that begin and end
+    at row_splits (ascending from 0 to N; default: one range of all rows). Give the bounds of the prompt groups there,
+    and a baseline that needs a whole group's scores can be computed inside. A range's logits are held at once:
+    as many whole groups as fit into chunk_tokens rows, but at least one.
+
+    Other arguments: linear_token_scores. Returns the loss (a scalar whose backward, to be called once, hands the
+    gradients to policy_hidden, policy_weight and policy_bias) and the scores as constants. Costs four head products
+    with the exact KL's gradient where scores and a separate backward cost six. Raises UserError as the others do.
+    """
+    inputs, call, check = _linear_call(
+        policy_hidden, policy_weight, ref_hidden, ref_weight, target_ids, mask, temperature, support, policy_bias,
+        ref_bias, softcap, logit_scale, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values,
+    )  # fmt: skip
+    num_rows = call.num_rows
+    splits = [0, num_rows] if row_splits is None else [int(s) for s in row_splits]
+    if splits[0] != 0 or splits[-1] != num_rows or any(a > b for a, b in zip(splits, splits[1:], strict=False)):
+        raise UserError(f"row_splits must ascend from 0 to the number of rows, {num_rows}; got {splits[:8]}.")
+    loss, *scores = LossFunction.apply(call, coefficients, splits, *inputs)
+    return loss, _checked(TokenScores(*scores), check)
+
+
+def _linear_call(
+    policy_hidden, policy_weight, ref_hidden, ref_weight, target_ids, mask, temperature, support, policy_bias,
+    ref_bias, softcap, logit_scale, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values,
+) -> tuple[tuple[Tensor | None, ...], Call, bool]:  # fmt: skip
+    """The checked call, and the policy's inputs cut to the vocabulary that exists."""
+    check_heads(policy_hidden, policy_weight, ref_hidden, ref_weight, policy_bias, ref_bias)
+    valid = check_options(len(policy_weight), softcap, logits_dtype, valid_vocab)
+    options = LogitOptions(softcap=softcap, logit_scale=logit_scale, logits_dtype=logits_dtype)
+    call, check = _call(
+        policy_hidden, target_ids, mask, temperature, support, valid, outputs, chunk_tokens, check_values, options
+    )
+    reference = None
+    if ref_hidden is not None:
+        reference = Head(ref_hidden, ref_weight[:valid], None if ref_bias is None else ref_bias[:valid])
+    inputs = policy_hidden, policy_weight[:valid], None if policy_bias is None else policy_bias[:valid]
+    return inputs, replace(call, reference=reference), check
+
+
+def _call(
+    policy: Tensor,
+    target_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    support: Support | None,
+    vocab: int,
+    outputs: Collection[str],
+    chunk_tokens: int | None,
+    check: bool | None,
+    options: LogitOptions,
+) -> tuple[Call, bool]:
+    """The part of a call that does not depend on where the logits come from, without the reference."""
+    check_rows(policy, target_ids, mask, temperature)
+    if support is not None:
+        check_support(support, policy)
+    if unknown := set(outputs) - set(OUTPUTS):
+        raise UserError(f"outputs has {sorted(unknown)}, expected some of {list(OUTPUTS)}.")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise UserError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None for a size that fits the cache.")
+    dtype = torch.float64 if policy.dtype == torch.float64 else torch.float32
+    check = policy.device.type == "cpu" if check is None else check
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(policy.device, dtype).expand(len(policy))
+    call = Call(
+        num_rows=len(policy),
+        row_ids=None,
+        rows=Rows(target_ids, support, entropy="entropy" in outputs),
+        options=replace(options, temperature=temperature),
+        reference=None,
+        outputs=frozenset(outputs),
+        chunk_rows=chunk_tokens or max(16, CHUNK_BYTES // (2 * dtype.itemsize * max(1, vocab)) // 16 * 16),
+        dtype=dtype,
+    )
+    if mask is not None and not (policy.device.type == "cpu" and bool(mask.all())):
+        call = call.select(mask.nonzero()[:, 0])
+    if check:
+        checks.check_values(vocab, call.rows.target_ids, call.options.temperature, call.rows.support)
+    return call, check
+
+
+def _checked(scores: TokenScores, check: bool) -> TokenScores:
+    """The scores, after a look for NaN if wanted."""
+    if check:
+        for name in ("policy_logprobs", "ref_logprobs"):
+            if getattr(scores, name) is not None:
+                check_finite(name, getattr(scores, name))
+    return scores

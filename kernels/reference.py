@@ -1,0 +1,125 @@
+"""The definition of the scoring operators in plain PyTorch: what every other implementation is tested against.
+
+In: policy and reference logits, or the hidden states and heads that produce them. Out: TokenScores. Autograd
+differentiates it as it stands. All of it is materialised, so it needs several times N * V numbers: read it, test with
+it, measure against it. In fp32 it also serves as the baseline ("the plain PyTorch line") that tolerances come from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .support import keep_mask
+from .types import Support, TokenScores
+
+
+def token_scores(
+    policy_logits: Tensor,
+    ref_logits: Tensor | None,
+    target_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    valid_vocab: int | None = None,
+) -> TokenScores:
+    """Scores of the targets under policy and reference, with z = policy_logits / temperature, r likewise.
+
+    policy_logits, ref_logits [N, V]; target_ids i64 [N]; mask bool [N]; temperature a number or [N]. Only the first
+    `valid_vocab` columns exist. Formulas in TokenScores; exact KL summed over the whole vocabulary, not sampled.
+    """
+    dtype = torch.float64 if policy_logits.dtype == torch.float64 else torch.float32
+    tau = torch.as_tensor(temperature, dtype=dtype, device=policy_logits.device).reshape(-1, 1)
+    if mask is not None:  # a masked row may hold anything, NaN included: it must reach neither scores nor gradients
+        policy_logits = torch.where(mask[:, None], policy_logits, 0)
+        ref_logits = None if ref_logits is None else torch.where(mask[:, None], ref_logits, 0)
+        tau = torch.where(mask[:, None], tau, 1)
+        target_ids = torch.where(mask, target_ids, 0)
+
+    z = policy_logits[:, :valid_vocab].to(dtype) / tau
+    r = None if ref_logits is None else ref_logits.detach()[:, :valid_vocab].to(dtype) / tau
+    full = _scores(z, r, target_ids, keep=None)
+    on_support = (None, None, None, None)
+    if support is not None:
+        on_support = _scores(z, r, target_ids, keep_mask(support, z.detach(), target_ids))
+
+    def masked(x: Tensor | None) -> Tensor | None:
+        return x if x is None or mask is None else torch.where(mask, x, 0)
+
+    logprobs_s, ref_logprobs_s, _, kl_s = on_support
+    return TokenScores(*(masked(x) for x in (*full, logprobs_s, ref_logprobs_s, kl_s)))
+
+
+def _scores(z: Tensor, r: Tensor | None, target_ids: Tensor, keep: Tensor | None) -> tuple[Tensor | None, ...]:
+    """log p(y), log q(y), entropy, KL, with p and q restricted to `keep` and renormalised."""
+
+    def log_softmax(x: Tensor) -> Tensor:
+        return (x if keep is None else x.masked_fill(~keep, -torch.inf)).log_softmax(1)
+
+    logp = log_softmax(z)
+    p = logp.exp()
+    # where p is exactly zero the summand's limit is zero, although log p is -inf there
+    safe_logp = logp.masked_fill(p == 0, 0)
+    logprobs = logp.gather(1, target_ids[:, None])[:, 0]
+    entropy = -(p * safe_logp).sum(1)
+    if r is None:
+        return logprobs, None, entropy, None
+    logq = log_softmax(r)
+    kl = (p * (safe_logp - logq.masked_fill(p == 0, 0))).sum(1)
+    return logprobs, logq.gather(1, target_ids[:, None])[:, 0], entropy, kl
+
+
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    logits_dtype: str = "float32",
+) -> Tensor:
+    """Logits [N, V] of a language-model head: softcap, then scale, of hidden [N, H] @ weight [V, H]^T + bias [V].
+
+    The order of vLLM's LogitsProcessor. With logits_dtype "bfloat16" the product (bias included) is rounded to
+    bfloat16, as an engine that keeps bfloat16 logits does; all the rest stays in float32.
+    """
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        if logits_dtype == "bfloat16":
+            logits = logits + (logits.bfloat16().to(dtype) - logits).detach()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits * logit_scale
+
+
+def linear_token_scores(
+    policy_hidden: Tensor,
+    policy_weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    target_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    policy_bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+    logits_dtype: str = "float32",
+) -> TokenScores:
+    """token_scores of head_logits(policy_hidden [N, H], policy_weight [V, H]) and the same of the reference."""
+    if mask is not None:
+        policy_hidden = torch.where(mask[:, None], policy_hidden, 0)
+        ref_hidden = None if ref_hidden is None else torch.where(mask[:, None], ref_hidden, 0)
+    options = {"softcap": softcap, "logit_scale": logit_scale, "logits_dtype": logits_dtype}
+    z = head_logits(policy_hidden, policy_weight, policy_bias, **options)
+    r = None
+    if ref_hidden is not None:
+        with torch.no_grad():
+            r = head_logits(ref_hidden, ref_weight, ref_bias, **options)
+    return token_scores(z, r, target_ids, mask=mask, temperature=temperature, support=support, valid_vocab=valid_vocab)

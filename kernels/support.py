@@ -1,0 +1,72 @@
+"""Which token ids the sampler could have drawn: the recorded or recomputed support of a block of rows, as a mask.
+
+Follows the order and the tie rules of vLLM's sampler (vllm/v1/sample: banned ids, temperature, min_p, top_k, top_p).
+Left out: settings that change the distribution in other ways (penalties, guided decoding); they cannot be replayed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .types import Support
+
+
+def _column(value: float | int | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number or a tensor [n] as a tensor [n or 1, 1]."""
+    return torch.as_tensor(value, device=device).to(dtype).reshape(-1, 1)
+
+
+def keep_mask(support: Support, logits: Tensor, target_ids: Tensor) -> Tensor:
+    """The support of each row as bool [n, V].
+
+    support: for these n rows. logits [n, V]: the policy's, float, after temperature (a shift per row is harmless).
+    target_ids i64 [n]: the sampled tokens, always kept.
+    """
+    if support.kept_ids is not None:
+        keep = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+        rows = torch.repeat_interleave(
+            torch.arange(len(logits), device=logits.device),
+            support.kept_offsets.diff(),
+            output_size=len(support.kept_ids),
+        )
+        keep[rows, support.kept_ids] = True
+    else:
+        keep = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
+        if support.banned_ids is not None:
+            banned_rows = True if support.banned_rows is None else support.banned_rows[:, None]
+            keep[:, support.banned_ids] &= ~torch.as_tensor(banned_rows, device=logits.device)
+        if support.is_recomputed:
+            keep = _recompute(support, logits.masked_fill(~keep, -torch.inf))
+    return keep.scatter_(1, target_ids[:, None], True)
+
+
+def _recompute(support: Support, logits: Tensor) -> Tensor:
+    """min_p, then top_k, then top_p; `logits` has -inf at banned ids and is overwritten."""
+    if support.min_p is not None:
+        probs = logits.softmax(1)
+        threshold = probs.amax(1, keepdim=True) * _column(support.min_p, logits.device, logits.dtype)
+        logits.masked_fill_(probs < threshold, -torch.inf)
+    if support.top_k is not None:
+        _apply_top_k(logits, support.top_k)
+    if support.top_p is not None:
+        _apply_top_p(logits, _column(support.top_p, logits.device, logits.dtype))
+    return logits > -torch.inf
+
+
+def _apply_top_k(logits: Tensor, top_k: int | Tensor) -> None:
+    """Keeps every logit >= the k-th largest of its row."""
+    vocab = logits.shape[1]
+    k = _column(top_k, logits.device, torch.int64)
+    k = torch.where((k <= 0) | (k > vocab), vocab, k)
+    largest = logits.topk(int(k.max()), dim=1).values
+    logits.masked_fill_(logits < largest.gather(1, (k - 1).expand(len(logits), 1)), -torch.inf)
+
+
+def _apply_top_p(logits: Tensor, top_p: Tensor) -> None:
+    """Keeps the smallest set of most likely ids whose probability reaches top_p (all ids where top_p >= 1)."""
+    ordered, ids = logits.sort(dim=1, stable=True)
+    below = ordered.softmax(1).cumsum(1) <= 1 - top_p
+    below[:, -1] = False
+    below &= top_p < 1
+    logits.masked_fill_(torch.zeros_like(below).scatter_(1, ids, below), -torch.inf)

@@ -1,0 +1,117 @@
+"""The few types that cross the border of the scoring operators: what is asked, what comes back, what a loss multiplies.
+
+Letters: N scored tokens (rows), V vocabulary, S the set of token ids that the sampler allowed at a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+OUTPUTS = ("entropy", "kl")
+"""The outputs that may be left out to save work; log-probabilities always come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Per-token scores, each f32 [N] (f64 [N] for f64 inputs), in nats, exactly zero where masked.
+
+    With policy logits z, reference logits r (both after temperature), p = softmax(z), q = softmax(r), target y:
+
+        policy_logprobs          log p(y)                        ref_logprobs           log q(y)
+        entropy                  -sum_v p(v) log p(v)            kl                     sum_v p(v) (log p(v) - log q(v))
+
+    and the `_support` twins with p and q both renormalised on the same S. A field is None where nothing was asked for
+    or no reference (no support) was given. Gradients flow through the policy only; ref_logprobs has none.
+    """
+
+    policy_logprobs: Tensor
+    ref_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+    policy_logprobs_support: Tensor | None = None
+    ref_logprobs_support: Tensor | None = None
+    kl_support: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCoefficients:
+    """The factors of a loss that is linear in the scores: loss = sum over fields and rows of coefficient * score.
+
+    Each is f32 [N] or None (zero). They are constants: no gradient flows into them.
+    """
+
+    policy_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+    policy_logprobs_support: Tensor | None = None
+    kl_support: Tensor | None = None
+
+    def select(self, rows: Tensor | slice) -> TokenCoefficients:
+        """The same factors for some of the rows (int64 indices [n], bool [N] or a slice)."""
+        return TokenCoefficients(*(None if c is None else c[rows] for c in self.values()))
+
+    def values(self) -> tuple[Tensor | None, ...]:
+        """The five fields in order."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+
+CoefficientsFunction = Callable[[slice, TokenScores], TokenCoefficients]
+"""Called with a range of rows and their finished scores; returns the coefficients of those rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What the sampler allowed at each row: either its own record, or the settings from which it is recomputed.
+
+    The record: `kept_ids` i64 [num_kept] holds the allowed ids of row 0, then of row 1, ...; row i owns
+    kept_ids[kept_offsets[i]:kept_offsets[i + 1]], kept_offsets i64 [N + 1].
+
+    The settings are applied to the policy's processed logits in the order of vLLM's sampler: banned ids,
+    temperature, min_p, top_k, top_p. `banned_ids` i64 [num_banned] are removed from the rows where `banned_rows`
+    bool [N] is true (from all rows if None): min_tokens bans the end-of-sequence ids in the first tokens.
+    top_k, top_p and min_p are numbers or tensors [N]; top_k <= 0, top_p >= 1 and min_p <= 0 mean "off".
+    Ties at the top_k threshold are all kept; ties at the top_p threshold keep the larger ids.
+
+    The target of a row is kept in either form, whatever the rest says: it was sampled.
+    """
+
+    kept_ids: Tensor | None = None
+    kept_offsets: Tensor | None = None
+    banned_ids: Tensor | None = None
+    banned_rows: Tensor | None = None
+    top_k: int | Tensor | None = None
+    top_p: float | Tensor | None = None
+    min_p: float | Tensor | None = None
+
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether S depends on the logits (otherwise it is known beforehand)."""
+        return self.kept_ids is None and any(x is not None for x in (self.top_k, self.top_p, self.min_p))
+
+    def select(self, rows: Tensor | slice) -> Support:
+        """The same support for some rows: a slice without a step, or i64 [n] in any order."""
+
+        def pick(value: float | Tensor | None) -> float | Tensor | None:
+            return value[rows] if isinstance(value, Tensor) and value.dim() else value
+
+        if self.kept_ids is None:
+            return Support(
+                banned_ids=self.banned_ids,
+                banned_rows=pick(self.banned_rows),
+                top_k=pick(self.top_k),
+                top_p=pick(self.top_p),
+                min_p=pick(self.min_p),
+            )
+        if isinstance(rows, slice):
+            offsets = self.kept_offsets[rows.start : rows.stop + 1]
+            return Support(kept_ids=self.kept_ids[offsets[0] : offsets[-1]], kept_offsets=offsets - offsets[0])
+        counts = self.kept_offsets.diff()[rows]
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        starts = (self.kept_offsets[:-1][rows] - offsets[:-1]).repeat_interleave(counts)
+        return Support(
+            kept_ids=self.kept_ids[starts + torch.arange(starts.numel(), device=starts.device)], kept_offsets=offsets
+        )

@@ -1,0 +1,137 @@
+"""Mistakes are named at the border; masked rows are free, exactly zero and may hold anything; rows are independent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastkl.kernels.operators import Support
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import make_case, run
+
+from fastkl.errors import UserError
+from fastkl.kernels import operators
+
+Z = torch.zeros(3, 5)
+T = torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: operators.token_scores(Z, None, T[:2]), r"target_ids has shape \[2\], expected \[3\]"),
+        (lambda: operators.token_scores(Z, None, T.int()), "target_ids has dtype torch.int32"),
+        (lambda: operators.token_scores(Z, Z[:, :4], T), r"ref_logits has shape \[3, 4\], expected \[3, 5\]"),
+        (lambda: operators.token_scores(Z.long(), None, T), "policy_logits has dtype"),
+        (lambda: operators.token_scores(Z, None, T + 5), "target_ids has the id 5, but the vocabulary is 0 to 4"),
+        (lambda: operators.token_scores(Z, None, T - 1), "target_ids has the id -1"),
+        (lambda: operators.token_scores(Z, None, T + 4, valid_vocab=4), "vocabulary is 0 to 3"),
+        (lambda: operators.token_scores(Z, None, T, valid_vocab=6), "valid_vocab is 6, expected 1 to 5"),
+        (lambda: operators.token_scores(Z, None, T, temperature=0.0), "temperature is 0.0"),
+        (lambda: operators.token_scores(Z, None, T, temperature=torch.tensor([1.0, 0.0, 1.0])), "temperature has an entry"),
+        (lambda: operators.token_scores(Z, None, T, temperature=torch.ones(2)), r"temperature has shape \[2\]"),
+        (lambda: operators.token_scores(Z, None, T, mask=torch.ones(3)), "mask has dtype"),
+        (lambda: operators.token_scores(Z, None, T, outputs=("kll",)), "outputs has"),
+        (lambda: operators.token_scores(Z, None, T, chunk_tokens=0), "chunk_tokens is 0"),
+        (lambda: operators.token_scores(Z + torch.nan, None, T), "policy_logprobs is NaN in 3 of 3"),
+        (lambda: operators.token_scores(Z, Z + torch.inf, T), "ref_logprobs is NaN"),
+        (lambda: operators.linear_token_scores(Z, Z.t(), None, None, T), r"policy_weight has shape \[5, 3\]"),
+        (lambda: operators.linear_token_scores(Z, Z, Z, None, T), "ref_hidden and ref_weight belong together"),
+        (lambda: operators.linear_token_scores(Z, Z, None, None, T, logits_dtype="float16"), "logits_dtype"),
+        (lambda: operators.linear_token_scores(Z, Z, None, None, T, softcap=0.0), "softcap is 0.0"),
+        (lambda: operators.linear_token_scores(Z, Z, None, None, T, policy_bias=Z[0]), r"policy_bias has shape \[5\]"),
+        (lambda: operators.token_scores(Z, None, T, support=Support(kept_ids=T)), "kept_offsets belong together"),
+        (
+            lambda: operators.token_scores(Z, None, T, support=Support(kept_ids=T, kept_offsets=T.new_tensor([0, 1, 2, 9]))),
+            "must ascend from 0 to 3",
+        ),
+        (lambda: operators.token_scores(Z, None, T, support=Support(banned_rows=T > 0)), "pass support.banned_ids too"),
+        (lambda: operators.token_scores(Z.to("meta"), None, T), "target_ids is on cpu, the policy is on meta"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_what_was_expected(call, words):
+    with pytest.raises(UserError, match=words):
+        call()
+
+
+def test_masked_rows_may_hold_anything_and_come_back_exactly_zero():
+    case = make_case(num_rows=12, mask="some", per_row_temperature=True, support=Support(top_k=4)).to(torch.float32)
+    off = ~case.options["mask"]
+    clean, clean_grads = run(operators.linear_token_scores, case)
+    for x in (case.policy_hidden, case.ref_hidden, case.options["temperature"]):
+        x[off] = torch.nan
+    case.target_ids[off] = -100
+    poisoned, grads = run(operators.linear_token_scores, case)
+    for name in clean.__slots__:
+        assert torch.equal(getattr(poisoned, name), getattr(clean, name)), name
+        assert torch.equal(getattr(poisoned, name)[off], torch.zeros(int(off.sum())))
+    assert torch.equal(grads["weight"], clean_grads["weight"])
+    assert torch.equal(grads["hidden"], clean_grads["hidden"])
+    assert torch.equal(grads["hidden"][off], torch.zeros(int(off.sum()), 8))
+
+
+def test_uninitialised_memory_never_reaches_a_result(monkeypatch):
+    case = make_case(num_rows=21, mask="some", support=Support(top_p=0.7), softcap=4.0).to(torch.float32)
+    clean, clean_grads = run(operators.linear_token_scores, case)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    poisoned, grads = run(lambda *a, **k: operators.linear_token_scores(*a, chunk_tokens=7, **k), case)
+    for name in clean.__slots__:
+        assert torch.equal(getattr(poisoned, name), getattr(clean, name)), name
+    assert torch.equal(grads["hidden"], clean_grads["hidden"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(st.integers(0, 39), min_size=1, max_size=60), chunk_tokens=st.integers(1, 50))
+def test_a_rows_scores_do_not_depend_on_its_neighbours_bit_for_bit(rows, chunk_tokens):
+    case = make_case(num_rows=40, hidden=33, vocab=301, support=Support(top_p=0.9)).to(torch.float32)
+    everything = operators.linear_token_scores(*case.args(), support=case.options["support"])
+    index = torch.tensor(rows)
+    some = operators.linear_token_scores(
+        case.policy_hidden[index], case.policy_weight, case.ref_hidden[index], case.ref_weight, case.target_ids[index],
+        support=case.options["support"], chunk_tokens=chunk_tokens,
+    )  # fmt: skip
+    for name in some.__slots__:
+        assert torch.equal(getattr(some, name), getattr(everything, name)[index]), name
+
+
+def test_unwanted_outputs_come_back_as_none_and_the_rest_unchanged():
+    case = make_case().to(torch.float32)
+    full = operators.linear_token_scores(*case.args())
+    lean = operators.linear_token_scores(*case.args(), outputs=())
+    assert lean.entropy is None and lean.kl is None
+    assert torch.equal(lean.policy_logprobs, full.policy_logprobs)
+    assert torch.equal(lean.ref_logprobs, full.ref_logprobs)
+
+
+def test_the_reference_gets_no_gradient():
+    case = make_case()
+    ref_hidden, ref_weight = case.ref_hidden.requires_grad_(), case.ref_weight.requires_grad_()
+    hidden = case.policy_hidden.requires_grad_()
+    scores = operators.linear_token_scores(hidden, case.policy_weight, ref_hidden, ref_weight, case.target_ids)
+    assert not scores.ref_logprobs.requires_grad
+    scores.kl.sum().backward()
+    assert ref_hidden.grad is None and ref_weight.grad is None
+
+
+MEMORY_PROBE = """
+import resource, torch
+from fastkl.kernels import operators
+g = torch.Generator().manual_seed(0)
+num_rows, hidden, vocab = 8192, 16, 8192
+h, w = torch.randn(num_rows, hidden, generator=g).requires_grad_(), torch.randn(vocab, hidden, generator=g).requires_grad_()
+t = torch.zeros(num_rows, dtype=torch.int64)
+operators.linear_token_scores(h[:64], w, h[:64].detach(), w.detach() * 2, t[:64]).kl.sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+operators.linear_token_scores(h, w, h.detach(), w.detach() * 2, t, chunk_tokens=256).kl.sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_peak_memory_is_that_of_a_chunk_not_of_all_logits():
+    """All logits of one model would be 268 MB; a chunk of 256 rows is 8 MB."""
+    out = subprocess.run([sys.executable, "-c", MEMORY_PROBE], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 64 << 20

@@ -1,0 +1,159 @@
+"""linear_token_loss: the gradient taken in the forward is the one that autograd takes of the same loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastkl.kernels.operators import Support, TokenCoefficients
+from kernel_cases import POLICY_SCORES, make_case
+
+from fastkl.errors import UserError
+from fastkl.kernels import operators
+
+
+def leaves_of(case):
+    return [case.policy_hidden.clone().requires_grad_(), case.policy_weight.clone().requires_grad_()]
+
+
+def linear_loss(scores, coefficients):
+    return sum(
+        (getattr(coefficients, name) * getattr(scores, name)).sum()
+        for name in POLICY_SCORES
+        if getattr(coefficients, name) is not None
+    )
+
+
+def random_coefficients(num_rows, names=POLICY_SCORES, seed=0, zero_rows=()):
+    g = torch.Generator().manual_seed(seed)
+    values = {name: torch.randn(num_rows, generator=g, dtype=torch.float64) for name in names}
+    for value in values.values():
+        value[list(zero_rows)] = 0
+    return TokenCoefficients(**values)
+
+
+@pytest.mark.parametrize("mask", ["none", "some", "all"])
+@pytest.mark.parametrize("chunk_tokens", [3, 100])
+@pytest.mark.parametrize("zero_rows", [(), (0, 1, 2, 7), tuple(range(23))])
+def test_known_coefficients_give_the_gradient_of_autograd(mask, chunk_tokens, zero_rows):
+    case = make_case(num_rows=23, mask=mask, support=Support(top_k=5), per_row_temperature=True, softcap=8.0)
+    coefficients = random_coefficients(23, zero_rows=zero_rows)
+    hidden, weight = leaves_of(case)
+    scores = operators.linear_token_scores(hidden, weight, *case.args()[2:], **case.options)
+    expected_loss = linear_loss(scores, coefficients)
+    expected = torch.autograd.grad(3 * expected_loss, (hidden, weight))
+
+    hidden, weight = leaves_of(case)
+    loss, got = operators.linear_token_loss(
+        hidden, weight, *case.args()[2:], coefficients, chunk_tokens=chunk_tokens, **case.options
+    )
+    (3 * loss).backward()
+    torch.testing.assert_close(loss.detach(), expected_loss.detach())
+    torch.testing.assert_close(hidden.grad, expected[0])
+    torch.testing.assert_close(weight.grad, expected[1])
+    for name in got.__slots__:
+        assert torch.equal(getattr(got, name), getattr(scores, name).detach()), name
+        assert not getattr(got, name).requires_grad
+
+
+@pytest.mark.parametrize("mask", ["none", "some"])
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 100])
+def test_coefficients_computed_from_whole_groups_give_the_gradient_of_autograd(mask, chunk_tokens):
+    """An advantage with a baseline over the group's own KL, as RLOO needs it."""
+    splits = [0, 5, 5, 12, 20, 23]
+    case = make_case(num_rows=23, mask=mask, bias=True)
+    group = torch.bucketize(torch.arange(23), torch.tensor(splits[1:]), right=True)
+
+    def advantages(rows, scores):
+        groups = group[rows]
+        kl = scores.policy_logprobs - scores.ref_logprobs
+        mean = torch.zeros(5, dtype=kl.dtype).index_reduce(0, groups, kl, "mean", include_self=False)
+        return TokenCoefficients(policy_logprobs=kl - mean[groups], kl=torch.full_like(kl, 0.1))
+
+    hidden, weight = leaves_of(case)
+    bias = case.options["policy_bias"].clone().requires_grad_()
+    options = {**case.options, "policy_bias": bias}
+    scores = operators.linear_token_scores(hidden, weight, *case.args()[2:], **options)
+    with torch.no_grad():
+        coefficients = advantages(slice(0, 23), scores)
+    expected = torch.autograd.grad(linear_loss(scores, coefficients), (hidden, weight, bias))
+
+    seen = []
+
+    def function(rows, scores):
+        seen.append((rows.start, rows.stop))
+        return advantages(rows, scores)
+
+    hidden2, weight2 = leaves_of(case)
+    bias2 = bias.detach().clone().requires_grad_()
+    loss, _ = operators.linear_token_loss(
+        hidden2, weight2, *case.args()[2:], function, row_splits=splits, chunk_tokens=chunk_tokens,
+        **{**options, "policy_bias": bias2},
+    )  # fmt: skip
+    loss.backward()
+    for leaf, gradient in zip((hidden2, weight2, bias2), expected, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
+    bounds = [0, *(stop for _, stop in seen)]
+    assert [start for start, _ in seen] == bounds[:-1] and bounds[-1] == 23
+    assert set(bounds) <= set(splits)
+    assert len(seen) == {1: 4, 16: 2, 100: 1}[chunk_tokens]
+
+
+def test_rows_without_a_coefficient_cost_no_gradient_work(monkeypatch):
+    from fastkl.kernels.linear import LinearSource
+
+    stored = []
+    original = LinearSource.store
+    monkeypatch.setattr(
+        LinearSource, "store", lambda self, lo, hi, d: (stored.append(hi - lo), original(self, lo, hi, d))
+    )
+    case = make_case(num_rows=200)
+    hidden, weight = leaves_of(case)
+    a = torch.zeros(200, dtype=torch.float64)
+    a[10:14] = 1
+    loss, _ = operators.linear_token_loss(hidden, weight, *case.args()[2:], TokenCoefficients(policy_logprobs=a))
+    assert sum(stored) == 4
+    stored.clear()
+    operators.linear_token_loss(
+        hidden, weight, *case.args()[2:], lambda rows, s: TokenCoefficients(policy_logprobs=a[rows]),
+        row_splits=range(0, 201, 10),
+    )  # fmt: skip
+    assert sum(stored) == 4
+    stored.clear()
+    operators.linear_token_scores(hidden, weight, *case.args()[2:]).policy_logprobs.mul(a).sum().backward()
+    assert sum(stored) == 4
+
+
+def test_without_gradients_the_loss_is_only_a_number():
+    case = make_case()
+    coefficients = random_coefficients(9, ("policy_logprobs",))
+    loss, scores = operators.linear_token_loss(*case.args(), coefficients)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, (coefficients.policy_logprobs * scores.policy_logprobs).sum())
+
+
+def test_a_second_backward_is_refused_rather_than_wrong():
+    case = make_case()
+    hidden, weight = leaves_of(case)
+    loss, _ = operators.linear_token_loss(hidden, weight, *case.args()[2:], random_coefficients(9, ("kl",)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "words"),
+    [
+        (TokenCoefficients(kl_support=torch.zeros(9)), "kl_support is given, but that score is not computed"),
+        (TokenCoefficients(kl=torch.zeros(8)), r"shape \[8\], expected \[9\]"),
+        (lambda rows, scores: TokenCoefficients(kl=torch.zeros(2)), r"shape \[2\], expected \[9\]"),
+    ],
+)
+def test_coefficients_that_do_not_fit_are_refused(coefficients, words):
+    with pytest.raises(UserError, match=words):
+        operators.linear_token_loss(*make_case().args(), coefficients)
+
+
+@pytest.mark.parametrize("splits", [[0, 5], [1, 9], [0, 6, 4, 9]])
+def test_row_splits_must_ascend_from_zero_to_the_number_of_rows(splits):
+    with pytest.raises(UserError, match="row_splits"):
+        operators.linear_token_loss(*make_case().args(), TokenCoefficients(), row_splits=splits)

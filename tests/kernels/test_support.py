@@ -1,0 +1,119 @@
+"""The support: the ids that the sampler keeps, against a plain loop over sorted ids and against vLLM's own function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastkl.kernels.support import keep_mask
+from fastkl.kernels.types import Support
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastkl.kernels import operators
+
+
+def by_hand(logits, target, *, banned=(), top_k=0, top_p=1.0, min_p=0.0):
+    """One row, float64, in words: ban, keep what is at least min_p of the best, keep the k best and their ties, keep
+    the fewest of the best that reach top_p."""
+    alive = {i: float(x) for i, x in enumerate(logits) if i not in banned}
+    if min_p > 0:
+        best = max(alive.values())
+        alive = {i: x for i, x in alive.items() if torch.tensor(x - best).exp() >= min_p}
+    if 0 < top_k < len(alive):
+        threshold = sorted(alive.values())[-top_k]
+        alive = {i: x for i, x in alive.items() if x >= threshold}
+    if top_p < 1:
+        ids = sorted(alive, key=lambda i: (alive[i], i), reverse=True)
+        probs = torch.tensor([alive[i] for i in ids], dtype=torch.float64).softmax(0)
+        before = probs.cumsum(0) - probs
+        alive = {i: alive[i] for i, b in zip(ids, before.tolist(), strict=True) if b < top_p}
+    return sorted({*alive, target})
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    vocab=st.integers(2, 40),
+    levels=st.sampled_from([3, 1000]),
+    top_k=st.integers(0, 45),
+    top_p=st.sampled_from([1.0, 0.93, 0.51, 0.07]),
+    min_p=st.sampled_from([0.0, 0.03, 0.41]),
+)
+def test_support_is_what_a_loop_over_sorted_ids_keeps(seed, vocab, levels, top_k, top_p, min_p):
+    """With few levels of logits, ties are everywhere."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, levels, (5, vocab), generator=g).double() * (6.0 / levels)
+    targets = torch.randint(0, vocab, (5,), generator=g)
+    banned = torch.tensor([0])
+    banned_rows = torch.tensor([True, False, True, False, False])
+    support = Support(banned_ids=banned, banned_rows=banned_rows, top_k=top_k, top_p=top_p, min_p=min_p)
+    keep = keep_mask(support, logits, targets)
+    for i in range(5):
+        expected = by_hand(
+            logits[i], int(targets[i]), banned=[0] if banned_rows[i] else [], top_k=top_k, top_p=top_p, min_p=min_p
+        )
+        assert keep[i].nonzero()[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("levels", [4, 10**6])
+def test_support_is_what_vllm_keeps(levels):
+    sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler")
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, levels, (200, 101), generator=g).float() * (9.0 / levels)
+    k = torch.randint(1, 102, (200,), generator=g)
+    p = torch.rand(200, generator=g).clamp(0.05, 1.0)
+    for top_k, top_p in ((k, None), (None, p), (k, p)):
+        kept = sampler.apply_top_k_top_p_pytorch(logits.clone(), top_k, top_p, allow_cpu_sync=True) > -torch.inf
+        targets = kept.int().argmax(1)
+        assert torch.equal(keep_mask(Support(top_k=top_k, top_p=top_p), logits, targets), kept)
+
+
+def test_temperature_comes_before_min_p_and_top_p():
+    """At temperature 2 the distribution is flatter, so more ids reach the thresholds."""
+    logits = torch.tensor([[3.0, 1.0, 0.0, -1.0]])
+    target = torch.tensor([0])
+    support = Support(min_p=0.2)
+    cold = operators.token_scores(logits, None, target, support=support)
+    hot = operators.token_scores(logits, None, target, support=support, temperature=2.0)
+    assert float(cold.policy_logprobs_support) == 0.0
+    two = torch.tensor([1.5, 0.5, 0.0])[:3]
+    kept = two[(two - 1.5).exp() >= 0.2]
+    assert float(hot.policy_logprobs_support) == pytest.approx(float(kept.log_softmax(0)[0]), abs=1e-6)
+
+
+def test_the_sampled_token_is_kept_even_if_banned_or_missing_from_the_record():
+    logits = torch.zeros(1, 6)
+    target = torch.tensor([4])
+    for support in (
+        Support(banned_ids=torch.tensor([4]), top_k=2),
+        Support(kept_ids=torch.tensor([1, 2]), kept_offsets=torch.tensor([0, 2])),
+    ):
+        assert bool(keep_mask(support, logits, target)[0, 4])
+
+
+def test_a_support_of_everything_scores_like_the_full_vocabulary():
+    g = torch.Generator().manual_seed(1)
+    z, r = (torch.randn(7, 50, generator=g) for _ in range(2))
+    targets = torch.randint(0, 50, (7,), generator=g)
+    scores = operators.token_scores(z, r, targets, support=Support(top_k=50, top_p=1.0, min_p=0.0))
+    assert torch.equal(scores.policy_logprobs_support, scores.policy_logprobs)
+    assert torch.equal(scores.kl_support, scores.kl)
+
+
+def test_selecting_rows_of_a_record_selects_their_ids():
+    support = Support(kept_ids=torch.arange(10), kept_offsets=torch.tensor([0, 3, 3, 7, 10]))
+    picked = support.select(torch.tensor([3, 1, 0]))
+    assert picked.kept_ids.tolist() == [7, 8, 9, 0, 1, 2]
+    assert picked.kept_offsets.tolist() == [0, 3, 3, 6]
+    assert support.select(slice(1, 3)).kept_ids.tolist() == [3, 4, 5, 6]
+
+
+def test_a_policy_that_puts_all_mass_on_a_banned_id_is_still_scored_on_its_support():
+    """Removing banned ids by subtraction would leave 0/0 here."""
+    logits = torch.tensor([[200.0, 1.0, 0.0]])
+    ref = torch.tensor([[0.0, 0.0, 0.0]])
+    scores = operators.token_scores(logits, ref, torch.tensor([1]), support=Support(banned_ids=torch.tensor([0])))
+    pair = torch.tensor([1.0, 0.0], dtype=torch.float64).log_softmax(0)
+    half = torch.tensor(0.5, dtype=torch.float64).log()
+    assert float(scores.policy_logprobs_support) == pytest.approx(float(pair[0]), abs=1e-6)
+    assert float(scores.kl_support) == pytest.approx(float((pair.exp() * (pair - half)).sum()), abs=1e-6)

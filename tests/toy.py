@@ -1,0 +1,66 @@
+"""Small real models and batches for the tests, made in milliseconds."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastkl.config import TrainConfig
+from fastkl.models import without_dropout
+from fastkl.rollout import Sampling, TransformersGenerator
+from fastkl.types import Completion, Prompt, RolloutBatch
+
+VOCAB = 23
+STOP = 22
+
+
+class ToyTokenizer:
+    """Ids in, words out; enough for generators and metrics."""
+
+    def decode(self, token_ids, skip_special_tokens: bool = True) -> str:
+        return " ".join(f"w{i}" for i in token_ids if i != STOP)
+
+
+def toy_model(seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> nn.Module:
+    """A Llama of a few thousand parameters with untied or tied head, weights large enough to be opinionated."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "eos_token_id": STOP,
+        "initializer_range": 0.3,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(settings | options)))
+    return without_dropout(model.to(dtype))
+
+
+def prompt(*token_ids: int, text: str = "p") -> Prompt:
+    return Prompt(token_ids=token_ids, text=text, raw=text, row=0)
+
+
+def toy_rollouts(
+    model: nn.Module, prompts: tuple[Prompt, ...], num_samples: int, *, max_new_tokens: int = 6, step: int = 1
+) -> tuple[tuple[Completion, ...], ...]:
+    sampling = Sampling(temperature=1.0, max_new_tokens=max_new_tokens, stop_token_ids=(STOP,))
+    return TransformersGenerator(model, ToyTokenizer(), sampling).generate(prompts, num_samples, seed=7, step=step)
+
+
+def toy_batch(model: nn.Module, num_samples: int = 4, max_new_tokens: int = 6) -> RolloutBatch:
+    """Three prompts of different lengths, their samples, and random rewards; one sample has left its group."""
+    prompts = (prompt(1, 2, 3), prompt(4), prompt(5, 6, 7, 8, 9))
+    completions = toy_rollouts(model, prompts, num_samples, max_new_tokens=max_new_tokens)
+    rewards = torch.randn(3, num_samples, generator=torch.Generator().manual_seed(1))
+    valid = torch.ones(3, num_samples, dtype=torch.bool)
+    valid[1, 2] = False
+    return RolloutBatch(prompts, completions, rewards.masked_fill(~valid, 0.0), valid, policy_version=0)
+
+
+def toy_config(**options) -> TrainConfig:
+    return TrainConfig(**({"prompts_per_step": 3, "num_samples": 4, "max_grad_norm": 0.0, "kl_coef": 0.3} | options))
