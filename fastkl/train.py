@@ -28,7 +28,7 @@ from fastkl.reward import compute_rewards
 from fastkl.rloo import advantages, rloo_loss, sequence_kl
 from fastkl.setup import Run, set_up
 from fastkl.step_report import StepReport
-from fastkl.trunk import hidden_states
+from fastkl.trunk import hidden_states, scoring
 from fastkl.types import PackedBatch, RolloutBatch
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -76,25 +76,29 @@ def update(run: Run, batch: RolloutBatch, report: StepReport, watch: Stopwatch) 
     config = run.config
     groups = scorable_groups(batch.valid, min_samples=2 if config.baseline == "leave_one_out" else 1)
     normalizer = float(batch.valid[groups].sum())  # of the whole step: micro-batches add up to it
-    for members, micro in pack(batch, groups, config.micro_batch_tokens, run.device):
-        with watch("score"), torch.no_grad(), run.autocast():
-            ref_hidden = hidden_states(run.reference, micro, run.layout)
-        with watch("update"):
-            with run.autocast():
-                policy_hidden = hidden_states(run.policy, micro, run.layout)
-            scores = score(run, micro, policy_hidden, ref_hidden)
-            kl = sequence_kl(
-                scores.policy_logprobs.detach(), scores.ref_logprobs, micro.completion_cu_seqlens, config.kl_reduction
-            )
-            penalized = micro.rewards - config.kl_coef * kl.view_as(micro.rewards)
-            loss = rloo_loss(
-                scores.policy_logprobs,
-                advantages(penalized, micro.valid, config.baseline),
-                micro.completion_cu_seqlens,
-                normalizer,
-            )
-            loss.backward()
-        report.add(members, micro, scores, kl, penalized, loss)
+    with scoring(run.policy, run.layout), scoring(run.reference, run.layout):
+        for members, micro in pack(batch, groups, config.micro_batch_tokens, run.device):
+            with watch("score"), torch.no_grad(), run.autocast():
+                ref_hidden = hidden_states(run.reference, micro, run.layout)
+            with watch("update"):
+                with run.autocast():
+                    policy_hidden = hidden_states(run.policy, micro, run.layout)
+                scores = score(run, micro, policy_hidden, ref_hidden)
+                kl = sequence_kl(
+                    scores.policy_logprobs.detach(),
+                    scores.ref_logprobs,
+                    micro.completion_cu_seqlens,
+                    config.kl_reduction,
+                )
+                penalized = micro.rewards - config.kl_coef * kl.view_as(micro.rewards)
+                loss = rloo_loss(
+                    scores.policy_logprobs,
+                    advantages(penalized, micro.valid, config.baseline),
+                    micro.completion_cu_seqlens,
+                    normalizer,
+                )
+                loss.backward()
+            report.add(members, micro, scores, kl, penalized, loss)
     if not report.num_tokens:
         return True  # no group had an advantage: nothing to learn from, nothing wrong
     sync.check_agreement(report.mean_gap, report.max_gap, run.generator_dtype, report.step)
