@@ -5,7 +5,7 @@ Notation, for the K samples y_1..y_K of one prompt x, policy pi, reference q, ta
     KL_i  = sum_t [log pi(y_it) - log q(y_it)]                 k1, the sequence log-ratio (or its mean over t)
     R_i   = r_i - beta * KL_i                                  the penalised ("composite") reward, a constant
     A_i   = R_i - mean_{j != i} R_j                            leave-one-out advantage; the KL is inside the baseline
-    loss  = -(1 / normalizer) * sum_i A_i * sum_t log pi(y_it)
+    loss  = -(1 / normalizer) * sum_i A_i * sum_t log pi(y_it)   linear in the log-probs: `token_coefficients`
 
 With y sampled from pi and normalizer = number of samples, -grad(loss) is an unbiased estimate of
 grad E[r - beta * KL(pi, q)]: the pathwise term that k1 omits has mean zero (Kool, van Hoof and Welling 2019, "Buy 4
@@ -66,13 +66,26 @@ def advantages(penalized_rewards: torch.Tensor, valid: torch.Tensor, baseline: s
     raise ValueError(f"baseline is {baseline!r}; use 'leave_one_out' or 'none'")
 
 
-def rloo_loss(
-    policy_logprobs: torch.Tensor, advantages: torch.Tensor, cu_seqlens: torch.Tensor, normalizer: float
+def penalized_rewards(
+    rewards: torch.Tensor,
+    policy_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    kl_coef: float,
+    kl_reduction: str,
 ) -> torch.Tensor:
-    """-(1 / normalizer) * sum_i A_i * sum_t log pi(y_it): scalar, differentiable in policy_logprobs.
+    """R_i = r_i - beta * KL_i, f32 [G, K].
 
-    policy_logprobs f32 [N]; advantages f32 [G, K], constants; cu_seqlens i32 [G * K + 1]; normalizer: the number of
-    valid samples in the whole step, not in this micro-batch.
+    rewards f32 [G, K]; log-probs f32 [N], constants; cu_seqlens i32 [G * K + 1].
     """
-    sequence_logprobs = sequence_sums(policy_logprobs, cu_seqlens)
-    return -(advantages.detach().flatten() * sequence_logprobs).sum() / normalizer
+    kl = sequence_kl(policy_logprobs, ref_logprobs, cu_seqlens, kl_reduction)
+    return rewards - kl_coef * kl.view_as(rewards)
+
+
+def token_coefficients(advantages: torch.Tensor, cu_seqlens: torch.Tensor, normalizer: float) -> torch.Tensor:
+    """The factor of every log-prob in the loss, so that loss = sum_n coefficient_n * log pi(y_n): f32 [N].
+
+    advantages f32 [G, K]; cu_seqlens i32 [G * K + 1]; normalizer: the number of valid samples in the whole step, not in
+    this micro-batch.
+    """
+    return (-advantages.flatten() / normalizer).repeat_interleave(cu_seqlens.diff().long())

@@ -10,7 +10,7 @@ import torch
 from fastkl.config import TrainConfig
 from fastkl.kernels.types import TokenScores
 from fastkl.metrics import distinct_2
-from fastkl.rloo import sequence_sums
+from fastkl.rloo import sequence_kl, sequence_sums
 from fastkl.sync import logprob_gaps
 from fastkl.types import PackedBatch, RolloutBatch
 
@@ -45,14 +45,14 @@ class StepReport:
         members: Sequence[int],
         micro: PackedBatch,
         scores: TokenScores,
-        kl: torch.Tensor,
-        penalized: torch.Tensor,
         loss: torch.Tensor,
     ) -> None:
-        """Takes in one micro-batch: its groups' indices, scores [N], KL [s], penalised rewards [G, K] and loss."""
-        logprobs = scores.policy_logprobs.detach()
-        per_token = (logprobs, scores.ref_logprobs, scores.entropy.detach(), scores.kl.detach())
-        columns = [sequence_sums(values, micro.completion_cu_seqlens) for values in per_token]
+        """Takes in one micro-batch: its groups' indices, its tokens' scores [N] and its share of the loss."""
+        config, cu_seqlens, logprobs = self.config, micro.completion_cu_seqlens, scores.policy_logprobs
+        per_token = (logprobs, scores.ref_logprobs, scores.entropy, scores.kl)
+        columns = [sequence_sums(values, cu_seqlens) for values in per_token]
+        kl = sequence_kl(logprobs, scores.ref_logprobs, cu_seqlens, config.kl_reduction)
+        penalized = micro.rewards - config.kl_coef * kl.view_as(micro.rewards)
         table = torch.stack([*columns, kl, penalized.flatten()], dim=-1).float().cpu().view(*micro.valid.shape, -1)
         self.sums[list(members)] = table.masked_fill(~micro.valid.cpu()[..., None], torch.nan)
         self.loss += float(loss.detach())

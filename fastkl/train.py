@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 
-import fastkl
 from fastkl import sync
 from fastkl.config import TrainConfig
-from fastkl.kernels.types import TokenScores
+from fastkl.kernels.operators import TokenCoefficients, TokenScores, linear_token_loss
 from fastkl.metrics import Stopwatch
 from fastkl.models import head_of
 from fastkl.pack import pack, scorable_groups
 from fastkl.reward import compute_rewards
-from fastkl.rloo import advantages, rloo_loss, sequence_kl
+from fastkl.rloo import advantages, penalized_rewards, token_coefficients
 from fastkl.setup import Run, set_up
 from fastkl.step_report import StepReport
 from fastkl.trunk import hidden_states, scoring
@@ -83,22 +82,9 @@ def update(run: Run, batch: RolloutBatch, report: StepReport, watch: Stopwatch) 
             with watch("update"):
                 with run.autocast():
                     policy_hidden = hidden_states(run.policy, micro, run.layout)
-                scores = score(run, micro, policy_hidden, ref_hidden)
-                kl = sequence_kl(
-                    scores.policy_logprobs.detach(),
-                    scores.ref_logprobs,
-                    micro.completion_cu_seqlens,
-                    config.kl_reduction,
-                )
-                penalized = micro.rewards - config.kl_coef * kl.view_as(micro.rewards)
-                loss = rloo_loss(
-                    scores.policy_logprobs,
-                    advantages(penalized, micro.valid, config.baseline),
-                    micro.completion_cu_seqlens,
-                    normalizer,
-                )
+                loss, scores = rloo_loss(run, micro, policy_hidden, ref_hidden, normalizer)
                 loss.backward()
-            report.add(members, micro, scores, kl, penalized, loss)
+            report.add(members, micro, scores, loss)
     if not report.num_tokens:
         return True  # no group had an advantage: nothing to learn from, nothing wrong
     sync.check_agreement(report.mean_gap, report.max_gap, run.generator_dtype, report.step)
@@ -111,16 +97,37 @@ def update(run: Run, batch: RolloutBatch, report: StepReport, watch: Stopwatch) 
     return finite
 
 
-def score(run: Run, micro: PackedBatch, policy_hidden: torch.Tensor, ref_hidden: torch.Tensor) -> TokenScores:
-    """Policy and reference log-probs, entropy and exact KL of the micro-batch's N tokens; logits are never stored."""
+def rloo_loss(
+    run: Run, micro: PackedBatch, policy_hidden: torch.Tensor, ref_hidden: torch.Tensor, normalizer: float
+) -> tuple[torch.Tensor, TokenScores]:
+    """The micro-batch's share of the loss, and the scores of its N tokens; logits are never stored for all of them.
+
+    The loss is linear in the log-probs, with factors that need a whole group's scores (KL in the reward, leave-one-out
+    mean). So the operator hands back each run of whole groups as soon as it is scored, takes the factors, and has the
+    gradient while the logits are still in its buffer: no logit is computed twice.
+    """
+    config, cu_seqlens = run.config, micro.completion_cu_seqlens
+    group_bounds = cu_seqlens[:: micro.rewards.shape[1]].tolist()
+
+    def coefficients(rows: slice, scores: TokenScores) -> TokenCoefficients:
+        g = slice(group_bounds.index(rows.start), group_bounds.index(rows.stop))
+        own = cu_seqlens[g.start * config.num_samples : g.stop * config.num_samples + 1] - rows.start
+        penalized = penalized_rewards(
+            micro.rewards[g], scores.policy_logprobs, scores.ref_logprobs, own, config.kl_coef, config.kl_reduction
+        )
+        advantage = advantages(penalized, micro.valid[g], config.baseline)
+        return TokenCoefficients(policy_logprobs=token_coefficients(advantage, own, normalizer))
+
     policy_head, ref_head = head_of(run.policy), head_of(run.reference)
-    return fastkl.linear_token_scores(
+    return linear_token_loss(
         policy_hidden,
         policy_head.weight,
         ref_hidden,
         ref_head.weight,
         micro.target_ids,
-        temperature=run.config.temperature,
+        coefficients,
+        row_splits=group_bounds,
+        temperature=config.temperature,
         policy_bias=policy_head.bias,
         ref_bias=ref_head.bias,
         softcap=policy_head.softcap,

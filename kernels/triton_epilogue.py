@@ -12,12 +12,8 @@ logit is left out of the sums and added at the end, so that log p(y) near zero k
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from .epilogue import RowStats
 
 EXCLUDED = tl.constexpr(-1e30)  # as epilogue.EXCLUDED
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -34,7 +30,8 @@ def process_logits(
     if HAS_SOFTCAP:
         # tanh(y) = 1 - 2 / (exp(2 y) + 1): right at both ends, where exp is infinite or zero
         x = softcap * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E / softcap)) + 1.0))
-    return tl.maximum(x * logit_scale * inverse_temperature, EXCLUDED)
+    # NaN must stay NaN: it is reported at the border
+    return tl.maximum(x * (logit_scale * inverse_temperature), EXCLUDED, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -70,38 +67,36 @@ def fold_block(z, r, m, s, a, mr, sr, g, HAS_REF: tl.constexpr):
 
 @triton.jit
 def finish(z_t, r_t, m, s, a, mr, sr, g, HAS_REF: tl.constexpr):
-    """Reduces the online sums and adds the target: the statistics of RowStats, in its order."""
-    s_o, a_o = tl.sum(s, 0), tl.sum(a, 0)
+    """Adds the target to the sums over all other ids: the statistics of RowStats, in its order. For one row or many."""
     top = tl.maximum(m, z_t)
     rescale = tl.exp2((m - top) * LOG2E)
     exp_target = tl.exp2((z_t - top) * LOG2E)
-    others = s_o * rescale
+    others = s * rescale
     log_sum = log_of_sum(others, exp_target, z_t == top)
     total = others + exp_target
-    mean_logit = (rescale * (a_o + s_o * (m - top)) + exp_target * (z_t - top)) / total
+    mean_logit = (rescale * (a + s * (m - top)) + exp_target * (z_t - top)) / total
     logprob = (z_t - top) - log_sum
-    ref_log_sum = 0.0
-    ref_logprob = 0.0
-    mean_gap = 0.0
+    ref_log_sum = tl.zeros_like(log_sum)
+    ref_logprob = tl.zeros_like(log_sum)
+    mean_gap = tl.zeros_like(log_sum)
     if HAS_REF:
-        ref_log_sum = tl.log(tl.sum(sr, 0))
+        ref_log_sum = tl.log(sr)
         ref_logprob = (r_t - mr) - ref_log_sum
-        gap_sum = rescale * (tl.sum(g, 0) + s_o * (m - top))
-        mean_gap = (gap_sum + exp_target * ((z_t - top) - (r_t - mr))) / total
+        mean_gap = (rescale * (g + s * (m - top)) + exp_target * ((z_t - top) - (r_t - mr))) / total
     return top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap
 
 
 @triton.jit
-def store_stats(ptr, stride, row, top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap):
-    """Writes one row of RowStats, whose fields lie `stride` apart."""
-    tl.store(ptr + row, top)
-    tl.store(ptr + stride + row, log_sum)
-    tl.store(ptr + 2 * stride + row, mean_logit)
-    tl.store(ptr + 3 * stride + row, logprob)
-    tl.store(ptr + 4 * stride + row, mr)
-    tl.store(ptr + 5 * stride + row, ref_log_sum)
-    tl.store(ptr + 6 * stride + row, ref_logprob)
-    tl.store(ptr + 7 * stride + row, mean_gap)
+def store_stats(ptr, stride, row, inside, top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap):
+    """Writes RowStats of one row or of many, where `inside`; its fields lie `stride` apart."""
+    tl.store(ptr + row, top, mask=inside)
+    tl.store(ptr + stride + row, log_sum, mask=inside)
+    tl.store(ptr + 2 * stride + row, mean_logit, mask=inside)
+    tl.store(ptr + 3 * stride + row, logprob, mask=inside)
+    tl.store(ptr + 4 * stride + row, mr, mask=inside)
+    tl.store(ptr + 5 * stride + row, ref_log_sum, mask=inside)
+    tl.store(ptr + 6 * stride + row, ref_logprob, mask=inside)
+    tl.store(ptr + 7 * stride + row, mean_gap, mask=inside)
 
 
 @triton.jit
@@ -203,15 +198,17 @@ def score_kernel(
             r_t += tl.load(ref_bias_ptr + target)
         r_t = process_logits(r_t, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
     top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap = finish(
-        z_t, r_t, m, s, a, mr, sr, g, HAS_REF
+        z_t, r_t, m, tl.sum(s, 0), tl.sum(a, 0), mr, tl.sum(sr, 0), tl.sum(g, 0), HAS_REF
     )
-    store_stats(stats_ptr, stats_stride, i, top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap)
+    store_stats(
+        stats_ptr, stats_stride, i, True, top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap
+    )
     if HAS_KEEP:
         top_k, log_sum_k, mean_logit_k, logprob_k, mr_k, ref_log_sum_k, ref_logprob_k, mean_gap_k = finish(
-            z_t, r_t, m_k, s_k, a_k, mr_k, sr_k, g_k, HAS_REF
+            z_t, r_t, m_k, tl.sum(s_k, 0), tl.sum(a_k, 0), mr_k, tl.sum(sr_k, 0), tl.sum(g_k, 0), HAS_REF
         )
         store_stats(
-            support_stats_ptr, stats_stride, i, top_k, log_sum_k, mean_logit_k, logprob_k, mr_k, ref_log_sum_k,
+            support_stats_ptr, stats_stride, i, True, top_k, log_sum_k, mean_logit_k, logprob_k, mr_k, ref_log_sum_k,
             ref_logprob_k, mean_gap_k,
         )  # fmt: skip
     if WRITE_GRADIENT:

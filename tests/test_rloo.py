@@ -8,7 +8,14 @@ import math
 import pytest
 import torch
 
-from fastkl.rloo import advantages, leave_one_out_advantages, rloo_loss, sequence_kl, sequence_sums
+from fastkl.rloo import (
+    advantages,
+    leave_one_out_advantages,
+    penalized_rewards,
+    sequence_kl,
+    sequence_sums,
+    token_coefficients,
+)
 
 
 def test_sequence_sums_equal_a_loop_and_skip_empty_sequences():
@@ -74,10 +81,9 @@ def test_expected_gradient_of_the_loss_is_that_of_the_penalised_objective(reduct
         (logp_i, ref_i), (logp_j, ref_j) = per_token(i), per_token(j)
         logp, ref = torch.cat([logp_i, logp_j]), torch.cat([ref_i, ref_j])
         cu = torch.tensor([0, len(logp_i), len(logp)], dtype=torch.int32)
-        kl = sequence_kl(logp.detach(), ref, cu, reduction)
-        penalized = (reward[[i, j]] - beta * kl).view(1, 2)
+        penalized = penalized_rewards(reward[[i, j]].view(1, 2), logp.detach(), ref, cu, beta, reduction)
         valid = torch.ones(1, 2, dtype=torch.bool)
-        loss = rloo_loss(logp, advantages(penalized, valid, baseline), cu, normalizer=2.0)
+        loss = (token_coefficients(advantages(penalized, valid, baseline), cu, normalizer=2.0) * logp).sum()
         (gradient,) = torch.autograd.grad(loss, table)
         expected_loss_gradient += probability[i].detach() * probability[j].detach() * gradient
 
