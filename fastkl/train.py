@@ -19,17 +19,21 @@ import torch
 
 import fastkl
 from fastkl import sync
+from fastkl.anchor import adapted_coef, renew_reference
 from fastkl.config import TrainConfig
+from fastkl.contract import support_of
+from fastkl.estimators import sampled_logprobs
 from fastkl.kernels.types import TokenScores
 from fastkl.metrics import Stopwatch
+from fastkl.mismatch import importance_weights
 from fastkl.models import head_of
 from fastkl.pack import pack, scorable_groups
 from fastkl.reward import compute_rewards
-from fastkl.rloo import advantages, rloo_loss, sequence_kl
+from fastkl.rloo import rloo_loss
 from fastkl.setup import Run, set_up
 from fastkl.step_report import StepReport
 from fastkl.trunk import hidden_states
-from fastkl.types import PackedBatch, RolloutBatch
+from fastkl.types import Completion, PackedBatch, RolloutBatch
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -52,13 +56,16 @@ def train(config: TrainConfig) -> None:
                 completions = run.generator.generate(prompts, config.num_samples, seed=config.seed, step=step)
             with watch("reward"):
                 rewards = compute_rewards(run.rewards, prompts, completions, step=step)
-            batch = RolloutBatch(prompts, completions, rewards.total, rewards.valid, policy_version=step - 1)
-            report = StepReport(step, batch, rewards.by_function, config)
+            valid = scorable(completions, rewards.valid, config.truncated)
+            total = rewards.total.masked_fill(~valid, 0.0)
+            batch = RolloutBatch(prompts, completions, total, valid, policy_version=step - 1)
+            report = StepReport(step, batch, rewards.by_function, config, run.kl_coef)
             set_learning_rate(run.optimizer, learning_rate(step, config))
             applied = update(run, batch, report, watch)
             skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
             run.skipped_steps += not applied
             run.record(report, watch)
+            steer(run, report)
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(diagnosis(config, step))
             if stop.requested:
@@ -83,18 +90,25 @@ def update(run: Run, batch: RolloutBatch, report: StepReport, watch: Stopwatch) 
             with run.autocast():
                 policy_hidden = hidden_states(run.policy, micro, run.layout)
             scores = score(run, micro, policy_hidden, ref_hidden)
-            kl = sequence_kl(
-                scores.policy_logprobs.detach(), scores.ref_logprobs, micro.completion_cu_seqlens, config.kl_reduction
-            )
-            penalized = micro.rewards - config.kl_coef * kl.view_as(micro.rewards)
-            loss = rloo_loss(
-                scores.policy_logprobs,
-                advantages(penalized, micro.valid, config.baseline),
+            weights = importance_weights(
+                micro.engine_logprobs,
+                sampled_logprobs(scores),
                 micro.completion_cu_seqlens,
-                normalizer,
+                config.importance,
+                config.importance_cap,
             )
-            loss.backward()
-        report.add(members, micro, scores, kl, penalized, loss)
+            objective = rloo_loss(
+                scores,
+                micro.rewards,
+                micro.valid,
+                micro.completion_cu_seqlens,
+                run.penalty,
+                baseline=config.baseline,
+                normalizer=normalizer,
+                weights=weights.values,
+            )
+            objective.loss.backward()
+        report.add(members, micro, scores, objective, weights)
     if not report.num_tokens:
         return True  # no group had an advantage: nothing to learn from, nothing wrong
     sync.check_agreement(report.mean_gap, report.max_gap, run.generator_dtype, report.step)
@@ -108,7 +122,10 @@ def update(run: Run, batch: RolloutBatch, report: StepReport, watch: Stopwatch) 
 
 
 def score(run: Run, micro: PackedBatch, policy_hidden: torch.Tensor, ref_hidden: torch.Tensor) -> TokenScores:
-    """Policy and reference log-probs, entropy and exact KL of the micro-batch's N tokens; logits are never stored."""
+    """Policy and reference log-probs, entropy and exact KL of the micro-batch's N tokens; logits are never stored.
+
+    Where the sampler could not draw every id, the same on the ids that it could draw.
+    """
     policy_head, ref_head = head_of(run.policy), head_of(run.reference)
     return fastkl.linear_token_scores(
         policy_hidden,
@@ -116,12 +133,32 @@ def score(run: Run, micro: PackedBatch, policy_hidden: torch.Tensor, ref_hidden:
         ref_hidden,
         ref_head.weight,
         micro.target_ids,
-        temperature=run.config.temperature,
+        temperature=run.sampling.temperature,
+        support=support_of(run.sampling, micro.completion_positions, len(policy_head.weight)),
         policy_bias=policy_head.bias,
         ref_bias=ref_head.bias,
         softcap=policy_head.softcap,
         logit_scale=policy_head.logit_scale,
     )
+
+
+def scorable(completions: Sequence[Sequence[Completion]], valid: torch.Tensor, truncated: str) -> torch.Tensor:
+    """Which samples take part, bool [B, K]: the `valid` ones, without those cut at max_new_tokens if told to "drop".
+
+    A sample takes part in everything (reward, baseline, KL, loss) or in nothing.
+    """
+    if truncated == "keep":
+        return valid
+    return valid & torch.tensor([[c.finish_reason != "length" for c in group] for group in completions])
+
+
+def steer(run: Run, report: StepReport) -> None:
+    """Between two steps: the coefficient follows the KL if it has a target, the reference is renewed if it is time."""
+    config = run.config
+    if config.kl_target and report.num_tokens:
+        run.kl_coef = adapted_coef(run.kl_coef, report.mean_support_kl, config.kl_target)
+    if config.reference_every and report.step % config.reference_every == 0:
+        renew_reference(run.reference, run.policy, config.reference_share)
 
 
 def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:
