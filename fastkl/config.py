@@ -24,7 +24,8 @@ class TrainConfig:
     model: str = "storyteller"
     """Policy and reference: "storyteller" (embedded), a local folder, or a hub id; safetensors, no remote code."""
     prompts: str = "Once upon a time"
-    """One prompt as text, or a .jsonl file, data set folder or hub id with a `prompt` column (text or messages)."""
+    """One prompt as text, or a file (.jsonl, .json, .parquet, .csv), data set folder or hub id with a `prompt` column
+    (texts or chat messages); "text:" or "hub:" in front says which is meant."""
     reward: tuple[str, ...] = ("alliteration",)
     """Reward functions: a built-in name, package.module:function, or file.py:function."""
     reward_weights: tuple[float, ...] | None = None

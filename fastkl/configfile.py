@@ -41,7 +41,7 @@ def field_help() -> dict[str, FieldHelp]:
         above = lines[node.lineno - 2].strip()
         group = above.removeprefix("# ") if above.startswith("# ") else group
         is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-        found[node.target.id] = FieldHelp(str(below.value.value) if is_text else "", group)
+        found[node.target.id] = FieldHelp(" ".join(str(below.value.value).split()) if is_text else "", group)
     return found
 
 

@@ -43,7 +43,7 @@ def support_kl(scores: TokenScores) -> torch.Tensor:
 
 
 def token_kl(scores: TokenScores, estimator: str) -> torch.Tensor:
-    """The estimator's value at every token, f32 [N], in nats, differentiable towards the policy."""
+    """The estimator's value at every token, f32 [N], in nats."""
     if estimator == "exact":
         return support_kl(scores)
     if estimator == "exact_full":
@@ -56,3 +56,15 @@ def token_kl(scores: TokenScores, estimator: str) -> torch.Tensor:
     if estimator == "k3":
         return torch.expm1(-log_ratio) + log_ratio
     raise ValueError(f"kl estimator is {estimator!r}; use 'k1', 'k2', 'k3', 'exact' or 'exact_full'")
+
+
+def token_kl_slope(scores: TokenScores, estimator: str) -> torch.Tensor:
+    """d estimate / d log pi(y) at every token, f32 [N]: what k1, k2 or k3 in the loss multiplies the log-prob with."""
+    log_ratio = sampled_logprobs(scores) - sampled_ref_logprobs(scores)
+    if estimator == "k1":
+        return torch.ones_like(log_ratio)
+    if estimator == "k2":
+        return log_ratio
+    if estimator == "k3":
+        return -torch.expm1(-log_ratio)
+    raise ValueError(f"kl estimator is {estimator!r}; use 'k1', 'k2' or 'k3'")

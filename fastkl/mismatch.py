@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastkl.rloo import sequence_of_token, sequence_sums
+from fastkl.rloo import per_token, sequence_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def importance_weights(
         return Weights(None, 0, num_tokens)
     log_ratio = policy_logprobs.detach() - engine_logprobs
     if level == "sequence":
-        log_ratio = sequence_sums(log_ratio, cu_seqlens)[sequence_of_token(cu_seqlens, num_tokens)]
+        log_ratio = per_token(sequence_sums(log_ratio, cu_seqlens), cu_seqlens)
     ratio = log_ratio.exp()
     return Weights(ratio.clamp(max=cap), int((ratio > cap).sum()), num_tokens)
 

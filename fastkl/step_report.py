@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from fastkl.config import TrainConfig
+from fastkl.config import TrainConfig, penalty_of
 from fastkl.estimators import sampled_logprobs, sampled_ref_logprobs, support_kl
 from fastkl.kernels.types import TokenScores
 from fastkl.metrics import distinct_2
-from fastkl.mismatch import Weights, engine_kl_sum
-from fastkl.rloo import Objective, sequence_sums
+from fastkl.mismatch import engine_kl_sum, importance_weights
+from fastkl.rloo import penalized_rewards, sequence_penalty, sequence_sums
 from fastkl.sync import logprob_gaps
 from fastkl.types import PackedBatch, RolloutBatch
 
@@ -35,7 +35,7 @@ class StepReport:
         self.step = step
         self.batch = batch
         self.config = config
-        self.kl_coef = config.kl_coef if kl_coef is None else kl_coef
+        self.penalty = penalty_of(config, kl_coef)
         self.reward_by_function = reward_by_function
         self.sums = torch.full((*batch.rewards.shape, len(COLUMNS)), torch.nan)  # f32 [B, K, columns]; NaN: not scored
         self.loss = 0.0
@@ -62,22 +62,20 @@ class StepReport:
         members: Sequence[int],
         micro: PackedBatch,
         scores: TokenScores,
-        objective: Objective,
-        weights: Weights,
+        loss: torch.Tensor,
     ) -> None:
-        """Takes in one micro-batch: its groups' indices, scores [N], what the update made of them, and weights."""
-        logprobs = sampled_logprobs(scores).detach()
-        per_token = (logprobs, sampled_ref_logprobs(scores), scores.entropy, scores.kl, support_kl(scores))
-        columns = [sequence_sums(values.detach(), micro.completion_cu_seqlens) for values in per_token]
-        table = (
-            torch.stack([*columns, objective.kl, objective.penalized_rewards.flatten()], dim=-1)
-            .float()
-            .cpu()
-            .view(*micro.valid.shape, -1)
-        )
+        """Takes in one micro-batch: its groups' indices, its tokens' scores [N] and its share of the loss."""
+        config, cu_seqlens, logprobs = self.config, micro.completion_cu_seqlens, sampled_logprobs(scores)
+        values = (logprobs, sampled_ref_logprobs(scores), scores.entropy, scores.kl, support_kl(scores))
+        columns = [sequence_sums(column, cu_seqlens) for column in values]
+        kl = sequence_penalty(scores, cu_seqlens, self.penalty)
+        penalized = penalized_rewards(micro.rewards, kl, self.penalty)
+        table = torch.stack([*columns, kl, penalized.flatten()], dim=-1).float().cpu().view(*micro.valid.shape, -1)
         self.sums[list(members)] = table.masked_fill(~micro.valid.cpu()[..., None], torch.nan)
-        self.loss += float(objective.loss.detach())
-        self.num_weights_cut += weights.num_cut
+        self.loss += float(loss.detach())
+        self.num_weights_cut += importance_weights(
+            micro.engine_logprobs, logprobs, cu_seqlens, config.importance, config.importance_cap
+        ).num_cut
         self._engine_kl_sum += engine_kl_sum(micro.engine_logprobs, logprobs)
         gap_sum, gap_max, count = logprob_gaps(micro.engine_logprobs, logprobs)
         self._gap_sum += gap_sum
@@ -105,8 +103,8 @@ class StepReport:
             "kl/per_token": per_token["logprob"] - per_token["ref_logprob"],
             "kl/exact": mean["kl_exact"],
             "kl/support": mean["kl_support"],
-            "kl/penalty": self.kl_coef * mean["kl_penalized"],
-            "kl/coef": self.kl_coef,
+            "kl/penalty": self.penalty.coef * mean["kl_penalized"],
+            "kl/coef": self.penalty.coef,
             "lm_cross_entropy": -per_token["logprob"],
             "original_lm_cross_entropy": -per_token["ref_logprob"],
             "entropy": per_token["entropy"],

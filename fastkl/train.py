@@ -17,22 +17,21 @@ from typing import Any
 
 import torch
 
-import fastkl
 from fastkl import sync
 from fastkl.anchor import adapted_coef, renew_reference
 from fastkl.config import TrainConfig
 from fastkl.contract import support_of
 from fastkl.estimators import sampled_logprobs
-from fastkl.kernels.types import TokenScores
+from fastkl.kernels.operators import TokenCoefficients, TokenScores, linear_token_loss
 from fastkl.metrics import Stopwatch
 from fastkl.mismatch import importance_weights
 from fastkl.models import head_of
 from fastkl.pack import pack, scorable_groups
 from fastkl.reward import compute_rewards
-from fastkl.rloo import rloo_loss
+from fastkl.rloo import token_coefficients
 from fastkl.setup import Run, set_up
 from fastkl.step_report import StepReport
-from fastkl.trunk import hidden_states
+from fastkl.trunk import hidden_states, scoring
 from fastkl.types import Completion, PackedBatch, RolloutBatch
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -83,32 +82,16 @@ def update(run: Run, batch: RolloutBatch, report: StepReport, watch: Stopwatch) 
     config = run.config
     groups = scorable_groups(batch.valid, min_samples=2 if config.baseline == "leave_one_out" else 1)
     normalizer = float(batch.valid[groups].sum())  # of the whole step: micro-batches add up to it
-    for members, micro in pack(batch, groups, config.micro_batch_tokens, run.device):
-        with watch("score"), torch.no_grad(), run.autocast():
-            ref_hidden = hidden_states(run.reference, micro, run.layout)
-        with watch("update"):
-            with run.autocast():
-                policy_hidden = hidden_states(run.policy, micro, run.layout)
-            scores = score(run, micro, policy_hidden, ref_hidden)
-            weights = importance_weights(
-                micro.engine_logprobs,
-                sampled_logprobs(scores),
-                micro.completion_cu_seqlens,
-                config.importance,
-                config.importance_cap,
-            )
-            objective = rloo_loss(
-                scores,
-                micro.rewards,
-                micro.valid,
-                micro.completion_cu_seqlens,
-                run.penalty,
-                baseline=config.baseline,
-                normalizer=normalizer,
-                weights=weights.values,
-            )
-            objective.loss.backward()
-        report.add(members, micro, scores, objective, weights)
+    with scoring(run.policy, run.layout), scoring(run.reference, run.layout):
+        for members, micro in pack(batch, groups, config.micro_batch_tokens, run.device):
+            with watch("score"), torch.no_grad(), run.autocast():
+                ref_hidden = hidden_states(run.reference, micro, run.layout)
+            with watch("update"):
+                with run.autocast():
+                    policy_hidden = hidden_states(run.policy, micro, run.layout)
+                loss, scores = rloo_loss(run, micro, policy_hidden, ref_hidden, normalizer)
+                loss.backward()
+            report.add(members, micro, scores, loss)
     if not report.num_tokens:
         return True  # no group had an advantage: nothing to learn from, nothing wrong
     sync.check_agreement(report.mean_gap, report.max_gap, run.generator_dtype, report.step)
@@ -121,18 +104,45 @@ def update(run: Run, batch: RolloutBatch, report: StepReport, watch: Stopwatch) 
     return finite
 
 
-def score(run: Run, micro: PackedBatch, policy_hidden: torch.Tensor, ref_hidden: torch.Tensor) -> TokenScores:
-    """Policy and reference log-probs, entropy and exact KL of the micro-batch's N tokens; logits are never stored.
+def rloo_loss(
+    run: Run, micro: PackedBatch, policy_hidden: torch.Tensor, ref_hidden: torch.Tensor, normalizer: float
+) -> tuple[torch.Tensor, TokenScores]:
+    """The micro-batch's share of the loss, and the scores of its N tokens; logits are never stored for all of them.
 
-    Where the sampler could not draw every id, the same on the ids that it could draw.
+    Where the sampler could not draw every id, the log-probs are those on the ids that it could draw (contract.py). The
+    loss is linear in the scores, with factors that need a whole group's scores (KL in the reward, leave-one-out
+    mean). So the operator hands back each run of whole groups as soon as it is scored, takes the factors, and has the
+    gradient while the logits are still in its buffer: no logit is computed twice.
     """
+    config, cu_seqlens = run.config, micro.completion_cu_seqlens
+    group_bounds = cu_seqlens[:: micro.rewards.shape[1]].tolist()
+
+    def coefficients(rows: slice, scores: TokenScores) -> TokenCoefficients:
+        g = slice(group_bounds.index(rows.start), group_bounds.index(rows.stop))
+        own = cu_seqlens[g.start * config.num_samples : g.stop * config.num_samples + 1] - rows.start
+        weights = importance_weights(
+            micro.engine_logprobs[rows], sampled_logprobs(scores), own, config.importance, config.importance_cap
+        )
+        return token_coefficients(
+            scores,
+            micro.rewards[g],
+            micro.valid[g],
+            own,
+            run.penalty,
+            baseline=config.baseline,
+            normalizer=normalizer,
+            weights=weights.values,
+        )
+
     policy_head, ref_head = head_of(run.policy), head_of(run.reference)
-    return fastkl.linear_token_scores(
+    return linear_token_loss(
         policy_hidden,
         policy_head.weight,
         ref_hidden,
         ref_head.weight,
         micro.target_ids,
+        coefficients,
+        row_splits=group_bounds,
         temperature=run.sampling.temperature,
         support=support_of(run.sampling, micro.completion_positions, len(policy_head.weight)),
         policy_bias=policy_head.bias,

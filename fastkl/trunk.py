@@ -14,6 +14,8 @@ Left out: variable-length kernels for long ragged batches on a GPU; they would t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,19 +100,32 @@ def register_packed_attention() -> None:
     AttentionInterface.register(ATTENTION, _padded_attention)
 
 
-def packed_hidden_states(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """The trunk over one packed row; returns the hidden states [N, H] that predict the scored tokens."""
-    own_attention = model.config._attn_implementation
-    model.config._attn_implementation = ATTENTION  # layers that take an attention from outside look here at each call
+@contextmanager
+def scoring(model: nn.Module, layout: str) -> Iterator[None]:
+    """Prepares a model for `hidden_states` and for the backward through it, and gives it back as it was.
+
+    Under gradient checkpointing the backward runs layers again: they must find the same attention as in the forward,
+    and transformers recomputes in training mode only (dropout is off, so nothing else changes).
+    """
+    own_attention, was_training = model.config._attn_implementation, model.training
+    if layout == "packed":
+        model.config._attn_implementation = ATTENTION  # layers that take an attention from outside look here each call
+    model.train(getattr(model, "is_gradient_checkpointing", False))
     try:
-        hidden = model.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            packed_rows=rows_of(batch.lengths, batch.input_ids.device),
-        ).last_hidden_state[0]
+        yield
     finally:
         model.config._attn_implementation = own_attention
+        model.train(was_training)
+
+
+def packed_hidden_states(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
+    """The trunk over one packed row; returns the hidden states [N, H] that predict the scored tokens."""
+    hidden = model.base_model(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        packed_rows=rows_of(batch.lengths, batch.input_ids.device),
+    ).last_hidden_state[0]
     return hidden.index_select(0, batch.score_positions)
 
 
@@ -135,7 +150,7 @@ def padded_hidden_states(model: nn.Module, batch: PackedBatch, rows_at_once: int
 
 
 def hidden_states(model: nn.Module, batch: PackedBatch, layout: str) -> torch.Tensor:
-    """Hidden states [N, H] of the scored positions under the named layout ("packed" or "padded"). Differentiable."""
+    """Hidden states [N, H] of the scored positions, in the layout that `scoring` was entered with. Differentiable."""
     return packed_hidden_states(model, batch) if layout == "packed" else padded_hidden_states(model, batch)
 
 
@@ -152,7 +167,8 @@ def choose_layout(model: nn.Module, probe: PackedBatch, tolerance: float = 1e-3)
     reasons = []
     for layout in ("packed", "padded"):
         try:
-            error = float((hidden_states(model, probe, layout) - separate).abs().max() / scale)
+            with scoring(model, layout):
+                error = float((hidden_states(model, probe, layout) - separate).abs().max() / scale)
         except (RuntimeError, TypeError, ValueError, KeyError) as failure:  # NotImplementedError is a RuntimeError
             reasons.append(f"{layout} does not work ({str(failure).splitlines()[0][:120]})")
             continue

@@ -33,16 +33,36 @@ class Call:
     outputs: frozenset[str]
     chunk_rows: int
     dtype: torch.dtype
+    use_triton: bool
 
     def source(self, policy: Head | Tensor) -> LinearSource | LogitsSource:
         """The logits of the scored rows."""
-        kind = LinearSource if isinstance(policy, Head) else LogitsSource
         chunk_rows = max(1, min(self.chunk_rows, len(self.rows)))
+        if self.use_triton:
+            from .triton_chunks import triton_source
+
+            return triton_source(policy, self.reference, self.row_ids, self.options, chunk_rows)
+        kind = LinearSource if isinstance(policy, Head) else LogitsSource
         return kind(policy, self.reference, self.row_ids, self.options, chunk_rows, self.dtype)
 
     def chunks(self, source: LinearSource | LogitsSource, stats: RowStats, support_stats: RowStats | None) -> Chunks:
         """The passes over a source."""
+        if self.use_triton:
+            from .triton_chunks import TritonChunks
+
+            return TritonChunks(source, self.rows, stats, support_stats)
         return Chunks(source, self.rows, stats, support_stats)
+
+    def score_without_logits(self, policy: Head | Tensor, stats: RowStats) -> bool:
+        """Fills `stats` by the kernel that stores no logits, if it serves this call; returns whether it does."""
+        if not (self.use_triton and isinstance(policy, Head) and self.rows.support is None):
+            return False
+        from . import triton_linear
+
+        if not triton_linear.fits(policy, self.reference):
+            return False
+        triton_linear.linear_score(policy, self.reference, self.rows.target_ids, self.row_ids, self.options, stats)
+        return True
 
     def empty_stats(self) -> tuple[RowStats, RowStats | None]:
         """Room for the statistics of all scored rows: full vocabulary, and support."""
@@ -103,7 +123,7 @@ def collect(source: LinearSource | LogitsSource, needs_grad: tuple[bool, ...]) -
 
 def gradients_of(source: LinearSource | LogitsSource, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The collected gradients in the dtypes of (hidden, weight, bias) or (logits,)."""
-    if isinstance(source, LogitsSource):
+    if hasattr(source, "grad_logits"):
         return (source.grad_logits,)
     if source.needs_weight_grad and source.grad_weight is None:  # no row had a gradient
         source.grad_weight = torch.zeros_like(source.policy.weight)
@@ -137,9 +157,10 @@ class ScoreFunction(torch.autograd.Function):
     def forward(ctx, call: Call, *inputs: Tensor | None):
         """inputs: hidden, weight, bias; or logits."""
         stats, support_stats = call.empty_stats()
-        chunks = call.chunks(call.source(policy_of(inputs)), stats, support_stats)
-        for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
-            chunks.score(lo, hi)
+        if not call.score_without_logits(policy_of(inputs), stats):
+            chunks = call.chunks(call.source(policy_of(inputs)), stats, support_stats)
+            for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
+                chunks.score(lo, hi)
         ctx.save_for_backward(*inputs)
         ctx.call, ctx.stats, ctx.support_stats = call, stats, support_stats
         ctx.set_materialize_grads(False)

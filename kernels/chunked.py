@@ -117,6 +117,11 @@ class Chunks:
                 z_block.mul_(slope)
         self.source.store(lo, hi, z)
 
+    def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
+        """`score`, then `gradient_` of the same rows."""
+        z, gap = self.score(lo, hi)
+        self.gradient_(lo, hi, z, gap, coefficients)
+
     def _scaled(self, lo: int, hi: int, coefficients: TokenCoefficients) -> TokenCoefficients:
         """The chain rule through temperature and logit scale, which is one factor per row."""
         scale = self.source.gradient_scale(lo, hi)

@@ -47,8 +47,9 @@ class RowStats:
         return cls(*torch.empty(len(fields(cls)), num_rows, dtype=dtype, device=like.device).unbind(0))
 
     def __getitem__(self, rows: slice | Tensor) -> RowStats:
-        """The statistics of some rows (views for a slice)."""
-        return RowStats(*(getattr(self, f.name)[rows] for f in fields(self)))
+        """The statistics of some rows: views for a slice, else a copy. The fields stay equally far apart in memory."""
+        picked = [getattr(self, f.name)[rows] for f in fields(self)]
+        return RowStats(*(picked if isinstance(rows, slice) else torch.stack(picked).unbind(0)))
 
     def entropy(self) -> Tensor:
         """-E_p[log p], [n]."""

@@ -79,7 +79,8 @@ class Head:
 class LinearSource:
     """Logits of a policy head and, optionally, a reference head; collects the policy's gradients if asked to.
 
-    row_ids i64 [n] picks the scored rows of the hidden states (None: all of them).
+    row_ids i64 [n] picks the scored rows of the hidden states (None: all of them). raw: leave bias and options to the
+    kernels that read the logits.
     """
 
     def __init__(
@@ -90,7 +91,9 @@ class LinearSource:
         options: LogitOptions,
         chunk_rows: int,
         dtype: torch.dtype,
+        raw: bool = False,
     ) -> None:
+        self.raw = raw
         shared = reference is not None and policy.shares_weights_with(reference)
         self.policy = policy.to(dtype)
         self.reference = (
@@ -131,10 +134,10 @@ class LinearSource:
         else:
             for side, head in enumerate(sides):
                 self._product(head, self.hidden_buffer[side, :n], self.logits_buffer[side, :n])
-        temperature = self.options.temperature_of(lo, hi)
         logits = [self.logits_buffer[side, : hi - lo] for side in range(len(sides))]
-        for x in logits:
-            self.options.apply_(x, temperature)
+        if not self.raw:
+            for x in logits:
+                self.options.apply_(x, self.options.temperature_of(lo, hi))
         return logits[0], logits[1] if len(logits) == 2 else None
 
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
@@ -146,12 +149,16 @@ class LinearSource:
                 self.grad_hidden[lo:hi] = grad
             else:
                 self.grad_hidden.index_copy_(0, self.row_ids[lo:hi], grad)
-        if self.needs_weight_grad and self.grad_weight is None:
-            self.grad_weight = dlogits.t() @ hidden
-        elif self.needs_weight_grad:
-            self.grad_weight.addmm_(dlogits.t(), hidden)
+        if self.needs_weight_grad:
+            self._accumulate_weight(dlogits, hidden)
         if self.grad_bias is not None:
             self.grad_bias.add_(dlogits.sum(0))
+
+    def _accumulate_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
+        if self.grad_weight is None:
+            self.grad_weight = dlogits.t() @ hidden
+        else:
+            self.grad_weight.addmm_(dlogits.t(), hidden)
 
     def gradient_scale(self, lo: int, hi: int) -> Tensor | None:
         """See chunked.LogitsSource."""
@@ -161,10 +168,9 @@ class LinearSource:
         out[hi - lo :].zero_()
         out[: hi - lo].copy_(hidden[lo:hi] if self.row_ids is None else hidden.index_select(0, self.row_ids[lo:hi]))
 
-    @staticmethod
-    def _product(head: Head, hidden: Tensor, out: Tensor) -> None:
+    def _product(self, head: Head, hidden: Tensor, out: Tensor) -> None:
         torch.mm(hidden, head.weight.t(), out=out)
-        if head.bias is not None:
+        if head.bias is not None and not self.raw:
             out.add_(head.bias)
 
 

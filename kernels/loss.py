@@ -80,9 +80,12 @@ def _with_constants(call: Call, coefficients: TokenCoefficients, inputs: tuple, 
         collect(source, needs_grad)
     chunks = call.chunks(source, stats, support_stats)
     for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
+        if hi <= num_active:
+            chunks.score_and_gradient(lo, hi, coefficients.select(slice(lo, hi)))
+            continue
         z, gap = chunks.score(lo, hi)
         if lo < num_active:
-            end = min(hi, num_active)
+            end = num_active
             chunks.gradient_(lo, end, z[: end - lo], _first(gap, end - lo), coefficients.select(slice(lo, end)))
     rows_only = replace(call, row_ids=None).scores(stats, support_stats)
     return _linear_loss(coefficients, rows_only), call.scores(stats, support_stats), source

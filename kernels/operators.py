@@ -20,6 +20,7 @@ from . import checks
 from .autograd import Call, ScoreFunction
 from .checks import FLOATS, check_finite, check_heads, check_options, check_rows, check_support, check_tensor
 from .chunked import Rows
+from .dispatch import uses_triton
 from .linear import Head, LogitOptions
 from .loss import LossFunction
 from .types import OUTPUTS, CoefficientsFunction, Support, TokenCoefficients, TokenScores
@@ -202,6 +203,7 @@ def _call(
         outputs=frozenset(outputs),
         chunk_rows=chunk_tokens or max(16, CHUNK_BYTES // (2 * dtype.itemsize * max(1, vocab)) // 16 * 16),
         dtype=dtype,
+        use_triton=dtype == torch.float32 and uses_triton(policy),
     )
     if mask is not None and not (policy.device.type == "cpu" and bool(mask.all())):
         call = call.select(mask.nonzero()[:, 0])

@@ -44,31 +44,37 @@ def keep_mask(support: Support, logits: Tensor, target_ids: Tensor | None = None
 
 
 def _recompute(support: Support, logits: Tensor) -> Tensor:
-    """min_p, then top_k, then top_p; `logits` has -inf at banned ids and is overwritten."""
+    """min_p, then top_k, then top_p; `logits` has -inf at banned ids and is overwritten. Returns what is left."""
     if support.min_p is not None:
         probs = logits.softmax(1)
         threshold = probs.amax(1, keepdim=True) * _column(support.min_p, logits.device, logits.dtype)
         logits.masked_fill_(probs < threshold, -torch.inf)
-    if support.top_k is not None:
-        _apply_top_k(logits, support.top_k)
     if support.top_p is not None:
-        _apply_top_p(logits, _column(support.top_p, logits.device, logits.dtype))
+        _apply_top_k_top_p(logits, support.top_k, _column(support.top_p, logits.device, logits.dtype))
+    elif support.top_k is not None:
+        k = _ranks(support.top_k, logits)
+        largest = logits.topk(int(k.max()) if len(k) else 1, dim=1).values
+        logits.masked_fill_(logits < largest.gather(1, k - 1), -torch.inf)
     return logits > -torch.inf
 
 
-def _apply_top_k(logits: Tensor, top_k: int | Tensor) -> None:
-    """Keeps every logit >= the k-th largest of its row."""
-    vocab = logits.shape[1]
-    k = _column(top_k, logits.device, torch.int64)
-    k = torch.where((k <= 0) | (k > vocab), vocab, k)
-    largest = logits.topk(int(k.max()), dim=1).values
-    logits.masked_fill_(logits < largest.gather(1, (k - 1).expand(len(logits), 1)), -torch.inf)
+def _ranks(top_k: int | Tensor, logits: Tensor) -> Tensor:
+    """top_k as i64 [n, 1] from 1 to V; V where it is off."""
+    k = _column(top_k, logits.device, torch.int64).expand(len(logits), 1)
+    return torch.where((k <= 0) | (k > logits.shape[1]), logits.shape[1], k)
 
 
-def _apply_top_p(logits: Tensor, top_p: Tensor) -> None:
-    """Keeps the smallest set of most likely ids whose probability reaches top_p (all ids where top_p >= 1)."""
-    ordered, ids = logits.sort(dim=1, stable=True)
-    below = ordered.softmax(1).cumsum(1) <= 1 - top_p
-    below[:, -1] = False
-    below &= top_p < 1
+def _apply_top_k_top_p(logits: Tensor, top_k: int | Tensor | None, top_p: Tensor) -> None:
+    """Keeps every logit >= the k-th largest of its row, then the fewest best ones whose probability reaches top_p.
+
+    The sort is the very call that vLLM makes, so that equal logits fall on the same side of the top_p threshold.
+    """
+    ordered, ids = logits.sort(dim=1, descending=False)
+    below = torch.zeros_like(ordered, dtype=torch.bool)
+    if top_k is not None:
+        below = ordered < ordered.gather(1, logits.shape[1] - _ranks(top_k, logits))
+        ordered.masked_fill_(below, -torch.inf)
+    outside = ordered.softmax(1).cumsum_(1) <= 1 - top_p
+    outside[:, -1] = False
+    below |= outside & (top_p < 1)
     logits.masked_fill_(torch.zeros_like(below).scatter_(1, ids, below), -torch.inf)

@@ -75,7 +75,7 @@ class Support:
     [num_banned] from the rows where `banned_rows` bool [N] is true (from all rows if None): min_tokens bans the
     end-of-sequence ids in the first tokens.
     top_k, top_p and min_p are numbers or tensors [N]; top_k <= 0, top_p >= 1 and min_p <= 0 mean "off".
-    Ties at the top_k threshold are all kept; ties at the top_p threshold keep the larger ids.
+    Ties at the top_k threshold are all kept; ties at the top_p threshold fall as torch.sort orders them, as in vLLM.
 
     The target of a row is kept in either form, whatever the rest says: it was sampled.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import pytest
 
@@ -58,7 +59,6 @@ def test_defaults_pass_the_checks():
         {"model": " "},
         {"prompts": ""},
         {"output": ""},
-        {"min_tokens": 97},
         {"num_samples": 1},
     ],
     ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()),
@@ -83,6 +83,11 @@ def test_a_wrong_value_is_refused_by_a_message_that_begins_with_its_name(setting
 )
 def test_values_at_the_border_are_accepted(settings):
     check_config(changed(**settings))
+
+
+def test_more_min_tokens_than_tokens_is_refused_as_such():
+    with pytest.raises(UserError, match="^min_tokens: 97 is more than max_new_tokens .96."):
+        check_config(changed(min_tokens=97))
 
 
 def test_unknown_choice_names_the_nearest():
@@ -121,9 +126,12 @@ def test_every_field_has_a_help_text_and_a_heading():
     assert field_help()["top_k"].text == "Keep only the k likeliest tokens; 0 keeps all."
 
 
-def test_yaml_file_comes_back_as_it_was_saved(tmp_path):
+@pytest.mark.parametrize(
+    "prompts", ['a "quoted": text # and \\ a 🦊', "several\n\nlines: of\n text", " ", "null", "é: [1"]
+)
+def test_yaml_file_comes_back_as_it_was_saved(tmp_path, prompts):
     config = changed(
-        prompts='a "quoted": text # with\na second line and \\ a 🦊',
+        prompts=prompts,
         reward=("one.py:f", "two:g"),
         reward_weights=(1.0, 1e-5),
         lr=1e-5,
@@ -135,6 +143,7 @@ def test_yaml_file_comes_back_as_it_was_saved(tmp_path):
     save_config(config, tmp_path / "c.yaml")
     assert load_config(tmp_path / "c.yaml") == config
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+    assert all(re.match(r"$|# |\w+: ", line) for line in (tmp_path / "c.yaml").read_text().splitlines())
 
 
 def test_yaml_values_take_their_fields_types(tmp_path):

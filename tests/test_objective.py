@@ -17,7 +17,7 @@ from fastkl.kernels.types import TokenScores
 from fastkl.contract import Sampling, support_of
 from fastkl.errors import UserError
 from fastkl.penalty import REFUSED, Penalty, check_penalty
-from fastkl.rloo import rloo_loss
+from fastkl.rloo import token_coefficients
 
 VOCAB, LENGTH, STOP, BETA = 4, 3, 3, 0.7
 SAMPLINGS = {
@@ -118,8 +118,11 @@ def scores_of(world: World) -> tuple[TokenScores, list[torch.Tensor]]:
 
 
 def picked(scores: TokenScores, rows: torch.Tensor) -> TokenScores:
-    values = (getattr(scores, f.name) for f in fields(scores))
-    return TokenScores(*(None if x is None else x[rows] for x in values))
+    return TokenScores(*(None if x is None else x[rows] for x in values_of(scores)))
+
+
+def values_of(scores: TokenScores) -> list[torch.Tensor | None]:
+    return [getattr(scores, f.name) for f in fields(scores)]
 
 
 def expected_gradient(world: World, penalty: Penalty, baseline: str) -> torch.Tensor:
@@ -135,12 +138,18 @@ def expected_gradient(world: World, penalty: Penalty, baseline: str) -> torch.Te
     rows = torch.cat([owners[i] for i in samples])
     cu = torch.tensor([0, *(len(owners[i]) for i in samples)]).cumsum(0).int()
     rewards = world.reward[samples].view(-1, 2)
-    objective = rloo_loss(
-        picked(scores, rows), rewards, torch.ones_like(rewards, dtype=torch.bool), cu, penalty, baseline=baseline,
-        normalizer=2.0,
-        weights=torch.cat([(chance[i] * chance[j]).expand(len(owners[k])) for i, j in pairs for k in (i, j)]),
-    )  # fmt: skip
-    return -torch.autograd.grad(objective.loss, world.table)[0]
+    weights = torch.cat([(chance[i] * chance[j]).expand(len(owners[k])) for i, j in pairs for k in (i, j)])
+    loss = applied_loss(picked(scores, rows), rewards, cu, penalty, baseline, normalizer=2.0, weights=weights)
+    return -torch.autograd.grad(loss, world.table)[0]
+
+
+def applied_loss(scores: TokenScores, rewards, cu, penalty, baseline, **options) -> torch.Tensor:
+    """The loss whose gradient the trainer applies: its coefficients (constants) times the scores."""
+    constants = TokenScores(*(None if x is None else x.detach() for x in values_of(scores)))
+    valid = torch.ones_like(rewards, dtype=torch.bool)
+    factors = token_coefficients(constants, rewards, valid, cu, penalty, baseline=baseline, **options)
+    named = [f.name for f in fields(factors) if getattr(factors, f.name) is not None]
+    return sum((getattr(factors, name) * getattr(scores, name)).sum() for name in named)
 
 
 def exact_gradient(world: World, estimator: str, placement: str, reduction: str = "sum") -> torch.Tensor:
@@ -189,11 +198,10 @@ def test_crediting_only_what_a_token_caused_has_less_noise():
         for i, rows in enumerate(owners):
             cu = torch.tensor([0, len(rows)], dtype=torch.int32)
             penalty = Penalty(BETA, "k1", credit=credit)
-            one = rloo_loss(
-                picked(scores, rows), torch.zeros(1, 1).double(), torch.ones(1, 1, dtype=torch.bool), cu, penalty,
-                baseline="none", normalizer=1.0,
-            )  # fmt: skip
-            (gradient,) = torch.autograd.grad(one.loss, world.table, retain_graph=True)
+            loss = applied_loss(
+                picked(scores, rows), torch.zeros(1, 1).double(), cu, penalty, "none", normalizer=1.0
+            )
+            (gradient,) = torch.autograd.grad(loss, world.table, retain_graph=True)
             square += chance[i] * gradient**2
         noise[credit] = float(square.sum())
     assert noise["caused"] < 0.9 * noise["completion"]

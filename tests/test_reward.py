@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 
 import pytest
@@ -171,16 +172,25 @@ def test_a_failing_reward_is_named_with_step_and_completion(function, words):
 
 
 def test_names_lead_to_functions(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
-        "from beside import FACTOR\n"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.py").write_text(
+        "from beside_mine import FACTOR\n"
         "def reward(completions): return [FACTOR * len(c) for c in completions]\n"
         "class Judge:\n    def score(self, completions): return [1.0] * len(completions)\n"
         "judge = Judge()\n"
     )
-    (tmp_path / "beside.py").write_text("FACTOR = 2.0\n")
+    (tmp_path / "folder" / "beside_mine.py").write_text("FACTOR = 2.0\n")
+    (tmp_path / "module_in_current_folder.py").write_text("def reward(completions): ...\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    names = ["alliteration", "starts_with_a", "mine.py:reward", "mine:reward", "mine.py:judge.score"]
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # what is appended goes with the test
+    file = "folder/mine.py"
+    names = [
+        "alliteration",
+        "starts_with_a",
+        f"{file}:reward",
+        "module_in_current_folder:reward",
+        f"{file}:judge.score",
+    ]
     rewards = load_rewards(names, [1, 2, 3, 4, 5])
     assert [r.name for r in rewards] == ["alliteration", "starts_with_a", "reward", "reward-2", "score"]
     assert [r.weight for r in rewards] == [1, 2, 3, 4, 5]

@@ -46,7 +46,8 @@ def equal_lengths_batch():
 def test_batched_forward_and_gradient_equal_separate_forwards(layout, make_batch):
     model = toy_model()
     batch = make_batch(model)
-    hidden = trunk.hidden_states(model, only_micro_batch(batch), layout)
+    with trunk.scoring(model, layout):
+        hidden = trunk.hidden_states(model, only_micro_batch(batch), layout)
     expected = separate_hidden_states(model, batch)
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(expected)
@@ -57,18 +58,20 @@ def test_batched_forward_and_gradient_equal_separate_forwards(layout, make_batch
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_changes_no_gradient_and_generation_still_caches():
     model = toy_model()
     micro = only_micro_batch(toy_batch(model))
-    plain = torch.autograd.grad(
-        trunk.hidden_states(model, micro, "packed").square().sum(), model.base_model.norm.weight
-    )
-    model.train()
+
+    def gradient() -> torch.Tensor:
+        with trunk.scoring(model, "packed"):
+            loss = trunk.hidden_states(model, micro, "packed").square().sum()
+            return torch.autograd.grad(loss, model.base_model.embed_tokens.weight)[0]
+
+    plain = gradient()
     model.gradient_checkpointing_enable()
-    again = torch.autograd.grad(
-        trunk.hidden_states(model, micro, "packed").square().sum(), model.base_model.norm.weight
-    )
-    torch.testing.assert_close(again, plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient(), plain, rtol=0, atol=1e-12)
+    assert not model.training
+    assert model(input_ids=torch.tensor([[1, 2]]), use_cache=True).past_key_values.get_seq_length() == 2
 
 
 def test_choose_layout_takes_the_packed_row_for_llama_and_leaves_the_models_own_attention_in_place():
@@ -87,7 +90,8 @@ def test_sliding_windows_are_respected():
     )  # fmt: skip
     model = MistralForCausalLM(config).double().eval()
     batch = toy_batch(toy_model(), max_new_tokens=9)
-    hidden = trunk.packed_hidden_states(model, only_micro_batch(batch))
+    with trunk.scoring(model, "packed"):
+        hidden = trunk.packed_hidden_states(model, only_micro_batch(batch))
     torch.testing.assert_close(hidden, separate_hidden_states(model, batch), rtol=0, atol=1e-10)
 
 
@@ -115,7 +119,9 @@ def test_a_layout_that_leaks_between_sequences_is_never_chosen(family):
     layout, reason = trunk.choose_layout(model, micro)
     expected = separate_hidden_states(model, batch)
     tolerance = 1e-10 if family == "gpt2" else 1e-5  # GPT-Neo computes its attention in float32
-    torch.testing.assert_close(trunk.hidden_states(model, micro, layout), expected, rtol=0, atol=tolerance)
+    with trunk.scoring(model, layout):
+        hidden = trunk.hidden_states(model, micro, layout)
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=tolerance)
     if family == "gpt_neo":
         assert layout == "padded", reason
 

@@ -13,7 +13,7 @@ Left out: whether the story makes sense as a whole (things that change owners, a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -21,7 +21,7 @@ from fastkl.storyteller.grammar import PRONOUNS, SHARED_SLOTS, Piece, article, e
 from fastkl.storyteller.lexicon import GENDER, WORDS
 
 _WRITTEN_WORD = re.compile(r'("?)([A-Za-z]+)(\S*)')
-_SENTENCE_ENDS = (".", "!", "?", '."', '!"', '?"')
+_ENDS = (".", "!", "?")  # of sentences: none of the language ends with a quotation, `said Tim` or the like always follows it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +54,15 @@ def check(text: str) -> SentenceCheck:
     An unfinished last sentence is not counted as long as it can still become a well-formed one, its last word left aside since it may be cut;
     one that cannot ("to the tall tall tall") counts as a malformed sentence.
     """
-    sentences = split_sentences(text)
+    *finished, tail = split_sentences(text) + ([[]] if text.rstrip().endswith(_ENDS) else [])
     gender, told, num_well_formed = "", set(), 0
-    for i, words in enumerate(sentences):
-        finished = words[-1].endswith(_SENTENCE_ENDS)
-        if not finished:
-            if _can_begin(words[:-1], gender):
-                return SentenceCheck(num_well_formed, i)
-            continue
-        key = tuple(words)
-        match = None if key in told else _match_sentence(words, gender)
-        told.add(key)
+    for words in finished:
+        match = None if tuple(words) in told else _match_sentence(words, gender)
+        told.add(tuple(words))
         if match is not None:
             num_well_formed += 1
             gender = match.gender_a or gender
-    return SentenceCheck(num_well_formed, len(sentences))
+    return SentenceCheck(num_well_formed, len(finished) + (not _can_begin(tail[:-1])))
 
 
 def well_formed_share(texts: Iterable[str]) -> float:
@@ -79,16 +73,15 @@ def well_formed_share(texts: Iterable[str]) -> float:
 
 
 def split_sentences(text: str) -> list[list[str]]:
-    """The written words of each sentence; the last sentence may be unfinished. A mark that closes a quotation ends the sentence only if no small
-    letter follows (`"Where is it?" asked Tim.` is one sentence)."""
+    """The written words of each sentence; the last one may be unfinished, and is [] in an empty text. A mark that closes a quotation ends the sentence
+    only if no small letter follows (`"Where is it?" asked Tim.` is one sentence)."""
     words = text.split()
     sentences: list[list[str]] = [[]]
-    for i, word in enumerate(words):
+    for word, next_word in zip(words, [*words[1:], ""], strict=False):
         sentences[-1].append(word)
-        goes_on = word.endswith('"') and i + 1 < len(words) and words[i + 1][0].islower()
-        if word.endswith(_SENTENCE_ENDS) and not goes_on:
+        if next_word and (word.endswith(_ENDS) or (word.rstrip('"').endswith(_ENDS) and not next_word[0].islower())):
             sentences.append([])
-    return [sentence for sentence in sentences if sentence]
+    return sentences
 
 
 @cache
@@ -127,12 +120,12 @@ def _match_sentence(words: list[str], last_gender: str) -> _Match | None:
     return None
 
 
-def _can_begin(words: list[str], last_gender: str) -> bool:
-    """Whether some sentence of the language begins with these words (a name may still follow, so genders may still be free)."""
-    return next(_readings(words), None) is not None
+def _can_begin(words: list[str]) -> bool:
+    """Whether some sentence of the language begins with these words (a name may still follow, so no gender is wrong yet)."""
+    return next(iter(_readings(words)), None) is not None
 
 
-def _readings(words: list[str]) -> Iterable[tuple[_Node, _Match]]:
+def _readings(words: list[str]) -> Iterator[tuple[_Node, _Match]]:
     """All ways to walk from the root of the trie over these words, with what each has bound."""
     stack = [(_trie(), 0, _Match())]
     while stack:

@@ -52,7 +52,7 @@ def make_case(
     hot: bool = False,
     **options,
 ) -> Case:
-    """Random heads; logits of standard deviation about `scale`. hot: targets are the argmax. mask: none, some or all."""
+    """Random heads; logits of standard deviation about `scale`. hot: targets are the argmax. mask: none, some, all"""
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape):  # values that bfloat16 holds exactly, so that every dtype sees the same problem

@@ -1,0 +1,297 @@
+"""The Triton twin of epilogue.py: one pass over a row of policy and reference logits, and the gradient in place.
+
+`score_kernel` reads every logit once, keeps online sums of all that RowStats needs, and can go over the row a second
+time (it is still in the L2 cache) to write the gradient when the loss's factors are known. `gradient_kernel` writes the
+gradient from known statistics. One program per row, rows on grid axis x, 64-bit row offsets, no atomics: results are
+bitwise reproducible and do not depend on the other rows.
+
+The online sums are centred at the running maxima m and m_ref. With e = exp(z - m), a block that raises the maximum to
+m' turns sum e (z - m) into exp(m - m') (sum e (z - m) + (m - m') sum e), and the gap sum likewise. The target's own
+logit is left out of the sums and added at the end, so that log p(y) near zero keeps its accuracy.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+EXCLUDED = tl.constexpr(-1e30)  # as epilogue.EXCLUDED
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def process_logits(
+    x, softcap, logit_scale, inverse_temperature,
+    HAS_SOFTCAP: tl.constexpr, ROUND_BF16: tl.constexpr,
+):  # fmt: skip
+    """LogitOptions.apply_ of a block of float32 head outputs; -inf becomes EXCLUDED."""
+    if ROUND_BF16:
+        x = x.to(tl.bfloat16).to(tl.float32)
+    if HAS_SOFTCAP:
+        # tanh(y) = 1 - 2 / (exp(2 y) + 1): right at both ends, where exp is infinite or zero
+        x = softcap * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E / softcap)) + 1.0))
+    # NaN must stay NaN: it is reported at the border
+    return tl.maximum(x * (logit_scale * inverse_temperature), EXCLUDED, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def log_of_sum(others, exp_target, at_maximum):
+    """log(others + exp_target); a target at the maximum has exp_target = 1 and needs log1p(others)."""
+    total = others + exp_target
+    # log1p(x) = log(1 + x) * x / ((1 + x) - 1) corrects the rounding of 1 + x (Kahan)
+    one_plus = 1.0 + others
+    rounded = one_plus - 1.0
+    log1p = tl.where(rounded == 0.0, others, tl.log(one_plus) * (others / tl.where(rounded == 0.0, 1.0, rounded)))
+    return tl.where(at_maximum, log1p, tl.log(total))
+
+
+@triton.jit
+def fold_block(z, r, m, s, a, mr, sr, g, HAS_REF: tl.constexpr):
+    """Adds a block of logits [BLOCK] to the online sums. m, mr: scalars; s, a, sr, g: one partial sum per lane."""
+    m_new = tl.maximum(m, tl.max(z, 0))
+    rescale = tl.exp2((m - m_new) * LOG2E)
+    if HAS_REF:
+        mr_new = tl.maximum(mr, tl.max(r, 0))
+        sr = sr * tl.exp2((mr - mr_new) * LOG2E) + tl.exp2((r - mr_new) * LOG2E)
+        g = rescale * (g + s * ((m - m_new) - (mr - mr_new)))
+        mr = mr_new
+    a = rescale * (a + s * (m - m_new))
+    z = z - m_new
+    e = tl.exp2(z * LOG2E)
+    s = s * rescale + e
+    a += e * z
+    if HAS_REF:
+        g += e * (z - (r - mr))
+    return m_new, s, a, mr, sr, g
+
+
+@triton.jit
+def finish(z_t, r_t, m, s, a, mr, sr, g, HAS_REF: tl.constexpr):
+    """Adds the target to the sums over all other ids: the statistics of RowStats, in its order. For one row or many."""
+    top = tl.maximum(m, z_t)
+    rescale = tl.exp2((m - top) * LOG2E)
+    exp_target = tl.exp2((z_t - top) * LOG2E)
+    others = s * rescale
+    log_sum = log_of_sum(others, exp_target, z_t == top)
+    total = others + exp_target
+    mean_logit = (rescale * (a + s * (m - top)) + exp_target * (z_t - top)) / total
+    logprob = (z_t - top) - log_sum
+    ref_log_sum = tl.zeros_like(log_sum)
+    ref_logprob = tl.zeros_like(log_sum)
+    mean_gap = tl.zeros_like(log_sum)
+    if HAS_REF:
+        ref_log_sum = tl.log(sr)
+        ref_logprob = (r_t - mr) - ref_log_sum
+        mean_gap = (rescale * (g + s * (m - top)) + exp_target * ((z_t - top) - (r_t - mr))) / total
+    return top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap
+
+
+@triton.jit
+def store_stats(ptr, stride, row, inside, top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap):
+    """Writes RowStats of one row or of many, where `inside`; its fields lie `stride` apart."""
+    tl.store(ptr + row, top, mask=inside)
+    tl.store(ptr + stride + row, log_sum, mask=inside)
+    tl.store(ptr + 2 * stride + row, mean_logit, mask=inside)
+    tl.store(ptr + 3 * stride + row, logprob, mask=inside)
+    tl.store(ptr + 4 * stride + row, mr, mask=inside)
+    tl.store(ptr + 5 * stride + row, ref_log_sum, mask=inside)
+    tl.store(ptr + 6 * stride + row, ref_logprob, mask=inside)
+    tl.store(ptr + 7 * stride + row, mean_gap, mask=inside)
+
+
+@triton.jit
+def load_factor(ptr, stride, index: tl.constexpr, row, GIVEN: tl.constexpr):
+    """A row's factor, or zero if that score has none."""
+    if GIVEN:
+        return tl.load(ptr + index * stride + row)
+    else:
+        return 0.0
+
+
+@triton.jit
+def gradient_block(
+    z, r, is_target, top, log_sum, mean_logit, logprob, mr, mean_gap, fa, fb, fc,
+    HAS_B: tl.constexpr, HAS_C: tl.constexpr,
+):  # fmt: skip
+    """dL/dz of a block of processed logits for the row factors fa, fb, fc; see epilogue.dlogits_."""
+    z = z - top
+    p = tl.exp2((z - log_sum) * LOG2E)
+    slope = tl.zeros_like(z)
+    if HAS_B:
+        slope -= fb * (z - mean_logit)
+    if HAS_C:
+        slope += fc * ((z - (r - mr)) - mean_gap)
+    # 1 - p at the target without cancellation: from the log-probability, by the series where it is small
+    x = -logprob
+    one_minus_p = tl.where(x < 1e-2, x * (1.0 - x * (0.5 - x * (1.0 / 6.0))), 1.0 - tl.exp2(logprob * LOG2E))
+    return p * slope + fa * tl.where(is_target, one_minus_p, -p)
+
+
+@triton.jit
+def score_kernel(
+    z_ptr, z_stride, r_ptr, r_stride, bias_ptr, ref_bias_ptr, keep_ptr, target_ptr, row_ids_ptr, temperature_ptr,
+    stats_ptr, support_stats_ptr, stats_stride, factors_ptr, factors_stride, grad_ptr, grad_stride,
+    vocab, temperature, softcap, logit_scale,
+    HAS_REF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROUND_BF16: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Statistics of one row over the full vocabulary and on the support; with WRITE_GRADIENT its gradient too."""
+    i = tl.program_id(0).to(tl.int64)
+    row = i
+    if HAS_ROW_IDS:
+        row = tl.load(row_ids_ptr + i)
+    z_ptr += row * z_stride
+    r_ptr += row * r_stride
+    keep_ptr += i * vocab
+    target = tl.load(target_ptr + i)
+    if ROW_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + i)
+    inverse_temperature = 1.0 / temperature
+    lanes = tl.arange(0, BLOCK)
+
+    m = EXCLUDED * 1.0
+    mr = EXCLUDED * 1.0
+    s = tl.zeros([BLOCK], tl.float32)
+    a = tl.zeros([BLOCK], tl.float32)
+    sr = tl.zeros([BLOCK], tl.float32)
+    g = tl.zeros([BLOCK], tl.float32)
+    m_k = EXCLUDED * 1.0
+    mr_k = EXCLUDED * 1.0
+    s_k = tl.zeros([BLOCK], tl.float32)
+    a_k = tl.zeros([BLOCK], tl.float32)
+    sr_k = tl.zeros([BLOCK], tl.float32)
+    g_k = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        cols = start + lanes
+        inside = cols < vocab
+        z = tl.load(z_ptr + cols, mask=inside, other=-float("inf")).to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + cols, mask=inside, other=0.0)
+        z = process_logits(z, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+        if HAS_SOFTCAP:  # which maps -inf to -softcap
+            z = tl.where(inside, z, EXCLUDED)
+        z = tl.where(cols == target, EXCLUDED, z)
+        r = z
+        if HAS_REF:
+            r = tl.load(r_ptr + cols, mask=inside, other=-float("inf")).to(tl.float32)
+            if HAS_REF_BIAS:
+                r += tl.load(ref_bias_ptr + cols, mask=inside, other=0.0)
+            r = process_logits(r, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+            if HAS_SOFTCAP:
+                r = tl.where(inside, r, EXCLUDED)
+        m, s, a, mr, sr, g = fold_block(z, r, m, s, a, mr, sr, g, HAS_REF)
+        if HAS_KEEP:
+            keep = tl.load(keep_ptr + cols, mask=inside, other=0) != 0
+            z = tl.where(keep, z, EXCLUDED)
+            r = tl.where(keep, r, EXCLUDED)
+            m_k, s_k, a_k, mr_k, sr_k, g_k = fold_block(z, r, m_k, s_k, a_k, mr_k, sr_k, g_k, HAS_REF)
+
+    z_t = tl.load(z_ptr + target).to(tl.float32)
+    if HAS_BIAS:
+        z_t += tl.load(bias_ptr + target)
+    z_t = process_logits(z_t, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+    r_t = z_t
+    if HAS_REF:
+        r_t = tl.load(r_ptr + target).to(tl.float32)
+        if HAS_REF_BIAS:
+            r_t += tl.load(ref_bias_ptr + target)
+        r_t = process_logits(r_t, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+    top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap = finish(
+        z_t, r_t, m, tl.sum(s, 0), tl.sum(a, 0), mr, tl.sum(sr, 0), tl.sum(g, 0), HAS_REF
+    )
+    store_stats(
+        stats_ptr, stats_stride, i, True, top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap
+    )
+    if HAS_KEEP:
+        top_k, log_sum_k, mean_logit_k, logprob_k, mr_k, ref_log_sum_k, ref_logprob_k, mean_gap_k = finish(
+            z_t, r_t, m_k, tl.sum(s_k, 0), tl.sum(a_k, 0), mr_k, tl.sum(sr_k, 0), tl.sum(g_k, 0), HAS_REF
+        )
+        store_stats(
+            support_stats_ptr, stats_stride, i, True, top_k, log_sum_k, mean_logit_k, logprob_k, mr_k, ref_log_sum_k,
+            ref_logprob_k, mean_gap_k,
+        )  # fmt: skip
+    if WRITE_GRADIENT:
+        # every column is read and written by the same thread, so grad_ptr may be z_ptr's row
+        grad_ptr += row * grad_stride
+        fa = tl.load(factors_ptr + i)
+        fb = load_factor(factors_ptr, factors_stride, 1, i, HAS_B)
+        fc = load_factor(factors_ptr, factors_stride, 2, i, HAS_C)
+        for start in range(0, vocab, BLOCK):
+            cols = start + lanes
+            inside = cols < vocab
+            z = tl.load(z_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                z += tl.load(bias_ptr + cols, mask=inside, other=0.0)
+            z = process_logits(z, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+            r = z
+            if HAS_C:
+                r = tl.load(r_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+                if HAS_REF_BIAS:
+                    r += tl.load(ref_bias_ptr + cols, mask=inside, other=0.0)
+                r = process_logits(r, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+            gradient = gradient_block(
+                z, r, cols == target, top, log_sum, mean_logit, logprob, mr, mean_gap, fa, fb, fc, HAS_B, HAS_C
+            )
+            if HAS_SOFTCAP:
+                tanh = z * (temperature / (logit_scale * softcap))
+                gradient *= 1.0 - tanh * tanh
+            gradient *= logit_scale * inverse_temperature
+            tl.store(grad_ptr + cols, gradient.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    z_ptr, z_stride, r_ptr, r_stride, bias_ptr, ref_bias_ptr, keep_ptr, target_ptr, row_ids_ptr, temperature_ptr,
+    stats_ptr, support_stats_ptr, stats_stride, factors_ptr, factors_stride, grad_ptr, grad_stride,
+    vocab, temperature, softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROUND_BF16: tl.constexpr,
+    HAS_B: tl.constexpr, HAS_C: tl.constexpr, HAS_C_SUPPORT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one block of one row from known statistics; grad_ptr may be z_ptr."""
+    i = tl.program_id(0).to(tl.int64)
+    row = i
+    if HAS_ROW_IDS:
+        row = tl.load(row_ids_ptr + i)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < vocab
+    target = tl.load(target_ptr + i)
+    if ROW_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + i)
+    inverse_temperature = 1.0 / temperature
+
+    z = tl.load(z_ptr + row * z_stride + cols, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + cols, mask=inside, other=0.0)
+    z = process_logits(z, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+    r = z
+    if HAS_C or HAS_C_SUPPORT:
+        r = tl.load(r_ptr + row * r_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        if HAS_REF_BIAS:
+            r += tl.load(ref_bias_ptr + cols, mask=inside, other=0.0)
+        r = process_logits(r, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+    gradient = gradient_block(
+        z, r, cols == target,
+        tl.load(stats_ptr + i), tl.load(stats_ptr + stats_stride + i), tl.load(stats_ptr + 2 * stats_stride + i),
+        tl.load(stats_ptr + 3 * stats_stride + i), tl.load(stats_ptr + 4 * stats_stride + i),
+        tl.load(stats_ptr + 7 * stats_stride + i),
+        tl.load(factors_ptr + i), load_factor(factors_ptr, factors_stride, 1, i, HAS_B),
+        load_factor(factors_ptr, factors_stride, 2, i, HAS_C), HAS_B, HAS_C,
+    )  # fmt: skip
+    if HAS_KEEP:
+        keep = tl.load(keep_ptr + i * vocab + cols, mask=inside, other=0) != 0
+        on_support = gradient_block(
+            z, r, cols == target,
+            tl.load(support_stats_ptr + i), tl.load(support_stats_ptr + stats_stride + i),
+            tl.load(support_stats_ptr + 2 * stats_stride + i), tl.load(support_stats_ptr + 3 * stats_stride + i),
+            tl.load(support_stats_ptr + 4 * stats_stride + i), tl.load(support_stats_ptr + 7 * stats_stride + i),
+            tl.load(factors_ptr + 3 * factors_stride + i), 0.0,
+            load_factor(factors_ptr, factors_stride, 4, i, HAS_C_SUPPORT), False, HAS_C_SUPPORT,
+        )  # fmt: skip
+        gradient += tl.where(keep, on_support, 0.0)
+    if HAS_SOFTCAP:
+        tanh = z * (temperature / (logit_scale * softcap))
+        gradient *= 1.0 - tanh * tanh
+    gradient *= logit_scale * inverse_temperature
+    tl.store(grad_ptr + row * grad_stride + cols, gradient.to(grad_ptr.dtype.element_ty), mask=inside)

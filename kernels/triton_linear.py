@@ -1,0 +1,239 @@
+"""Scores straight from hidden states: a matrix product whose epilogue is the online softmax. No logits are stored.
+
+One program multiplies one block of rows with one share ("split") of the vocabulary, policy and reference side by side,
+and folds every tile of logits into running sums while they are still in registers, in float32. `merge_kernel` adds the
+shares up in order. The number of shares depends on the vocabulary alone and there are no atomics, so a row's scores are
+the same bits whatever other rows are scored with it. Tiles come through tensor descriptors (TMA on Hopper and later).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .epilogue import RowStats
+from .linear import Head, LogitOptions
+from .triton_epilogue import EXCLUDED, LOG2E, finish, process_logits, store_stats
+
+BLOCK_ROWS, BLOCK_HIDDEN, NUM_WARPS = 128, 64, 8
+OLDEST_ARCHITECTURE = 90  # before it, descriptors become plain pointers and nothing is left to pipeline with
+MAX_SPLITS = 16
+SUMS = 8  # m, s, a, mr, sr, g, target's logit, target's reference logit
+MERGE_ROWS = 128
+
+
+@triton.jit
+def fold_tile(z, r, m, s, a, mr, sr, g, HAS_REF: tl.constexpr):
+    """triton_epilogue.fold_block for a tile [rows, ids]: every sum is a number per row."""
+    m_new = tl.maximum(m, tl.max(z, 1))
+    rescale = tl.exp2((m - m_new) * LOG2E)
+    z = z - m_new[:, None]
+    e = tl.exp2(z * LOG2E)
+    if HAS_REF:
+        mr_new = tl.maximum(mr, tl.max(r, 1))
+        r = r - mr_new[:, None]
+        sr = sr * tl.exp2((mr - mr_new) * LOG2E) + tl.sum(tl.exp2(r * LOG2E), 1)
+        g = rescale * (g + s * ((m - m_new) - (mr - mr_new))) + tl.sum(e * (z - r), 1)
+        mr = mr_new
+    a = rescale * (a + s * (m - m_new)) + tl.sum(e * z, 1)
+    s = s * rescale + tl.sum(e, 1)
+    return m_new, s, a, mr, sr, g
+
+
+@triton.jit
+def linear_score_kernel(
+    h_desc, w_desc, hr_desc, wr_desc, bias_ptr, ref_bias_ptr, target_ptr, temperature_ptr, sums_ptr,
+    sums_stride,     num_rows, vocab, hidden, num_row_blocks, num_splits, temperature, softcap, logit_scale,
+    HAS_REF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ROUND_BF16: tl.constexpr, IEEE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Running sums of one block of rows over one share of the vocabulary, into sums [SUMS, splits, rows]."""
+    pid = tl.program_id(0)
+    first_row = (pid % num_row_blocks) * BLOCK_ROWS  # neighbours share the weights, which stay in the L2 cache
+    split = pid // num_row_blocks
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"  # only float32 inputs look at it
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    in_rows = rows < num_rows
+    target = tl.load(target_ptr + rows, mask=in_rows, other=-1)
+    inverse_temperature = tl.zeros([BLOCK_ROWS], tl.float32) + 1.0 / temperature
+    if ROW_TEMPERATURE:
+        inverse_temperature = 1.0 / tl.load(temperature_ptr + rows, mask=in_rows, other=1.0)
+
+    m = tl.zeros([BLOCK_ROWS], tl.float32) + EXCLUDED
+    mr = tl.zeros([BLOCK_ROWS], tl.float32) + EXCLUDED
+    s = tl.zeros([BLOCK_ROWS], tl.float32)
+    a = tl.zeros([BLOCK_ROWS], tl.float32)
+    sr = tl.zeros([BLOCK_ROWS], tl.float32)
+    g = tl.zeros([BLOCK_ROWS], tl.float32)
+    z_t = tl.zeros([BLOCK_ROWS], tl.float32)
+    r_t = tl.zeros([BLOCK_ROWS], tl.float32)
+    num_tiles = tl.cdiv(vocab, BLOCK_VOCAB)
+    first_tile = split * num_tiles // num_splits
+    last_tile = (split + 1) * num_tiles // num_splits
+    for tile in range(first_tile, last_tile):
+        first_id = tile * BLOCK_VOCAB
+        z = tl.zeros([BLOCK_ROWS, BLOCK_VOCAB], tl.float32)
+        r = tl.zeros([BLOCK_ROWS, BLOCK_VOCAB], tl.float32)
+        for k in range(0, hidden, BLOCK_HIDDEN):
+            z = tl.dot(h_desc.load([first_row, k]), w_desc.load([first_id, k]).T, z, input_precision=precision)
+            if HAS_REF:
+                r = tl.dot(hr_desc.load([first_row, k]), wr_desc.load([first_id, k]).T, r, input_precision=precision)
+        ids = first_id + tl.arange(0, BLOCK_VOCAB)
+        inside = (ids < vocab)[None, :]
+        is_target = ids[None, :] == target[:, None]
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
+        z = process_logits(z, softcap, logit_scale, inverse_temperature[:, None], HAS_SOFTCAP, ROUND_BF16)
+        z_t += tl.sum(tl.where(is_target, z, 0.0), 1)
+        z = tl.where(inside & (ids[None, :] != target[:, None]), z, EXCLUDED)
+        if HAS_REF:
+            if HAS_REF_BIAS:
+                r += tl.load(ref_bias_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
+            r = process_logits(r, softcap, logit_scale, inverse_temperature[:, None], HAS_SOFTCAP, ROUND_BF16)
+            r_t += tl.sum(tl.where(is_target, r, 0.0), 1)
+            r = tl.where(inside, r, EXCLUDED)
+        m, s, a, mr, sr, g = fold_tile(z, r, m, s, a, mr, sr, g, HAS_REF)
+
+    field = sums_stride
+    sums_ptr += split.to(tl.int64) * num_rows + rows
+    tl.store(sums_ptr, m, mask=in_rows)
+    tl.store(sums_ptr + field, s, mask=in_rows)
+    tl.store(sums_ptr + 2 * field, a, mask=in_rows)
+    tl.store(sums_ptr + 3 * field, mr, mask=in_rows)
+    tl.store(sums_ptr + 4 * field, sr, mask=in_rows)
+    tl.store(sums_ptr + 5 * field, g, mask=in_rows)
+    tl.store(sums_ptr + 6 * field, z_t, mask=in_rows)
+    tl.store(sums_ptr + 7 * field, r_t, mask=in_rows)
+
+
+@triton.jit
+def merge_kernel(
+    sums_ptr,
+    sums_stride,
+    stats_ptr,
+    stats_stride,
+    num_rows,
+    num_splits,
+    HAS_REF: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Adds the shares of the vocabulary up, in their order, and finishes RowStats."""
+    rows = tl.program_id(0) * MERGE_ROWS + tl.arange(0, MERGE_ROWS)
+    inside = rows < num_rows
+    field = sums_stride
+    ptr = sums_ptr + rows
+    m = tl.zeros([MERGE_ROWS], tl.float32) + EXCLUDED
+    mr = tl.zeros([MERGE_ROWS], tl.float32) + EXCLUDED
+    s = tl.zeros([MERGE_ROWS], tl.float32)
+    a = tl.zeros([MERGE_ROWS], tl.float32)
+    sr = tl.zeros([MERGE_ROWS], tl.float32)
+    g = tl.zeros([MERGE_ROWS], tl.float32)
+    z_t = tl.zeros([MERGE_ROWS], tl.float32)
+    r_t = tl.zeros([MERGE_ROWS], tl.float32)
+    for _ in range(0, num_splits):
+        m_i = tl.load(ptr, mask=inside, other=0.0)
+        s_i = tl.load(ptr + field, mask=inside, other=1.0)
+        m_new = tl.maximum(m, m_i)
+        old, new = tl.exp2((m - m_new) * LOG2E), tl.exp2((m_i - m_new) * LOG2E)
+        if HAS_REF:
+            mr_i = tl.load(ptr + 3 * field, mask=inside, other=0.0)
+            mr_new = tl.maximum(mr, mr_i)
+            g_i = tl.load(ptr + 5 * field, mask=inside, other=0.0)
+            g = old * (g + s * ((m - m_new) - (mr - mr_new))) + new * (g_i + s_i * ((m_i - m_new) - (mr_i - mr_new)))
+            sr_i = tl.load(ptr + 4 * field, mask=inside, other=1.0)
+            sr = sr * tl.exp2((mr - mr_new) * LOG2E) + sr_i * tl.exp2((mr_i - mr_new) * LOG2E)
+            mr = mr_new
+            r_t += tl.load(ptr + 7 * field, mask=inside, other=0.0)
+        a_i = tl.load(ptr + 2 * field, mask=inside, other=0.0)
+        a = old * (a + s * (m - m_new)) + new * (a_i + s_i * (m_i - m_new))
+        s = s * old + s_i * new
+        m = m_new
+        z_t += tl.load(ptr + 6 * field, mask=inside, other=0.0)
+        ptr += num_rows
+    top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap = finish(
+        z_t, r_t, m, s, a, mr, sr, g, HAS_REF
+    )
+    store_stats(
+        stats_ptr, stats_stride, rows, inside, top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap
+    )
+
+
+def tile_shape(architecture: int, has_ref: bool, has_extras: bool) -> tuple[int, int]:
+    """(ids per tile, pipeline stages) such that no register spills: `python -m fastkl.kernels.resources` shows it.
+
+    Two accumulators of 128 x 128 just fit on sm_90, and no longer with bias or softcap in the epilogue.
+    """
+    if has_ref and (has_extras or architecture >= 100):
+        return 64, 4
+    return 128, 3 if has_ref else 4
+
+
+def architecture_of(x: Tensor) -> int:
+    """90 for a Hopper GPU; the interpreter passes as one."""
+    if not x.is_cuda:
+        return OLDEST_ARCHITECTURE
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def fits(policy: Head, reference: Head | None) -> bool:
+    """Whether tensor descriptors can read these heads: one dtype, contiguous features, rows of whole 16-byte units."""
+    if architecture_of(policy.hidden) < OLDEST_ARCHITECTURE or (
+        policy.hidden.is_cuda and policy.hidden.dtype == torch.float32
+    ):  # float32 products belong to the BLAS
+        return False
+    tensors = [policy.hidden, policy.weight] + ([] if reference is None else [reference.hidden, reference.weight])
+    unit = 16 // policy.hidden.element_size()
+    return all(
+        x.dtype == policy.hidden.dtype and x.stride(1) == 1 and x.stride(0) % unit == 0 and x.data_ptr() % 16 == 0
+        for x in tensors
+    )
+
+
+def linear_score(
+    policy: Head,
+    reference: Head | None,
+    target_ids: Tensor,
+    row_ids: Tensor | None,
+    options: LogitOptions,
+    stats: RowStats,
+) -> None:
+    """Fills `stats` (full vocabulary) of the n scored rows without storing logits. Memory: 8 sums per row and split."""
+    num_rows = len(target_ids)
+    if num_rows == 0:
+        return
+    vocab, hidden = policy.weight.shape
+    biases = [None if h is None or h.bias is None else h.bias.detach().float() for h in (policy, reference)]
+    has_extras = options.softcap is not None or any(b is not None for b in biases)
+    block_vocab, num_stages = tile_shape(architecture_of(policy.hidden), reference is not None, has_extras)
+    num_splits = min(MAX_SPLITS, triton.cdiv(vocab, block_vocab))
+    num_row_blocks = triton.cdiv(num_rows, BLOCK_ROWS)
+    sums = torch.empty(SUMS, num_splits, num_rows, device=target_ids.device)
+    sides = [policy, policy if reference is None else reference]
+    descriptors = []
+    for side in sides:
+        states = side.hidden.detach() if row_ids is None else side.hidden.detach().index_select(0, row_ids)
+        for x, block in ((states, BLOCK_ROWS), (side.weight.detach(), block_vocab)):
+            descriptors.append(TensorDescriptor.from_tensor(x, [block, BLOCK_HIDDEN]))
+    row_temperature = isinstance(options.temperature, Tensor)
+    linear_score_kernel[(num_row_blocks * num_splits,)](
+        *descriptors, *(sums if b is None else b for b in biases), target_ids,
+        options.temperature if row_temperature else sums, sums, sums.stride(0),
+        num_rows, vocab, hidden, num_row_blocks, num_splits,
+        1.0 if row_temperature else float(options.temperature), float(options.softcap or 1.0),
+        float(options.logit_scale),
+        HAS_REF=reference is not None, HAS_BIAS=biases[0] is not None, HAS_REF_BIAS=biases[1] is not None,
+        ROW_TEMPERATURE=row_temperature, HAS_SOFTCAP=options.softcap is not None,
+        ROUND_BF16=options.logits_dtype == "bfloat16", IEEE=policy.hidden.dtype == torch.float32,
+        BLOCK_ROWS=BLOCK_ROWS, BLOCK_VOCAB=block_vocab, BLOCK_HIDDEN=BLOCK_HIDDEN,
+        num_warps=NUM_WARPS, num_stages=num_stages,
+    )  # fmt: skip
+    merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
+        sums, sums.stride(0), stats.max, stats.log_sum.storage_offset() - stats.max.storage_offset(),
+        num_rows, num_splits,
+        HAS_REF=reference is not None, MERGE_ROWS=MERGE_ROWS, num_warps=4,
+    )  # fmt: skip
