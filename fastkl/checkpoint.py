@@ -1,9 +1,9 @@
 """Checkpoints: a folder that is either whole or not there.
 
 checkpoints/step-N/ holds the policy and its tokenizer in Hugging Face format (from_pretrained loads it), the
-optimizer's moments and torch's random state as safetensors (trainer.safetensors), and checkpoint.json: step, prompt
-position, Python's and NumPy's random states, the run's settings, and size and hash of every other file. Nothing is
-pickled.
+optimizer's moments and torch's random state as safetensors (trainer.safetensors), the reference where the run renews it
+(reference.safetensors), and checkpoint.json: step, prompt position, Python's and NumPy's random states, the run's
+settings, and size and hash of every other file. Nothing is pickled.
 
 It is written under another name, flushed to disk, and renamed last: a kill at any byte leaves the last good one.
 """
@@ -29,6 +29,7 @@ from fastkl.errors import UserError
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 TENSORS = "trainer.safetensors"
+REFERENCE = "reference.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,12 @@ def save_checkpoint(
     state: Mapping[str, Any],
     config: Mapping[str, Any],
     keep: int,
+    reference: nn.Module | None = None,
 ) -> Path:
-    """Writes root/step-N atomically, then deletes all but the `keep` newest (0: none). OSError if the disk fails."""
+    """Writes root/step-N atomically, then deletes all but the `keep` newest (0: none). OSError if the disk fails.
+
+    reference: only where it changes during the run; a frozen one is the model that the run started from.
+    """
     from safetensors.torch import save_file
 
     final, scratch = root / f"step-{step}", root / f".step-{step}.partial"
@@ -62,6 +67,9 @@ def save_checkpoint(
         policy.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         save_file(_optimizer_tensors(policy, optimizer) | _random_tensors(), scratch / TENSORS)
+        if reference is not None:
+            parameters = {name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}
+            save_file(parameters, scratch / REFERENCE)
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -130,6 +138,18 @@ def restore_training_state(checkpoint: Checkpoint, policy: nn.Module, optimizer:
         if keys:
             optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys}
     _restore_random(checkpoint.manifest["random"], tensors)
+
+
+@torch.no_grad()
+def restore_reference(checkpoint: Checkpoint, reference: nn.Module) -> None:
+    """The renewed reference, exactly as saved. Raises UserError where the checkpoint holds none."""
+    from safetensors.torch import load_file
+
+    if not (checkpoint.folder / REFERENCE).is_file():
+        raise UserError(f"reference_every: {str(checkpoint.folder)!r} holds no {REFERENCE}; resume with 0.")
+    saved = load_file(checkpoint.folder / REFERENCE)
+    for name, parameter in reference.named_parameters():
+        parameter.copy_(saved[name])
 
 
 def _optimizer_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import fastkl
 from fastkl.config import CHOICES, TrainConfig, check_config, check_run_folder, nearest
-from fastkl.configfile import field_help, field_types, load_config, with_settings
+from fastkl.configfile import field_help, field_types, load_config, why_not, with_settings
 from fastkl.errors import UserError
 
 EXTRAS = {  # which extra brings the packages that the commands import
@@ -107,7 +107,8 @@ def unknown_argument(unknown: Sequence[str], parser: argparse.ArgumentParser) ->
         return f"unexpected argument {unknown[0]!r} (see `{parser.prog} --help`)"
     name = option.partition("=")[0]
     known = [known for action in parser._actions for known in action.option_strings]
-    return f"{parser.prog} has no option {name}.{nearest(name, known)} `{parser.prog} --help` lists them."
+    reason = why_not(name.removeprefix("--").replace("-", "_")) or nearest(name, known)
+    return f"{parser.prog} has no option {name}.{reason} `{parser.prog} --help` lists them."
 
 
 def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig, *, without: Sequence[str] = ()) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from fastkl.errors import UserError
+from fastkl.penalty import Penalty, check_penalty
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,28 @@ class TrainConfig:
     # The objective
     kl_coef: float = 0.5
     """beta: the reward lost per nat of KL(policy, reference)."""
+    kl_estimator: str = "k1"
+    """"k1", "k2", "k3", "exact" (over the ids that could be sampled), "exact_full" (over all ids)."""
+    kl_placement: str = "reward"
+    """"reward": taken from the reward; "loss": added to the loss. Pairs that are biased are refused."""
     kl_reduction: str = "sum"
     """"sum": sequence KL; "mean": KL per token, the difference of the mean cross entropies."""
+    kl_credit: str = "completion"
+    """"completion": all tokens share its KL; "caused": each gets only what it had a part in (less noise)."""
+    kl_target: float = 0.0
+    """KL of a completion, nats, that kl_coef is steered to; 0 keeps kl_coef fixed."""
+    reference_every: int = 0
+    """Steps between renewals of the reference from the policy; 0 keeps it frozen."""
+    reference_share: float = 1.0
+    """The policy's share in a renewed reference: 1 copies; with reference_every 1, below 1 is a moving average."""
     baseline: str = "leave_one_out"
     """"leave_one_out" (RLOO) or "none" (plain REINFORCE)."""
+    truncated: str = "keep"
+    """Completions cut at max_new_tokens: "keep" scores them whole, "drop" takes them out of their group."""
+    importance: str = "none"
+    """Weights for a generator that differs from the trainer: "none", "token", "sequence"."""
+    importance_cap: float = 2.0
+    """Largest importance weight; larger ones are cut to it."""
 
     # Sampling
     prompts_per_step: int = 8
@@ -55,6 +74,10 @@ class TrainConfig:
     """Keep tokens with at least this fraction of the likeliest one's probability; 0 keeps all."""
     min_tokens: int = 0
     """No end-of-sequence before this many tokens."""
+    banned_token_ids: tuple[int, ...] = ()
+    """Token ids that are never sampled; none for no ban."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """The only token ids that are sampled; none allows all."""
     generator: str = "auto"
     """"vllm", "transformers", or "auto": vLLM where it can run the model."""
     gpu_memory_utilization: float = 0.3
@@ -100,7 +123,12 @@ class TrainConfig:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "kl_estimator": ("k1", "k2", "k3", "exact", "exact_full"),
+    "kl_placement": ("reward", "loss"),
     "kl_reduction": ("sum", "mean"),
+    "kl_credit": ("completion", "caused"),
+    "truncated": ("keep", "drop"),
+    "importance": ("none", "token", "sequence"),
     "baseline": ("leave_one_out", "none"),
     "generator": ("auto", "vllm", "transformers"),
     "lr_decay": ("linear", "cosine", "constant"),
@@ -111,7 +139,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 AT_LEAST_ONE = ("prompts_per_step", "num_samples", "max_new_tokens", "steps", "micro_batch_tokens")
 NOT_NEGATIVE = (
-    *("kl_coef", "top_k", "min_tokens", "lr", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
+    *(
+        "kl_coef",
+        "kl_target",
+        "reference_every",
+        "top_k",
+        "min_tokens",
+        "lr",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "seed",
+    ),
     *("save_every", "keep_checkpoints", "sample_every"),
 )
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -119,6 +158,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **{name: (lambda x: x >= 0, "0 or more") for name in NOT_NEGATIVE},
     "temperature": (lambda x: x > 0, "above 0"),
     "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "reference_share": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "importance_cap": (lambda x: x >= 1, "1 or more"),
     "min_p": (lambda x: 0 <= x < 1, "0 or more and below 1"),
     "gpu_memory_utilization": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
 }
@@ -140,7 +181,7 @@ def check_config(config: TrainConfig) -> None:
             raise UserError(f"{name}: {value} is out of range; it must be {wanted}.")
     check_rewards(config)
     check_combinations(config)
-    refuse_unscorable_sampling(config)
+    check_penalty(penalty_of(config))
 
 
 def check_rewards(config: TrainConfig) -> None:
@@ -167,21 +208,19 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError(
             f"min_tokens: {config.min_tokens} is more than max_new_tokens ({config.max_new_tokens}); lower it."
         )
+    if config.kl_target and not config.kl_coef:
+        raise UserError("kl_coef: 0 cannot be steered to kl_target; start from a value above 0.")
+    for name in ("banned_token_ids", "allowed_token_ids"):
+        if any(i < 0 for i in getattr(config, name)):
+            raise UserError(f"{name}: {getattr(config, name)} holds a negative id; token ids start at 0.")
+    if config.allowed_token_ids and set(config.allowed_token_ids) <= set(config.banned_token_ids):
+        raise UserError("allowed_token_ids: banned_token_ids bans them all; leave one to be sampled.")
 
 
-def refuse_unscorable_sampling(config: TrainConfig) -> None:
-    """Refuses sampling that draws from a part of the vocabulary while scores are taken over all of it.
-
-    If the sampler draws from a set S only, the mean of log pi(y) - log q(y) over the full vocabulary is
-    KL(pi_S, q) + log pi(S): a policy that moves mass off S is paid for it, and the penalty becomes a reward.
-    """
-    neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "min_tokens": 0}
-    for name, value in neutral.items():
-        if getattr(config, name) != value:
-            raise UserError(
-                f"{name}: {getattr(config, name)} keeps some tokens from being sampled, but they are scored over the "
-                f"whole vocabulary, so the KL estimate would be wrong and could go negative; use {name} {value:g}."
-            )
+def penalty_of(config: TrainConfig, coef: float | None = None) -> Penalty:
+    """The KL penalty's settings; `coef` where the controller has moved it."""
+    beta = config.kl_coef if coef is None else coef
+    return Penalty(beta, config.kl_estimator, config.kl_placement, config.kl_reduction, config.kl_credit)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

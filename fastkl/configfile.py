@@ -58,13 +58,21 @@ def with_settings(base: TrainConfig, settings: Mapping[str, Any], where: str = "
     for key, value in settings.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise UserError(f"{where}there is no setting {str(key)!r}.{nearest(name, known)}")
+            raise UserError(f"{where}there is no setting {str(key)!r}.{why_not(name) or nearest(name, known)}")
         try:
             values[name] = converted(name, value)
         except (ValueError, TypeError, OverflowError):
             kind = KINDS[known[name]]
             raise UserError(f"{where}{name}: {value!r} is not {kind}.") from None
     return replace(base, **values)
+
+
+def why_not(name: str) -> str:
+    """Why the sampling contract rejects the parameter `name` (begins with a space), or nothing."""
+    from fastkl.contract import REJECTED, VLLM
+
+    rule = VLLM.get(name)
+    return f" It cannot be scored: it {rule.why}." if rule and rule.kind == REJECTED else ""
 
 
 OPTIONAL_FLOATS = tuple[float, ...] | None
@@ -74,6 +82,7 @@ KINDS = {
     int: "a whole number",
     float: "a number",
     tuple[str, ...]: "a list of names",
+    tuple[int, ...]: "a list of whole numbers",
     OPTIONAL_FLOATS: "a list of numbers",
 }
 
@@ -92,6 +101,8 @@ def converted(name: str, value: Any) -> Any:
     items = [value] if isinstance(value, str | int | float) else [] if value is None else list(value)
     if kind == OPTIONAL_FLOATS:
         return None if value is None or items == ["none"] else tuple(_number(item) for item in items)
+    if kind == tuple[int, ...]:
+        return () if items == ["none"] else tuple(_whole_number(item) for item in items)
     return () if name == "report_to" and items == ["none"] else tuple(_text(item) for item in items)
 
 

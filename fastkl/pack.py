@@ -54,6 +54,7 @@ def _pack_groups(batch: RolloutBatch, groups: Sequence[int], device: torch.devic
     position_ids: list[int] = []
     score_positions: list[int] = []
     target_ids: list[int] = []
+    completion_positions: list[int] = []
     engine_logprobs: list[float] = []
     lengths: list[int] = []
     scored: list[int] = []
@@ -64,6 +65,7 @@ def _pack_groups(batch: RolloutBatch, groups: Sequence[int], device: torch.devic
             first = len(input_ids) + len(prompt.token_ids) - 1
             score_positions.extend(range(first, first + len(completion.token_ids)))
             target_ids.extend(completion.token_ids)
+            completion_positions.extend(range(len(completion.token_ids)))
             engine_logprobs.extend(completion.logprobs)
         input_ids.extend(ids)
         position_ids.extend(range(len(ids)))
@@ -80,6 +82,7 @@ def _pack_groups(batch: RolloutBatch, groups: Sequence[int], device: torch.devic
         score_positions=int64(score_positions),
         target_ids=int64(target_ids),
         completion_cu_seqlens=cumulative(scored, device),
+        completion_positions=int64(completion_positions),
         engine_logprobs=torch.tensor(engine_logprobs, dtype=torch.float32, device=device),
         rewards=batch.rewards[list(groups)].to(device),
         valid=batch.valid[list(groups)].to(device),

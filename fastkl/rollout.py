@@ -16,7 +16,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,17 +23,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from fastkl.contract import VLLM, Sampling, check_parameters, support_of, vllm_parameters
 from fastkl.errors import UserError
+from fastkl.kernels.support import keep_mask
+from fastkl.kernels.types import Support
 from fastkl.types import Completion, Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How completions are drawn. The scorer computes log-probs under the same temperature over the full vocabulary."""
-
-    temperature: float
-    max_new_tokens: int
-    stop_token_ids: tuple[int, ...]
 
 
 class Generator(Protocol):
@@ -90,6 +83,8 @@ class VllmGenerator:
     ) -> None:
         self.tokenizer = tokenizer
         self.sampling = sampling
+        self.allowed_token_ids: list[int] | None = None  # known once the engine has told its vocabulary
+        check_parameters(vllm_parameters(self._params(seed=0)), VLLM)
         with _output_to(log):
             try:
                 self.llm = _start_vllm(
@@ -104,6 +99,7 @@ class VllmGenerator:
                     f"{str(failure).splitlines()[0][:160] if str(failure) else 'no message'}); details are in {log}. "
                     "Use --generator transformers."
                 ) from failure
+        self.allowed_token_ids = _allowed_ids(sampling, self.llm.llm_engine.model_config.get_vocab_size())
 
     def generate(
         self, prompts: Sequence[Prompt], num_samples: int, *, seed: int, step: int
@@ -122,10 +118,16 @@ class VllmGenerator:
     def _params(self, seed: int) -> Any:
         from vllm import SamplingParams
 
+        sampling = self.sampling
         return SamplingParams(
-            temperature=self.sampling.temperature,
-            max_tokens=self.sampling.max_new_tokens,
-            stop_token_ids=list(self.sampling.stop_token_ids),
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            min_tokens=sampling.min_tokens,
+            allowed_token_ids=self.allowed_token_ids,
             seed=seed,
             logprobs=0,
             flat_logprobs=True,
@@ -136,6 +138,14 @@ class VllmGenerator:
         """Gives the engine's memory back."""
         del self.llm
         gc.collect()
+
+
+def _allowed_ids(sampling: Sampling, vocab: int) -> list[int] | None:
+    """The ids that vLLM may draw, or None for all: it takes no list of banned ids."""
+    if not sampling.banned_token_ids and not sampling.allowed_token_ids:
+        return None
+    excluded = set(sampling.excluded_ids(vocab))
+    return [v for v in range(vocab) if v not in excluded]
 
 
 def _sampled_logprobs(output: Any) -> list[float]:
@@ -256,7 +266,8 @@ class TransformersGenerator:
         stop_ids = torch.tensor(self.sampling.stop_token_ids, device=logits.device, dtype=torch.int64)
         drawn: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for step in range(self.sampling.max_new_tokens):
-            tokens, logprobs = sample(logits, self.sampling.temperature, uniforms[rows, step])
+            support = support_of(self.sampling, torch.full_like(rows, step), logits.shape[-1])
+            tokens, logprobs = sample(logits, self.sampling.temperature, uniforms[rows, step], support)
             drawn.append((rows, tokens, logprobs))
             going_on = ~torch.isin(tokens, stop_ids)
             if not bool(going_on.all()):
@@ -315,12 +326,17 @@ class TransformersGenerator:
         """Nothing of its own to give back."""
 
 
-def sample(logits: torch.Tensor, temperature: float, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row by inversion: logits f32 [rows, V], uniforms f64 [rows] in [0, 1).
+def sample(
+    logits: torch.Tensor, temperature: float, uniforms: torch.Tensor, support: Support | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row by inversion: logits f32 [rows, V], uniforms f64 [rows] in [0, 1), support: of these rows.
 
-    Returns token ids i64 [rows] and their log-probs f32 [rows] under softmax(logits / temperature).
+    Returns token ids i64 [rows] and their log-probs f32 [rows] under softmax(logits / temperature) on the support.
     """
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    logits = logits / temperature
+    if support is not None:
+        logits = logits.masked_fill(~keep_mask(support, logits), -torch.inf)
+    logprobs = torch.log_softmax(logits, dim=-1)
     cumulative = logprobs.double().exp().cumsum(dim=-1)
     targets = (uniforms * cumulative[:, -1])[:, None]
     tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -18,14 +18,16 @@ import torch
 from torch import nn
 
 from fastkl import checkpoint, models, sync, trunk
-from fastkl.config import TrainConfig, check_config, prepare_run_folder
+from fastkl.config import TrainConfig, check_config, penalty_of, prepare_run_folder
+from fastkl.contract import Sampling
 from fastkl.data import PromptSource, load_prompts
 from fastkl.errors import UserError
 from fastkl.metrics import Stopwatch
 from fastkl.pack import pack
+from fastkl.penalty import Penalty
 from fastkl.report import write_report
 from fastkl.reward import RewardFunction, load_rewards
-from fastkl.rollout import Generator, Sampling, TransformersGenerator, VllmGenerator, choose_generator
+from fastkl.rollout import Generator, TransformersGenerator, VllmGenerator, choose_generator
 from fastkl.step_report import StepReport
 from fastkl.track import RunLog, check_report_to
 from fastkl.types import Completion, Prompt, RolloutBatch
@@ -48,6 +50,7 @@ class Run:
     prompts: PromptSource
     rewards: tuple[RewardFunction, ...]
     generator: Generator
+    sampling: Sampling
     log: RunLog
     view: View
     well_formed: Callable[[list[str]], float] | None  # the checker of the storyteller's language, where it applies
@@ -57,6 +60,12 @@ class Run:
     completed_step: int = 0
     saved_step: int = 0
     prompt_state: dict[str, Any] = field(default_factory=dict)  # after the completed step
+    kl_coef: float = 0.0  # beta, as the controller has moved it
+
+    @property
+    def penalty(self) -> Penalty:
+        """The KL penalty at the coefficient of now."""
+        return penalty_of(self.config, self.kl_coef)
 
     @property
     def generator_dtype(self) -> str:
@@ -103,7 +112,9 @@ class Run:
                     "prompts": self.prompt_state,
                     "skipped_steps": self.skipped_steps,
                     "tokens_generated": self.tokens_generated,
+                    "kl_coef": self.kl_coef,
                 },
+                reference=self.reference if self.config.reference_every else None,
                 config=dataclasses.asdict(self.config),
                 keep=self.config.keep_checkpoints,
             )
@@ -153,7 +164,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     source = models.resolve_model(config.model)
     model_config, tokenizer = models.load_config(source), models.load_tokenizer(source)
     prompts = load_prompts(config.prompts, tokenizer, max_prompt_tokens=room_for_prompt(config, model_config))
-    sampling = Sampling(config.temperature, config.max_new_tokens, models.stop_token_ids(model_config, source))
+    sampling = sampling_of(config, models.stop_token_ids(model_config, source))
     generator, reason = choose_generator(config.generator, model_config, device)
     folder = prepare_run_folder(config)
     resumed = checkpoint.newest_checkpoint(folder / "checkpoints") if config.resume else None
@@ -193,6 +204,7 @@ def set_up(config: TrainConfig) -> Run:
         prompts=PromptSource(inputs.prompts, seed=config.seed),
         rewards=inputs.rewards,
         generator=generator,
+        sampling=inputs.sampling,
         log=RunLog(
             inputs.folder,
             config.report_to,
@@ -202,10 +214,17 @@ def set_up(config: TrainConfig) -> Run:
         ),
         view=view,
         well_formed=storyteller_checker(config.model, inputs.model_config),
+        kl_coef=config.kl_coef,
     )
     if resumed:
         resume(run, resumed)
     return run
+
+
+def sampling_of(config: TrainConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
+    """The settings that the generator and the scorer's replay share."""
+    shared = {field.name for field in dataclasses.fields(Sampling)} - {"stop_token_ids"}
+    return Sampling(stop_token_ids=stop_token_ids, **{name: getattr(config, name) for name in shared})
 
 
 def start_generator(inputs: Inputs, config: TrainConfig, policy: nn.Module, dtype: torch.dtype) -> Generator:
@@ -230,6 +249,9 @@ def resume(run: Run, saved: checkpoint.Checkpoint) -> None:
     run.prompts.load_state(state["prompts"])
     run.prompt_state = state["prompts"]
     run.skipped_steps, run.tokens_generated = state["skipped_steps"], state["tokens_generated"]
+    run.kl_coef = state.get("kl_coef", run.config.kl_coef)  # checkpoints of before the controller have none
+    if run.config.reference_every:
+        checkpoint.restore_reference(saved, run.reference)
     run.first_step, run.completed_step, run.saved_step = saved.step + 1, saved.step, saved.step
     run.view.note(f"continuing after step {saved.step} from {saved.folder}")
 

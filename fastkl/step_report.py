@@ -7,33 +7,50 @@ from typing import Any
 
 import torch
 
-from fastkl.config import TrainConfig
+from fastkl.config import TrainConfig, penalty_of
+from fastkl.estimators import sampled_logprobs, sampled_ref_logprobs, support_kl
 from fastkl.kernels.types import TokenScores
 from fastkl.metrics import distinct_2
-from fastkl.rloo import sequence_kl, sequence_sums
+from fastkl.mismatch import engine_kl_sum, importance_weights
+from fastkl.rloo import penalized_rewards, sequence_penalty, sequence_sums
 from fastkl.sync import logprob_gaps
 from fastkl.types import PackedBatch, RolloutBatch
 
 # Per-sequence sums over a completion's tokens, each a column of StepReport.sums.
-COLUMNS = ("logprob", "ref_logprob", "entropy", "kl_exact", "kl_penalized", "reward_penalized")
+COLUMNS = ("logprob", "ref_logprob", "entropy", "kl_exact", "kl_support", "kl_penalized", "reward_penalized")
 
 
 class StepReport:
     """Collects what the micro-batches of one step report, then words it."""
 
     def __init__(
-        self, step: int, batch: RolloutBatch, reward_by_function: Mapping[str, float], config: TrainConfig
+        self,
+        step: int,
+        batch: RolloutBatch,
+        reward_by_function: Mapping[str, float],
+        config: TrainConfig,
+        kl_coef: float | None = None,
     ) -> None:
+        """kl_coef: the step's beta, where it is not the configured one."""
         self.step = step
         self.batch = batch
         self.config = config
+        self.penalty = penalty_of(config, kl_coef)
         self.reward_by_function = reward_by_function
         self.sums = torch.full((*batch.rewards.shape, len(COLUMNS)), torch.nan)  # f32 [B, K, columns]; NaN: not scored
         self.loss = 0.0
         self.grad_norm = 0.0
         self.num_tokens = 0
         self.max_gap = 0.0
+        self.num_weights_cut = 0
         self._gap_sum = 0.0
+        self._engine_kl_sum = 0.0
+
+    @property
+    def mean_support_kl(self) -> float:
+        """Mean over scored samples of the exact KL on the support, summed over the completion, nats."""
+        values = self.sums[..., COLUMNS.index("kl_support")]
+        return float(values[~values.isnan()].mean())
 
     @property
     def mean_gap(self) -> float:
@@ -48,14 +65,18 @@ class StepReport:
         loss: torch.Tensor,
     ) -> None:
         """Takes in one micro-batch: its groups' indices, its tokens' scores [N] and its share of the loss."""
-        config, cu_seqlens, logprobs = self.config, micro.completion_cu_seqlens, scores.policy_logprobs
-        per_token = (logprobs, scores.ref_logprobs, scores.entropy, scores.kl)
-        columns = [sequence_sums(values, cu_seqlens) for values in per_token]
-        kl = sequence_kl(logprobs, scores.ref_logprobs, cu_seqlens, config.kl_reduction)
-        penalized = micro.rewards - config.kl_coef * kl.view_as(micro.rewards)
+        config, cu_seqlens, logprobs = self.config, micro.completion_cu_seqlens, sampled_logprobs(scores)
+        values = (logprobs, sampled_ref_logprobs(scores), scores.entropy, scores.kl, support_kl(scores))
+        columns = [sequence_sums(column, cu_seqlens) for column in values]
+        kl = sequence_penalty(scores, cu_seqlens, self.penalty)
+        penalized = penalized_rewards(micro.rewards, kl, self.penalty)
         table = torch.stack([*columns, kl, penalized.flatten()], dim=-1).float().cpu().view(*micro.valid.shape, -1)
         self.sums[list(members)] = table.masked_fill(~micro.valid.cpu()[..., None], torch.nan)
         self.loss += float(loss.detach())
+        self.num_weights_cut += importance_weights(
+            micro.engine_logprobs, logprobs, cu_seqlens, config.importance, config.importance_cap
+        ).num_cut
+        self._engine_kl_sum += engine_kl_sum(micro.engine_logprobs, logprobs)
         gap_sum, gap_max, count = logprob_gaps(micro.engine_logprobs, logprobs)
         self._gap_sum += gap_sum
         self.max_gap = max(self.max_gap, gap_max)
@@ -81,7 +102,9 @@ class StepReport:
             "kl/mean": mean["logprob"] - mean["ref_logprob"],
             "kl/per_token": per_token["logprob"] - per_token["ref_logprob"],
             "kl/exact": mean["kl_exact"],
-            "kl/penalty": self.config.kl_coef * mean["kl_penalized"],
+            "kl/support": mean["kl_support"],
+            "kl/penalty": self.penalty.coef * mean["kl_penalized"],
+            "kl/coef": self.penalty.coef,
             "lm_cross_entropy": -per_token["logprob"],
             "original_lm_cross_entropy": -per_token["ref_logprob"],
             "entropy": per_token["entropy"],
@@ -100,6 +123,8 @@ class StepReport:
             "time/step_s": sum(seconds.values()),
             "mismatch/mean_abs_logprob": self.mean_gap,
             "mismatch/max_abs_logprob": self.max_gap,
+            "mismatch/engine_kl": self._engine_kl_sum / max(1, self.num_tokens),
+            "mismatch/weights_cut": self.num_weights_cut / max(1, self.num_tokens),
             "policy_version": self.batch.policy_version,
         }
         if well_formed is not None:

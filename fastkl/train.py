@@ -18,17 +18,21 @@ from typing import Any
 import torch
 
 from fastkl import sync
+from fastkl.anchor import adapted_coef, renew_reference
 from fastkl.config import TrainConfig
+from fastkl.contract import support_of
+from fastkl.estimators import sampled_logprobs
 from fastkl.kernels.operators import TokenCoefficients, TokenScores, linear_token_loss
 from fastkl.metrics import Stopwatch
+from fastkl.mismatch import importance_weights
 from fastkl.models import head_of
 from fastkl.pack import pack, scorable_groups
 from fastkl.reward import compute_rewards
-from fastkl.rloo import advantages, penalized_rewards, token_coefficients
+from fastkl.rloo import token_coefficients
 from fastkl.setup import Run, set_up
 from fastkl.step_report import StepReport
 from fastkl.trunk import hidden_states, scoring
-from fastkl.types import PackedBatch, RolloutBatch
+from fastkl.types import Completion, PackedBatch, RolloutBatch
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -51,13 +55,16 @@ def train(config: TrainConfig) -> None:
                 completions = run.generator.generate(prompts, config.num_samples, seed=config.seed, step=step)
             with watch("reward"):
                 rewards = compute_rewards(run.rewards, prompts, completions, step=step)
-            batch = RolloutBatch(prompts, completions, rewards.total, rewards.valid, policy_version=step - 1)
-            report = StepReport(step, batch, rewards.by_function, config)
+            valid = scorable(completions, rewards.valid, config.truncated)
+            total = rewards.total.masked_fill(~valid, 0.0)
+            batch = RolloutBatch(prompts, completions, total, valid, policy_version=step - 1)
+            report = StepReport(step, batch, rewards.by_function, config, run.kl_coef)
             set_learning_rate(run.optimizer, learning_rate(step, config))
             applied = update(run, batch, report, watch)
             skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
             run.skipped_steps += not applied
             run.record(report, watch)
+            steer(run, report)
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(diagnosis(config, step))
             if stop.requested:
@@ -102,7 +109,8 @@ def rloo_loss(
 ) -> tuple[torch.Tensor, TokenScores]:
     """The micro-batch's share of the loss, and the scores of its N tokens; logits are never stored for all of them.
 
-    The loss is linear in the log-probs, with factors that need a whole group's scores (KL in the reward, leave-one-out
+    Where the sampler could not draw every id, the log-probs are those on the ids that it could draw (contract.py). The
+    loss is linear in the scores, with factors that need a whole group's scores (KL in the reward, leave-one-out
     mean). So the operator hands back each run of whole groups as soon as it is scored, takes the factors, and has the
     gradient while the logits are still in its buffer: no logit is computed twice.
     """
@@ -112,11 +120,19 @@ def rloo_loss(
     def coefficients(rows: slice, scores: TokenScores) -> TokenCoefficients:
         g = slice(group_bounds.index(rows.start), group_bounds.index(rows.stop))
         own = cu_seqlens[g.start * config.num_samples : g.stop * config.num_samples + 1] - rows.start
-        penalized = penalized_rewards(
-            micro.rewards[g], scores.policy_logprobs, scores.ref_logprobs, own, config.kl_coef, config.kl_reduction
+        weights = importance_weights(
+            micro.engine_logprobs[rows], sampled_logprobs(scores), own, config.importance, config.importance_cap
         )
-        advantage = advantages(penalized, micro.valid[g], config.baseline)
-        return TokenCoefficients(policy_logprobs=token_coefficients(advantage, own, normalizer))
+        return token_coefficients(
+            scores,
+            micro.rewards[g],
+            micro.valid[g],
+            own,
+            run.penalty,
+            baseline=config.baseline,
+            normalizer=normalizer,
+            weights=weights.values,
+        )
 
     policy_head, ref_head = head_of(run.policy), head_of(run.reference)
     return linear_token_loss(
@@ -127,12 +143,32 @@ def rloo_loss(
         micro.target_ids,
         coefficients,
         row_splits=group_bounds,
-        temperature=config.temperature,
+        temperature=run.sampling.temperature,
+        support=support_of(run.sampling, micro.completion_positions, len(policy_head.weight)),
         policy_bias=policy_head.bias,
         ref_bias=ref_head.bias,
         softcap=policy_head.softcap,
         logit_scale=policy_head.logit_scale,
     )
+
+
+def scorable(completions: Sequence[Sequence[Completion]], valid: torch.Tensor, truncated: str) -> torch.Tensor:
+    """Which samples take part, bool [B, K]: the `valid` ones, without those cut at max_new_tokens if told to "drop".
+
+    A sample takes part in everything (reward, baseline, KL, loss) or in nothing.
+    """
+    if truncated == "keep":
+        return valid
+    return valid & torch.tensor([[c.finish_reason != "length" for c in group] for group in completions])
+
+
+def steer(run: Run, report: StepReport) -> None:
+    """Between two steps: the coefficient follows the KL if it has a target, the reference is renewed if it is time."""
+    config = run.config
+    if config.kl_target and report.num_tokens:
+        run.kl_coef = adapted_coef(run.kl_coef, report.mean_support_kl, config.kl_target)
+    if config.reference_every and report.step % config.reference_every == 0:
+        renew_reference(run.reference, run.policy, config.reference_share)
 
 
 def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:

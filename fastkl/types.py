@@ -68,6 +68,7 @@ class PackedBatch:
     score_positions: torch.Tensor  # i64 [N]; indices into M
     target_ids: torch.Tensor  # i64 [N]
     completion_cu_seqlens: torch.Tensor  # i32 [s + 1]; sequence i owns the scored tokens between its two entries
+    completion_positions: torch.Tensor  # i64 [N]; how many tokens of its completion come before the token
     engine_logprobs: torch.Tensor  # f32 [N]; what the generator recorded
     rewards: torch.Tensor  # f32 [G, K]
     valid: torch.Tensor  # bool [G, K]

@@ -91,6 +91,10 @@ def check_support(support: Support, policy: Tensor) -> None:
         check_tensor("support.kept_offsets", support.kept_offsets, (num_rows + 1,), (torch.int64,), policy)
         if support.banned_ids is not None or support.top_k is not None or support.top_p is not None or support.min_p:
             raise UserError("support.kept_ids is the whole record: leave banned_ids, top_k, top_p and min_p out.")
+        if support.excluded_ids is not None:
+            raise UserError("support.kept_ids is the whole record: leave excluded_ids out.")
+    if support.excluded_ids is not None:
+        check_tensor("support.excluded_ids", support.excluded_ids, (None,), (torch.int64,), policy)
     if support.banned_ids is not None:
         check_tensor("support.banned_ids", support.banned_ids, (None,), (torch.int64,), policy)
     if support.banned_rows is not None:
@@ -110,6 +114,7 @@ def check_values(valid_vocab: int, target_ids: Tensor, temperature: float | Tens
         ("target_ids", target_ids),
         ("support.kept_ids", None if support is None else support.kept_ids),
         ("support.banned_ids", None if support is None else support.banned_ids),
+        ("support.excluded_ids", None if support is None else support.excluded_ids),
     ):
         if ids is not None and ids.numel():
             low, high = int(ids.min()), int(ids.max())

@@ -17,11 +17,11 @@ def _column(value: float | int | Tensor, device: torch.device, dtype: torch.dtyp
     return torch.as_tensor(value, device=device).to(dtype).reshape(-1, 1)
 
 
-def keep_mask(support: Support, logits: Tensor, target_ids: Tensor) -> Tensor:
+def keep_mask(support: Support, logits: Tensor, target_ids: Tensor | None = None) -> Tensor:
     """The support of each row as bool [n, V].
 
     support: for these n rows. logits [n, V]: the policy's, float, after temperature (a shift per row is harmless).
-    target_ids i64 [n]: the sampled tokens, always kept.
+    target_ids i64 [n]: the sampled tokens, always kept; None before anything is sampled.
     """
     if support.kept_ids is not None:
         keep = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
@@ -33,12 +33,14 @@ def keep_mask(support: Support, logits: Tensor, target_ids: Tensor) -> Tensor:
         keep[rows, support.kept_ids] = True
     else:
         keep = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
+        if support.excluded_ids is not None:
+            keep[:, support.excluded_ids] = False
         if support.banned_ids is not None:
             banned_rows = True if support.banned_rows is None else support.banned_rows[:, None]
             keep[:, support.banned_ids] &= ~torch.as_tensor(banned_rows, device=logits.device)
         if support.is_recomputed:
             keep = _recompute(support, logits.masked_fill(~keep, -torch.inf))
-    return keep.scatter_(1, target_ids[:, None], True)
+    return keep if target_ids is None else keep.scatter_(1, target_ids[:, None], True)
 
 
 def _recompute(support: Support, logits: Tensor) -> Tensor:

@@ -70,9 +70,10 @@ class Support:
     The record: `kept_ids` i64 [num_kept] holds the allowed ids of row 0, then of row 1, ...; row i owns
     kept_ids[kept_offsets[i]:kept_offsets[i + 1]], kept_offsets i64 [N + 1].
 
-    The settings are applied to the policy's processed logits in the order of vLLM's sampler: banned ids,
-    temperature, min_p, top_k, top_p. `banned_ids` i64 [num_banned] are removed from the rows where `banned_rows`
-    bool [N] is true (from all rows if None): min_tokens bans the end-of-sequence ids in the first tokens.
+    The settings are applied to the policy's processed logits in the order of vLLM's sampler: excluded and banned ids,
+    temperature, min_p, top_k, top_p. `excluded_ids` i64 [num_excluded] are removed from all rows, `banned_ids` i64
+    [num_banned] from the rows where `banned_rows` bool [N] is true (from all rows if None): min_tokens bans the
+    end-of-sequence ids in the first tokens.
     top_k, top_p and min_p are numbers or tensors [N]; top_k <= 0, top_p >= 1 and min_p <= 0 mean "off".
     Ties at the top_k threshold are all kept; ties at the top_p threshold fall as torch.sort orders them, as in vLLM.
 
@@ -86,6 +87,7 @@ class Support:
     top_k: int | Tensor | None = None
     top_p: float | Tensor | None = None
     min_p: float | Tensor | None = None
+    excluded_ids: Tensor | None = None
 
     @property
     def is_recomputed(self) -> bool:
@@ -105,6 +107,7 @@ class Support:
                 top_k=pick(self.top_k),
                 top_p=pick(self.top_p),
                 min_p=pick(self.min_p),
+                excluded_ids=self.excluded_ids,
             )
         if isinstance(rows, slice):
             offsets = self.kept_offsets[rows.start : rows.stop + 1]

@@ -163,7 +163,12 @@ def test_a_run_folder_that_was_moved_is_resumed_where_it_is(trained, tmp_path, m
         ("train --temperature -1", ["temperature: -1.0 is out of range"]),
         ("train --temperature 0", ["temperature: 0.0 is out of range"]),
         ("train --num-samples 1", ["num_samples: 1", "2 or more", "--baseline none"]),
-        ("train --top-k 50", ["top_k: 50", "go negative"]),
+        (
+            "train --repetition-penalty 1.2",
+            ["no option --repetition-penalty", "cannot be scored", "text already holds"],
+        ),
+        ("train --kl-estimator k3", ["kl_estimator: k3 in the reward is refused", "pathwise term"]),
+        ("train --banned-token-ids five", ["banned_token_ids: ['five'] is not a list of whole numbers"]),
         ("train --steps 2.5", ["steps: '2.5' is not a whole number"]),
         ("train --config nowhere.yaml", ["'nowhere.yaml' cannot be read"]),
         ("train --config unknown.yaml", ["unknown.yaml: there is no setting 'kl_coeff'", "Did you mean 'kl_coef'"]),

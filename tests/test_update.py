@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import ToyTokenizer, toy_batch, toy_config, toy_model
+from toy import STOP, ToyTokenizer, toy_batch, toy_config, toy_model
 
 from fastkl import sync, trunk
 from fastkl.metrics import Stopwatch
-from fastkl.setup import Run
+from fastkl.setup import Run, sampling_of
 from fastkl.step_report import StepReport
 from fastkl.train import update
 
@@ -34,6 +34,8 @@ def toy_run(policy, reference, config) -> Run:
         layout="packed",
         tokenizer=ToyTokenizer(),
         optimizer=Recorder(policy.parameters(), lr=1.0),
+        sampling=sampling_of(config, (STOP,)),
+        kl_coef=config.kl_coef,
         **unused,
     )
 
