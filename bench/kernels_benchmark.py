@@ -15,35 +15,35 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from fastkl import bench
+from fastkl import bench, bench_jobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = bench.GPU_SHAPES if DEVICE == "cuda" else bench.CPU_SHAPES
 
 
 @cache
-def rows(shape: bench.Shape) -> dict[str, bench.Row]:
+def rows(shape: bench_jobs.Shape) -> dict[str, bench_jobs.Row]:
     """The rows of one shape, by name; their inputs are made once."""
-    return {f"{row.job} {row.name}": row for row in bench.rows_of(bench.Problem(shape, DEVICE))}
+    return {f"{row.job} {row.name}": row for row in bench_jobs.rows_of(bench_jobs.Problem(shape, DEVICE))}
 
 
 @cache
-def ceiling(shape: bench.Shape) -> dict[str, float]:
+def ceiling(shape: bench_jobs.Shape) -> dict[str, float]:
     """The machine's ceilings for one shape, measured once per run."""
     return bench.ceilings(shape, DEVICE)
 
 
-def names(shape: bench.Shape) -> list[str]:
+def names(shape: bench_jobs.Shape) -> list[str]:
     """Row names without making the full-size inputs."""
-    tiny = bench.Shape(shape.name, 1, 8, 8, torch.float32, shape.softcap)
-    return [f"{row.job} {row.name}" for row in bench.rows_of(bench.Problem(tiny, "cpu"))]
+    tiny = bench_jobs.Shape(shape.name, 1, 8, 8, torch.float32, shape.softcap)
+    return [f"{row.job} {row.name}" for row in bench_jobs.rows_of(bench_jobs.Problem(tiny, "cpu"))]
 
 
 CASES = [pytest.param(shape, name, id=f"{shape.name} {name}") for shape in SHAPES for name in names(shape)]
 
 
 @pytest.mark.parametrize(("shape", "name"), CASES)
-def test_row(benchmark, shape: bench.Shape, name: str) -> None:
+def test_row(benchmark, shape: bench_jobs.Shape, name: str) -> None:
     row = rows(shape)[name]
     result = bench.measure(row, ceiling(shape), DEVICE, repeats=1)  # raises if the result is wrong
 

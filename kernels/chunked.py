@@ -22,8 +22,8 @@ from .support import keep_mask
 from .types import Support, TokenCoefficients
 
 BLOCK_NUMBERS = 1 << 20
-"""Logits per block: 4 MiB of float32, so that a block's three buffers stay in a shared cache. Smaller blocks would fit the
-cores' own caches, which gains little, and would meet more often at thread barriers, which other busy processes make slow.
+"""Logits per block: 4 MiB of float32, so that a block's three buffers stay in a shared cache. Smaller blocks would fit
+the cores' own caches, which gains little, and need more thread barriers, which busy neighbours make slow.
 """
 
 

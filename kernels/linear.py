@@ -60,10 +60,10 @@ class Head:
     bias: Tensor | None
 
     def to(self, dtype: torch.dtype) -> Head:
-        """The head with weight and bias in the compute dtype. -inf in a bias becomes a finite, hopeless logit."""
+        """Weight in the compute dtype, bias in float32 or finer; -inf in a bias becomes a finite, hopeless logit."""
         bias = self.bias
         if bias is not None:
-            bias = bias.detach().to(dtype).clamp(min=EXCLUDED)
+            bias = bias.detach().to(torch.promote_types(dtype, torch.float32)).clamp(min=EXCLUDED)
         return Head(self.hidden.detach(), self.weight.detach().to(dtype), bias)
 
     def shares_weights_with(self, other: Head) -> bool:
@@ -120,7 +120,7 @@ class LinearSource:
         self.grad_hidden = torch.zeros_like(policy.hidden) if hidden else None
         self.needs_weight_grad = weight
         self.grad_weight = None  # the first chunk creates it, which saves a pass over zeros
-        self.grad_bias = policy.weight.new_zeros(self.vocab) if bias else None
+        self.grad_bias = torch.zeros_like(policy.bias) if bias else None
 
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
         """See chunked.LogitsSource."""
@@ -152,7 +152,7 @@ class LinearSource:
         if self.needs_weight_grad:
             self._accumulate_weight(dlogits, hidden)
         if self.grad_bias is not None:
-            self.grad_bias.add_(dlogits.sum(0))
+            self.grad_bias.add_(dlogits.sum(0, dtype=self.grad_bias.dtype))
 
     def _accumulate_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
         if self.grad_weight is None:

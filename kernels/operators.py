@@ -29,8 +29,9 @@ __all__ = [
     "Support", "TokenCoefficients", "TokenScores", "linear_token_loss", "linear_token_scores", "token_scores",
 ]  # fmt: skip
 
-CHUNK_BYTES = 80 << 20
-"""Default size of one chunk's policy and reference logits together."""
+CHUNK_BYTES = {"cpu": 80 << 20, "cuda": 2 << 30}
+"""Default size of one chunk's policy and reference logits together. On a GPU chunks must be long, or accumulating the
+head's gradient costs as much as computing it; on a CPU they should not outgrow its caches by much."""
 
 
 def token_scores(
@@ -207,7 +208,7 @@ def _call(
         options=replace(options, temperature=temperature),
         reference=None,
         outputs=frozenset(outputs),
-        chunk_rows=chunk_tokens or max(16, CHUNK_BYTES // (2 * dtype.itemsize * max(1, vocab)) // 16 * 16),
+        chunk_rows=chunk_tokens or _default_chunk_rows(policy, vocab, dtype),
         dtype=dtype,
         use_triton=dtype == torch.float32 and uses_triton(policy),
     )
@@ -216,6 +217,12 @@ def _call(
     if check:
         checks.check_values(vocab, call.rows.target_ids, call.options.temperature, call.rows.support)
     return call, check
+
+
+def _default_chunk_rows(policy: Tensor, vocab: int, dtype: torch.dtype) -> int:
+    """As many rows as CHUNK_BYTES hold, in whole units of matrix-product rows."""
+    budget = CHUNK_BYTES.get(policy.device.type, CHUNK_BYTES["cpu"])
+    return max(16, budget // (2 * dtype.itemsize * max(1, vocab)) // 16 * 16)
 
 
 def _cut(x: Tensor, valid: int) -> Tensor:

@@ -55,15 +55,18 @@ class GpuLinearSource(LinearSource):
         elif self.grad_weight is None:
             self.grad_weight = torch.mm(dlogits.t(), hidden, out_dtype=torch.float32)
         else:
-            self.grad_weight = torch.addmm(self.grad_weight, dlogits.t(), hidden, out_dtype=torch.float32)
+            torch.addmm(self.grad_weight, dlogits.t(), hidden, out_dtype=torch.float32, out=self.grad_weight)
 
 
 class DirectLogitsSource:
-    """The caller's logits, read in place: a chunk is all of them, rows picked by the kernel."""
+    """The caller's logits, read in place; where rows are masked the kernel picks them by row_ids."""
 
     def __init__(self, policy_logits: Tensor, ref_logits: Tensor | None, row_ids, options: LogitOptions) -> None:
-        self.policy = policy_logits.detach()
-        self.reference = None if ref_logits is None else ref_logits.detach()
+        # rows may be strided, ids may not
+        self.policy, self.reference = (
+            x if x is None or x.stride(1) == 1 else x.contiguous()
+            for x in (policy_logits.detach(), None if ref_logits is None else ref_logits.detach())
+        )
         self.row_ids, self.options = row_ids, options
         self.dtype, self.vocab = torch.float32, policy_logits.shape[1]
         self.grad_logits = None
@@ -73,12 +76,13 @@ class DirectLogitsSource:
         self.grad_logits = room_for_gradient(self.policy, self.row_ids, inplace)
 
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
-        """All rows: the kernel finds rows lo..hi through row_ids."""
-        return self.policy, self.reference
+        """Rows lo..hi; or all rows, if the kernel has to find them through row_ids."""
+        self.rows = slice(lo, hi) if self.row_ids is None else slice(None)
+        return self.policy[self.rows], None if self.reference is None else self.reference[self.rows]
 
     def gradient_buffer(self, z: Tensor) -> Tensor:
-        """The gradient that is handed back."""
-        return self.grad_logits
+        """The same rows of the gradient that is handed back."""
+        return self.grad_logits[self.rows]
 
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
         """Nothing to do: the kernel wrote it."""
@@ -194,7 +198,7 @@ class TritonChunks(Chunks):
         source = self.source
         if support.is_recomputed:
             if isinstance(source, DirectLogitsSource):
-                z = z[lo:hi] if source.row_ids is None else z.index_select(0, source.row_ids[lo:hi])
+                z = z if source.row_ids is None else z.index_select(0, source.row_ids[lo:hi])
             bias = self._biases()[0]
             z = z.float().clone() if bias is None else z.float() + bias
             source.options.apply_(z, source.options.temperature_of(lo, hi))

@@ -218,6 +218,8 @@ def linear_score(
     for side in sides:
         states = side.hidden.detach() if row_ids is None else side.hidden.detach().index_select(0, row_ids)
         for x, block in ((states, BLOCK_ROWS), (side.weight.detach(), block_vocab)):
+            if not x.is_cuda and x.dtype == torch.bfloat16:
+                x = x.float()  # the interpreter's product takes bfloat16's bit patterns for integers
             descriptors.append(TensorDescriptor.from_tensor(x, [block, BLOCK_HIDDEN]))
     row_temperature = isinstance(options.temperature, Tensor)
     linear_score_kernel[(num_row_blocks * num_splits,)](

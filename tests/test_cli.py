@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -51,11 +52,14 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 def test_help_comes_without_importing_torch_and_at_once():
-    watched = "import sys, fastkl.cli; fastkl.cli.main(); print(sorted({'torch', 'numpy', 'yaml'} & set(sys.modules)))"
-    started = time.perf_counter()
+    watched = (
+        "import resource, sys, fastkl.cli\n"
+        "fastkl.cli.main([])\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(sorted({'torch', 'numpy', 'yaml'} & set(sys.modules)), used.ru_utime + used.ru_stime < 1)"
+    )
     done = subprocess.run([sys.executable, "-c", watched], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - started < 10  # 0.2 s on an idle machine; torch alone takes 2 s there
-    assert done.stdout.startswith("usage: fastkl") and done.stdout.endswith("[]\n")
+    assert done.stdout.startswith("usage: fastkl") and done.stdout.endswith("\n[] True\n")
 
 
 def test_version_and_every_commands_help(capsys):
@@ -243,14 +247,14 @@ import json, pathlib, signal, sys, time
 from fastkl.configfile import load_config
 config = load_config(pathlib.Path(sys.argv[sys.argv.index("--config") + 1]))
 folder = pathlib.Path(config.output)
-with open(folder.parent / "calls", "a") as calls:
-    calls.write(json.dumps([config.kl_coef, config.steps, sys.argv[1:]]) + chr(10))
 def save(*_):
     (folder / "checkpoints" / f"step-{config.steps}").mkdir(parents=True)
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
+with open(folder.parent / "calls", "a") as calls:
+    calls.write(json.dumps([config.kl_coef, config.steps, sys.argv[1:]]) + chr(10))
 if config.kl_coef == 2: sys.exit(1)
-if config.kl_coef == 3: time.sleep(60)
+if config.kl_coef == 3: time.sleep(60); sys.exit(5)
 save()
 """
 
@@ -301,11 +305,13 @@ def test_sweep_does_not_resume_a_run_without_checkpoint(stand_in, capsys):
 
 
 def test_sweep_hands_a_signal_on_and_stops(stand_in, capsys):
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    signal.setitimer(signal.ITIMER_REAL, 2.0)
-    started = time.monotonic()
+    def terminate_once_it_runs():
+        while not (stand_in / "s" / "calls").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate_once_it_runs, daemon=True).start()
     assert sweep.sweep(TrainConfig(output=str(stand_in / "s"), steps=7), [3.0, 1.0]) == 130
-    assert time.monotonic() - started < 30
     assert [call[0] for call in calls(stand_in / "s")] == [3.0]
     assert (stand_in / "s" / "kl_coef-3" / "checkpoints" / "step-7").is_dir()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -27,6 +27,8 @@ END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SEEDS_PER_RUN = 1_000_000_000  # training seeds lie in [seed * 1e9, ...), held-out ones are negative
 MUON_RATE, ADAMW_RATE = 5e-3, 5e-3
 NUM_TOKENIZER_STORIES = 640
+# Of 1.0, 1.12, 1.2, 1.3: 91.8, 94.2, 94.6, 95.6 % well formed, 222.6, 223.0, 223.9, 225.5 nats per held-out story.
+SHARPNESS = 1.35
 
 
 def make_storyteller(
@@ -58,14 +60,25 @@ def make_storyteller(
     log(f"tokenizer of {len(tokenizer)} tokens, model of {model.num_parameters():,} parameters")
     curve = train(model, tokenizer, batches(tokenizer, first_seed, steps, stories_per_step), steps, log)
     train_seconds = time.perf_counter() - started
+    sharpen(model, SHARPNESS)
     model.half().float()  # what is measured is what is shipped
     facts = evaluate(model, tokenizer, num_samples=num_eval_samples, seed=seed)
     facts |= {"seed": seed, "steps": steps, "stories": num_stories, "train_seconds": train_seconds}
+    facts |= {"sharpness": SHARPNESS, "temperature": 1 / SHARPNESS}
     model.half().save_pretrained(output)
     tokenizer.save_pretrained(output)
     (output / "README.md").write_text(model_card(facts, curve))
     log(f"wrote {output}: {100 * facts['well_formed_share']:.1f} % of the sampled sentences are well formed")
     return facts
+
+
+def sharpen(model: LlamaForCausalLM, factor: float) -> None:
+    """Multiplies all logits by `factor`, in place, through the final norm: a built-in temperature of 1 / factor.
+
+    A model this small leaves a little probability on words that do not fit; sharpening takes most of it away, at a
+    slight cost in cross entropy that the card states.
+    """
+    model.model.norm.weight.data.mul_(factor)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

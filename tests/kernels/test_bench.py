@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastkl import bench
+from fastkl import bench, bench_jobs
 
-TINY = bench.Shape("tiny", 48, 16, 211, torch.float32)
+TINY = bench_jobs.Shape("tiny", 48, 16, 211, torch.float32)
 
 
 def test_every_job_passes_its_check_and_is_written_with_its_floor(tmp_path):
@@ -30,7 +30,7 @@ def test_every_job_passes_its_check_and_is_written_with_its_floor(tmp_path):
 
 
 def test_a_wrong_result_is_not_timed():
-    row = next(bench.rows_of(bench.Problem(TINY, "cpu")))
+    row = next(bench_jobs.rows_of(bench_jobs.Problem(TINY, "cpu")))
     broken = replace(row, call=lambda: [x + 0.01 for x in row.call()])
     with pytest.raises(AssertionError, match="not timed"):
         bench.measure(broken, bench.ceilings(TINY, "cpu"), "cpu", 1)
