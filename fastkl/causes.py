@@ -197,7 +197,7 @@ def stale_or_rounded(rollouts: Rollouts) -> Finding | None:
     )  # fmt: skip
 
 
-REPLAY = "score policy and reference on the ids that could be drawn (fastkl does), or sample without top_k, top_p, min_p"
+REPLAY = "score policy and reference on the ids that could be drawn (fastkl does), or sample without truncation"
 BAN = "score the first min_tokens tokens with the stop ids left out, for policy and reference (fastkl does)"
 CAUSES: tuple[Callable[[Rollouts], Finding | None], ...] = (
     *(padding_scored, truncated_rows_half_scored, reencoded, banned_end, truncated_sampling, dropout),

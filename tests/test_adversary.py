@@ -118,5 +118,6 @@ def test_the_same_adversary_is_paid_by_the_naive_scorer(case):
         true = float(expected_penalty(policy.detach(), ref, sampling, case, naive=False))
         assert true > course[-1] + 0.5
     else:
-        assert course[-1] < -0.5
-        assert course[-1] < course[len(course) // 2] < 0, "and it goes on"
+        assert min(course) < -0.5
+    if case in ("min_tokens", "padding"):
+        assert course[-1] < course[len(course) // 2] - 0.1, "and it goes on"

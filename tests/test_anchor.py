@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from toy import toy_model
 
 from fastkl.anchor import adapted_coef, renew_reference
+from fastkl.checkpoint import open_checkpoint, restore_reference, save_checkpoint
+from fastkl.errors import UserError
 from fastkl.mismatch import engine_kl_sum, importance_weights
 
 
@@ -36,6 +39,24 @@ def test_a_renewed_reference_is_a_moving_average_or_a_copy():
     renew_reference(old, new, 1.0)
     assert torch.equal(old.weight, new.weight)
     assert old.weight.data_ptr() != new.weight.data_ptr()
+
+
+def test_a_renewed_reference_is_saved_and_restored_bit_for_bit(tmp_path):
+    class NoTokenizer:
+        def save_pretrained(self, folder) -> None:
+            pass
+
+    policy, reference = toy_model(0), toy_model(1)
+    saved = [p.detach().clone() for p in reference.parameters()]
+    optimizer = torch.optim.AdamW(policy.parameters())
+    state = {"policy": policy, "tokenizer": NoTokenizer(), "optimizer": optimizer, "state": {}, "config": {}, "keep": 0}
+    save_checkpoint(tmp_path, 1, **state, reference=reference)
+    renew_reference(reference, policy, 1.0)
+    restore_reference(open_checkpoint(tmp_path / "step-1"), reference)
+    assert all(torch.equal(a, b) for a, b in zip(saved, reference.parameters(), strict=True))
+    save_checkpoint(tmp_path, 2, **state)
+    with pytest.raises(UserError, match="holds no reference.safetensors"):
+        restore_reference(open_checkpoint(tmp_path / "step-2"), reference)
 
 
 def test_importance_weights_are_truncated_ratios_per_token_or_per_sequence():

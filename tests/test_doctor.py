@@ -18,7 +18,7 @@ VOCAB, LENGTH, END, NUM = 12, 8, 11, 400
 
 
 def rollouts(
-    *, drift=0.3, top_k=0, min_tokens=0, engine_noise=0.0, engine_bias=None, dropout=0.0, steps=4, seed=0
+    *, drift=0.6, top_k=0, min_tokens=0, engine_noise=0.0, engine_bias=None, dropout=0.0, steps=4, seed=0
 ) -> list[dict]:
     """Completions drawn from softmax rows (one per position) and scored naively: over the whole vocabulary."""
     g = torch.Generator().manual_seed(seed)
@@ -60,7 +60,7 @@ def padded(rows: list[dict]) -> list[dict]:
             row["token_ids"].append(0)
             row["sampler_logprobs"].append(-1.0)
             row["logprobs"].append(-1.0)
-            row["ref_logprobs"].append(-0.5)
+            row["ref_logprobs"].append(-0.5 if row["step"] > 1 else -1.0)
     return rows
 
 

@@ -50,7 +50,10 @@ def check(completions, policy, reference, s: Sampling, tolerance: float) -> None
     batch = RolloutBatch(PROMPTS, completions, rewards, torch.ones_like(rewards, dtype=torch.bool), 0)
     differences, gaps = [], []
     for _, micro in pack(batch, [0, 1, 2], 8192, torch.device("cpu")):
-        hidden = [trunk.hidden_states(m, micro, "packed") for m in (policy, reference)]
+        hidden = []
+        for m in (policy, reference):
+            with trunk.scoring(m, "packed"):
+                hidden.append(trunk.hidden_states(m, micro, "packed"))
         heads = [head_of(m).weight for m in (policy, reference)]
         support = support_of(s, micro.completion_positions, len(heads[0]))
         scores = linear_token_scores(
