@@ -223,7 +223,7 @@ def _one_sided(gaps: Sequence[float]) -> bool:
 
 
 def _ban_end(gaps: Sequence[tuple[int, float]]) -> int:
-    """The first position from which gaps are ten times smaller than before it, for good; 0 if there is none."""
+    """The first position from which nearly every gap is ten times smaller than the mean before; 0 if there is none."""
     last = max((t for t, _ in gaps), default=0)
     by_position: list[list[float]] = [[] for _ in range(last + 1)]
     for t, gap in gaps:
@@ -231,7 +231,9 @@ def _ban_end(gaps: Sequence[tuple[int, float]]) -> int:
     for end in range(1, last + 1):
         before = [gap for values in by_position[:end] for gap in values]
         after = [gap for values in by_position[end:] for gap in values]
-        means = [math.fsum(values) / max(1, len(values)) for values in (before, by_position[end - 1], after)]
-        if _one_sided(before) and min(means[:2]) > NOISE and means[2] < 0.1 * min(means[:2]):
+        at_end = by_position[end - 1]
+        floor = max(NOISE, 0.1 * math.fsum(before) / max(1, len(before)))
+        quiet = sum(abs(gap) > floor for gap in after) <= 0.01 * len(after)
+        if _one_sided(before) and quiet and math.fsum(at_end) > NOISE * len(at_end):
             return end
     return 0

@@ -126,7 +126,8 @@ def diagnose_run(folder: Path) -> Diagnosis:
     if max(gaps, default=0.0) > NOISE:
         findings.append(
             Finding(
-                "engine and trainer differ", "shown" if max(gaps) > 0.1 else "possible",
+                "engine and trainer differ",
+                "shown" if max(gaps) > 0.1 else "possible",
                 f"their log-probs of the same tokens differ by up to {max(gaps):.3g} nats on average in a step",
                 "bfloat16 explains up to 0.1 nats (--importance token corrects for it); more means stale weights",
             )  # fmt: skip

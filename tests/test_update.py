@@ -164,7 +164,11 @@ def on_support(policy, reference, p, c, config) -> tuple[torch.Tensor, torch.Ten
         alive = sorted((v for v in alive if (z[v] - best).exp() >= config.min_p), key=lambda v: -z[v])
         alive = alive[: config.top_k or len(z)]
         probs = z[alive].softmax(0)
-        kept = [v for v, before in zip(alive, probs.cumsum(0) - probs, strict=True) if config.top_p >= 1 or before < config.top_p]
+        kept = [
+            v
+            for v, before in zip(alive, probs.cumsum(0) - probs, strict=True)
+            if config.top_p >= 1 or before < config.top_p
+        ]
         for i in (0, 1):
             sums[i] = sums[i] + (tables[i][t][kept] / config.temperature).log_softmax(0)[kept.index(y)]
     return sums[0], sums[1].detach()
