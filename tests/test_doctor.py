@@ -1,4 +1,4 @@
-"""The doctor: each cause is planted in rollouts of a known toy policy, and is named; healthy rollouts are left alone."""
+"""The doctor: each cause is planted in rollouts of a known toy policy and is named; healthy ones are left alone."""
 
 from __future__ import annotations
 

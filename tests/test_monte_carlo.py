@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from fastkl.kernels.operators import linear_token_scores
 from toy import STOP, ToyTokenizer, prompt, toy_model
 
 from fastkl import trunk
 from fastkl.alarm import mean_and_error
 from fastkl.contract import Sampling, support_of
-from fastkl.kernels.operators import linear_token_scores
 from fastkl.models import head_of
 from fastkl.pack import pack
 from fastkl.rloo import sequence_sums
