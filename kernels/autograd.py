@@ -34,6 +34,7 @@ class Call:
     chunk_rows: int
     dtype: torch.dtype
     use_triton: bool
+    inplace: bool = False  # logits in: the gradient overwrites the logits
 
     def source(self, policy: Head | Tensor) -> LinearSource | LogitsSource:
         """The logits of the scored rows."""
@@ -116,9 +117,12 @@ def flat_scores(scores: TokenScores) -> tuple[Tensor | None, ...]:
     return tuple(getattr(scores, name) for name in TokenScores.__slots__)
 
 
-def collect(source: LinearSource | LogitsSource, needs_grad: tuple[bool, ...]) -> None:
+def collect(source: LinearSource | LogitsSource, needs_grad: tuple[bool, ...], inplace: bool = False) -> None:
     """Asks the source for the gradients of the policy inputs that need one."""
-    source.collect_gradients(*(needs_grad[:3] if isinstance(source, LinearSource) else ()))
+    if isinstance(source, LinearSource):
+        source.collect_gradients(*needs_grad[:3])
+    else:
+        source.collect_gradients(inplace)
 
 
 def gradients_of(source: LinearSource | LogitsSource, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -188,7 +192,7 @@ class ScoreFunction(torch.autograd.Function):
             support_stats = None if support_stats is None else support_stats[active]
 
         source = call.source(policy_of(inputs))
-        collect(source, ctx.needs_input_grad[1:])
+        collect(source, ctx.needs_input_grad[1:], call.inplace)
         chunks = call.chunks(source, stats, support_stats)
         need_gap = coefficients.kl is not None or coefficients.kl_support is not None
         for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):

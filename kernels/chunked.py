@@ -21,8 +21,10 @@ from .epilogue import EXCLUDED, RowStats, centre_, dlogits_, row_stats_
 from .support import keep_mask
 from .types import Support, TokenCoefficients
 
-BLOCK_NUMBERS = 1 << 18
-"""Logits per block: 1 MiB of float32, so that the three buffers of a block stay in the cores' own caches."""
+BLOCK_NUMBERS = 1 << 20
+"""Logits per block: 4 MiB of float32, so that a block's three buffers stay in a shared cache. Smaller blocks would fit the
+cores' own caches, which gains little, and would meet more often at thread barriers, which other busy processes make slow.
+"""
 
 
 class LogitsSource(Protocol):
@@ -66,7 +68,7 @@ class Chunks:
     def __init__(self, source: LogitsSource, rows: Rows, stats: RowStats, support_stats: RowStats | None) -> None:
         self.source, self.rows = source, rows
         self.stats, self.support_stats = stats, support_stats
-        self.block_rows = max(2, min(64, BLOCK_NUMBERS // max(1, source.vocab)))
+        self.block_rows = max(2, min(512, BLOCK_NUMBERS // max(1, source.vocab)))
         self._buffers: dict[str, Tensor] = {}
 
     def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:

@@ -174,6 +174,16 @@ class LinearSource:
             out.add_(head.bias)
 
 
+def room_for_gradient(logits: Tensor, row_ids: Tensor | None, inplace: bool) -> Tensor:
+    """A zero tensor like the logits; or the logits themselves, zero in the rows that are not scored."""
+    if not inplace:
+        return torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    if row_ids is not None:
+        unscored = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill_(0, row_ids, False)
+        logits.masked_fill_(unscored[:, None], 0)
+    return logits
+
+
 class LogitsSource:
     """Given policy and reference logits [*, V]; the gradient goes into a tensor like the policy's logits."""
 
@@ -193,9 +203,9 @@ class LogitsSource:
         self.buffer = torch.empty(len(self.logits), chunk_rows, self.vocab, dtype=dtype, device=policy_logits.device)
         self.grad_logits = None
 
-    def collect_gradients(self) -> None:
-        """Asks `store` to keep the gradient; rows that are never stored stay zero."""
-        self.grad_logits = torch.zeros_like(self.logits[0])
+    def collect_gradients(self, inplace: bool = False) -> None:
+        """Asks for the gradient; rows that are never stored are zero in it."""
+        self.grad_logits = room_for_gradient(self.logits[0], self.row_ids, inplace)
 
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
         """See chunked.LogitsSource. -inf becomes a finite, hopeless logit, so that 0 * -inf never arises."""

@@ -45,6 +45,7 @@ def token_scores(
     outputs: Collection[str] = OUTPUTS,
     chunk_tokens: int | None = None,
     check_values: bool | None = None,
+    inplace_backward: bool = False,
 ) -> TokenScores:
     """Scores of the target tokens under policy and reference logits, from one pass over both.
 
@@ -53,7 +54,8 @@ def token_scores(
     number or [N]. support: what the sampler allowed (see Support). Only the first valid_vocab columns exist.
     outputs: which of "entropy" and "kl" are wanted; the others come back as None.
     chunk_tokens: rows held in work buffers at a time. check_values: look at ids and for NaN (None: only on the CPU,
-    where it costs nothing).
+    where it costs nothing). inplace_backward: the backward overwrites policy_logits with their gradient instead of
+    allocating N * V numbers more; for logits that nothing else needs.
 
     Returns TokenScores, f32 [N] (f64 for f64 logits), differentiable towards policy_logits. Raises UserError for
     inputs that do not fit together. Formulas: TokenScores; definition: reference.token_scores.
@@ -64,8 +66,12 @@ def token_scores(
     valid = check_options(policy_logits.shape[1], None, "float32", valid_vocab)
     rows = policy_logits, target_ids, mask, temperature, support
     call, check = _call(*rows, valid, outputs, chunk_tokens, check_values, LogitOptions())
-    call = replace(call, reference=None if ref_logits is None else ref_logits.detach()[:, :valid])
-    return _checked(TokenScores(*ScoreFunction.apply(call, policy_logits[:, :valid])), check)
+    call = replace(
+        call, reference=None if ref_logits is None else ref_logits.detach()[:, :valid], inplace=inplace_backward
+    )
+    if valid < policy_logits.shape[1]:
+        policy_logits = policy_logits[:, :valid]
+    return _checked(TokenScores(*ScoreFunction.apply(call, policy_logits)), check)
 
 
 def linear_token_scores(
@@ -165,8 +171,8 @@ def _linear_call(
     )
     reference = None
     if ref_hidden is not None:
-        reference = Head(ref_hidden, ref_weight[:valid], None if ref_bias is None else ref_bias[:valid])
-    inputs = policy_hidden, policy_weight[:valid], None if policy_bias is None else policy_bias[:valid]
+        reference = Head(ref_hidden, _cut(ref_weight, valid), None if ref_bias is None else _cut(ref_bias, valid))
+    inputs = policy_hidden, _cut(policy_weight, valid), None if policy_bias is None else _cut(policy_bias, valid)
     return inputs, replace(call, reference=reference), check
 
 
@@ -210,6 +216,11 @@ def _call(
     if check:
         checks.check_values(vocab, call.rows.target_ids, call.options.temperature, call.rows.support)
     return call, check
+
+
+def _cut(x: Tensor, valid: int) -> Tensor:
+    """The part of the vocabulary that exists; x itself where that is all, which spares the backward a copy."""
+    return x if valid == len(x) else x[:valid]
 
 
 def _checked(scores: TokenScores, check: bool) -> TokenScores:

@@ -29,10 +29,10 @@ SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 ROWWISE = {
     "z_ptr": "*fp32", "z_stride": "i64", "r_ptr": "*fp32", "r_stride": "i64", "bias_ptr": "*fp32",
-    "ref_bias_ptr": "*fp32", "keep_ptr": "*u8", "target_ptr": "*i64", "row_ids_ptr": "*i64", "temperature_ptr": "*fp32", "stats_ptr": "*fp32",
-    "support_stats_ptr": "*fp32", "stats_stride": "i64", "factors_ptr": "*fp32", "factors_stride": "i64",
-    "grad_ptr": "*bf16", "grad_stride": "i64", "vocab": "i32", "temperature": "fp32", "softcap": "fp32",
-    "logit_scale": "fp32",
+    "ref_bias_ptr": "*fp32", "keep_ptr": "*u8", "target_ptr": "*i64", "row_ids_ptr": "*i64",
+    "temperature_ptr": "*fp32", "stats_ptr": "*fp32", "support_stats_ptr": "*fp32", "stats_stride": "i64",
+    "factors_ptr": "*fp32", "factors_stride": "i64", "grad_ptr": "*bf16", "grad_stride": "i64", "vocab": "i32",
+    "temperature": "fp32", "softcap": "fp32", "logit_scale": "fp32",
 }  # fmt: skip
 ALIGNED = ("_ptr", "_desc", "z_stride", "r_stride", "grad_stride", "vocab", "hidden")  # multiples of 16 in practice
 

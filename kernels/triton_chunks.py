@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from .chunked import Chunks
-from .linear import Head, LinearSource, LogitOptions
+from .linear import Head, LinearSource, LogitOptions, room_for_gradient
 from .support import keep_mask
 from .triton_epilogue import gradient_kernel, score_kernel
 from .types import TokenCoefficients
@@ -68,9 +68,9 @@ class DirectLogitsSource:
         self.dtype, self.vocab = torch.float32, policy_logits.shape[1]
         self.grad_logits = None
 
-    def collect_gradients(self) -> None:
-        """Asks for the gradient; rows that are not scored stay zero."""
-        self.grad_logits = torch.zeros_like(self.policy, memory_format=torch.contiguous_format)
+    def collect_gradients(self, inplace: bool = False) -> None:
+        """Asks for the gradient; rows that are never stored are zero in it."""
+        self.grad_logits = room_for_gradient(self.policy, self.row_ids, inplace)
 
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
         """All rows: the kernel finds rows lo..hi through row_ids."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 
 import pytest
 
@@ -127,7 +126,7 @@ def test_every_field_has_a_help_text_and_a_heading():
 
 
 @pytest.mark.parametrize(
-    "prompts", ['a "quoted": text # and \\ a 🦊', "several\n\nlines: of\n text", " ", "null", "é: [1"]
+    "prompts", ['a "quoted": text # and \\ a 🦊', "two\nlines", "several\n\nlines: of\n text", " ", "null", "é: [1"]
 )
 def test_yaml_file_comes_back_as_it_was_saved(tmp_path, prompts):
     config = changed(
@@ -143,7 +142,8 @@ def test_yaml_file_comes_back_as_it_was_saved(tmp_path, prompts):
     save_config(config, tmp_path / "c.yaml")
     assert load_config(tmp_path / "c.yaml") == config
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
-    assert all(re.match(r"$|# |\w+: ", line) for line in (tmp_path / "c.yaml").read_text().splitlines())
+    save_config(TrainConfig(), tmp_path / "default.yaml")  # one line for each setting, whatever its value
+    assert len({(tmp_path / name).read_text().count("\n") for name in ("c.yaml", "default.yaml")}) == 1
 
 
 def test_yaml_values_take_their_fields_types(tmp_path):

@@ -1,9 +1,10 @@
 """The checker: which sentences of a text are sentences of the storyteller's language?
 
-In: any text. Out: how many of its sentences are well formed, and how many it has. A sentence is well formed when some expansion of some template
-(templates.py, the same that the generator tells) matches it word for word, every slot holding a word of its category, and
+In: any text. Out: how many sentences it has, and how many of them are well formed. A sentence is well formed when some
+expansion of some template (templates.py, the same that the generator tells) matches it word for word, every slot
+holding a word of its category, and
 - words that fill slots differ from each other ("tall, tall and tall" is no description), and so do the two names;
-- pronouns agree with the name in the sentence, and those without a name with the character last named as a subject;
+- pronouns agree with the name in the sentence; without one, with the character last named as a subject;
 - "a" and "an" fit the next word; capital letters and punctuation stand where the language has them;
 - the sentence has not been told before in the same text.
 All templates are merged into one trie over words and slots, so a sentence costs a few dictionary look-ups per word.
@@ -14,14 +15,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from fastkl.storyteller.grammar import PRONOUNS, SHARED_SLOTS, Piece, article, expand, templates
 from fastkl.storyteller.lexicon import GENDER, WORDS
 
 _WRITTEN_WORD = re.compile(r'("?)([A-Za-z]+)(\S*)')
-_ENDS = (".", "!", "?")  # of sentences: none of the language ends with a quotation, `said Tim` or the like always follows it
+# No sentence of the language ends with a quotation: `said Tim` or the like always follows it.
+_ENDS = (".", "!", "?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,8 @@ class _Match:
 def check(text: str) -> SentenceCheck:
     """Counts the sentences of a text (a whole one: prompt and completion) and the well-formed ones among them.
 
-    An unfinished last sentence is not counted as long as it can still become a well-formed one, its last word left aside since it may be cut;
-    one that cannot ("to the tall tall tall") counts as a malformed sentence.
+    An unfinished last sentence is not counted as long as it can still become a well-formed one, its last word left
+    aside since it may be cut; one that cannot ("to the tall tall tall") counts as a malformed sentence.
     """
     *finished, tail = split_sentences(text) + ([[]] if text.rstrip().endswith(_ENDS) else [])
     gender, told, num_well_formed = "", set(), 0
@@ -73,8 +75,10 @@ def well_formed_share(texts: Iterable[str]) -> float:
 
 
 def split_sentences(text: str) -> list[list[str]]:
-    """The written words of each sentence; the last one may be unfinished, and is [] in an empty text. A mark that closes a quotation ends the sentence
-    only if no small letter follows (`"Where is it?" asked Tim.` is one sentence)."""
+    """The written words of each sentence. The last sentence may be unfinished, and is [] in an empty text.
+
+    A mark that closes a quotation ends the sentence only if no small letter follows: `"Where is it?" asked Tim.`
+    """
     words = text.split()
     sentences: list[list[str]] = [[]]
     for word, next_word in zip(words, [*words[1:], ""], strict=False):
@@ -103,8 +107,8 @@ def _symbol(piece: Piece) -> str:
 
 @cache
 def _symbols_of_word() -> dict[str, tuple[str, ...]]:
-    """Every word (names and "I" with their capital, all others without) -> the trie symbols that it may stand for, "=word" aside."""
-    symbols: dict[str, tuple[str, ...]] = {name: ("A", "B") for name in GENDER}
+    """Every word (names alone with a capital) -> the trie symbols that it may stand for, "=word" aside."""
+    symbols: dict[str, tuple[str, ...]] = dict.fromkeys(GENDER, ("A", "B"))
     entries = [(word, category) for category, words in WORDS.items() for word in words]
     entries += [(word, slot) for slot, forms in PRONOUNS.items() for word in forms.values()]
     for word, symbol in [*entries, ("a", "a"), ("an", "a")]:
@@ -113,7 +117,7 @@ def _symbols_of_word() -> dict[str, tuple[str, ...]]:
 
 
 def _match_sentence(words: list[str], last_gender: str) -> _Match | None:
-    """The first way to read a finished sentence whose bare pronouns fit the gender last spoken of ("" if unknown), or None."""
+    """The first reading of a finished sentence that fits the gender last spoken of ("" if unknown), or None."""
     for node, match in _readings(words):
         if node.is_end and (match.names[0] or not last_gender or match.gender_a in ("", last_gender)):
             return match
@@ -121,7 +125,7 @@ def _match_sentence(words: list[str], last_gender: str) -> _Match | None:
 
 
 def _can_begin(words: list[str]) -> bool:
-    """Whether some sentence of the language begins with these words (a name may still follow, so no gender is wrong yet)."""
+    """Whether a sentence of the language begins with these words (a name may follow, so no gender is wrong yet)."""
     return next(iter(_readings(words)), None) is not None
 
 
@@ -162,14 +166,22 @@ def _bind(match: _Match, symbol: str, word: str) -> _Match | None:
     """The bindings after one more word, or None where it contradicts them."""
     if symbol.startswith("=") or symbol == "a":
         return match
-    if symbol not in PRONOUNS and symbol not in ("A", "B"):
-        return None if word in match.used else _Match(match.gender_a, match.gender_b, match.names, match.used | {word})
-    is_b = symbol == "B" or symbol.endswith("2")
-    name = match.names[is_b] if symbol in PRONOUNS else word
-    other_name = match.names[not is_b]
-    gender = GENDER[word] if word in GENDER else next(g for g, form in PRONOUNS[symbol].items() if form == word)
-    if (match.gender_b if is_b else match.gender_a) not in ("", gender) or (match.names[is_b] or name) != name or (name and name == other_name):
+    if symbol in ("A", "B"):
+        return _bind_name(match, symbol == "B", word)
+    if symbol in PRONOUNS:
+        gender = "m" if word == PRONOUNS[symbol]["m"] else "f"
+        return _bind_gender(match, symbol.endswith("2"), gender)
+    return None if word in match.used else replace(match, used=match.used | {word})
+
+
+def _bind_name(match: _Match, is_b: bool, name: str) -> _Match | None:
+    if match.names[is_b] not in ("", name) or match.names[not is_b] == name:
         return None
-    names = (other_name, name) if is_b else (name, other_name)
-    genders = (match.gender_a, gender) if is_b else (gender, match.gender_b)
-    return _Match(*genders, names, match.used)
+    names = (match.names[0], name) if is_b else (name, match.names[1])
+    return _bind_gender(replace(match, names=names), is_b, GENDER[name])
+
+
+def _bind_gender(match: _Match, is_b: bool, gender: str) -> _Match | None:
+    if (match.gender_b if is_b else match.gender_a) not in ("", gender):
+        return None
+    return replace(match, gender_b=gender) if is_b else replace(match, gender_a=gender)

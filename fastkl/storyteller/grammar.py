@@ -1,9 +1,10 @@
 """The generator: plots -> templates -> words. In: a seed. Out: one story, the same on every machine and Python version.
 
-A story is a list of sections (templates.PLOTS); each section is told by one template; each template by one of its expansions (its choices made);
-each slot by a word. Every choice is uniform or has its weight written in templates.py, and its cost -log p is added up, so that the entropy of the
-language is known: the mean of `story_nats` bounds what any model can reach (from above; it is exact up to texts with two derivations).
-Left out: meaning. The plots keep their characters, things and places, but nobody checks that a yak fits into a teapot.
+A story is a list of sections (templates.PLOTS); each section is told by one template, each template by one of its
+expansions (its choices made), each slot by a word. Every choice is uniform or has its weight written in templates.py,
+and its cost -log p is added up, so that the entropy of the language is known: the mean of `story_nats` is what a
+perfect model would reach (a little less at most: few texts can be derived in two ways).
+Left out: meaning. A plot keeps its characters, things and places, but nobody checks that a yak fits into a teapot.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from fastkl.storyteller.lexicon import GENDER, WORDS
 from fastkl.storyteller.templates import MACROS, PLOTS, SECTIONS, SHARE_ONCE
 
 # Slots that keep one word for the whole story, and the category of each.
-SHARED_SLOTS = {"X": "thing", "F": "food", "P": "place", "home": "place", "K": "skill", "kindA": "kind", "kindB": "kind"}
+SHARED_SLOTS = {"X": "thing", "F": "food", "P": "place", "home": "place", "K": "skill"} | {
+    "kindA": "kind",
+    "kindB": "kind",
+}
 # Slots of A's and B's pronouns, by gender.
 PRONOUNS = {
     slot + role: {"m": male, "f": female}
-    for slot, male, female in (("he", "he", "she"), ("him", "him", "her"), ("his", "his", "her"), ("himself", "himself", "herself"))
+    for slot, male, female in (("he", "he", "she"), ("him", "him", "her"), ("his", "his", "her"))
     for role in ("", "2")
 }
 _INNERMOST_CHOICE = re.compile(r"\[([^\[\]]*)\]")
@@ -31,9 +35,9 @@ _PIECE = re.compile(r'("?)(?:\{(\w+)\}|([A-Za-z]+))(\S*)')
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One written word of an expanded template: an opening quotation mark or nothing, a slot or a literal word, and what is written after it."""
+    """One written word of an expanded template: a slot or a literal word, and the marks before and after it."""
 
-    prefix: str
+    prefix: str  # an opening quotation mark or ""
     slot: str  # "" for a literal word
     literal: str  # "" for a slot; in lower case, but for "I"
     suffix: str
@@ -91,7 +95,7 @@ def _sentence(flat: str, weight: float) -> Sentence:
     pieces = tuple(_piece(word) for word in flat.split())
     slots = {piece.slot for piece in pieces}
     names_subject = "A" in slots
-    points_back = not names_subject and bool(slots & {"he", "him", "his", "himself", "kindA"})
+    points_back = not names_subject and bool(slots & {"he", "him", "his", "kindA"})
     return Sentence(pieces, weight, names_subject, points_back)
 
 
@@ -167,7 +171,7 @@ class _Teller:
         return (friend, hero) if template.startswith("~") else (hero, friend)
 
     def _sentences(self, template: str) -> tuple[Sentence, ...]:
-        """The sentences of a template that fit here: none twice in a story, and no "he" for one who was not last spoken of."""
+        """The sentences of a template that fit here: no template twice, and "he" only for the one last spoken of."""
         if template in self.used_templates:
             return ()
         sentences = expand(template)
@@ -221,3 +225,22 @@ def story_nats(seed: int) -> float:
     teller = _Teller(seed)
     teller.tell()
     return teller.nats
+
+
+def num_stories_at_least() -> int:
+    """A lower bound of the number of distinct stories.
+
+    Fix one plot and one sentence for each of its sections; then different words give different texts. A slot counts the
+    words of its category less all that the sentence and the characters could have used up, a shared slot counts once.
+    """
+    count, shared = len(GENDER) * (len(GENDER) - 1), {"kindA", "kindB"}
+    count *= len(WORDS["kind"]) * (len(WORDS["kind"]) - 1)
+    for section in ("once", *(name for name in PLOTS["wish"].split()[1:] if ":" not in name)):
+        pieces = expand(templates()[section][0])[0].pieces
+        for piece in pieces:
+            category = SHARED_SLOTS.get(piece.slot, piece.slot)
+            if category in WORDS and piece.slot not in shared:
+                count *= len(WORDS[category]) - len(pieces) - 2
+            if piece.slot in SHARED_SLOTS:
+                shared.add(piece.slot)
+    return count

@@ -1,10 +1,12 @@
-"""Muon: momentum, made orthogonal. One update per matrix, float32 throughout (torch.optim.Muon multiplies in bfloat16, which processors without
-bfloat16 units do about twenty times slower).
+"""Muon: momentum, made orthogonal. One update per matrix, float32 throughout (torch.optim.Muon multiplies in bfloat16,
+which processors without bfloat16 units do about twenty times slower).
 
-    M <- mu M + (1 - mu) G;   U = (1 - mu) G + mu M (Nesterov);   W <- W - lr * 0.2 sqrt(max(rows, columns)) * orthogonal(U)
+    M <- mu M + (1 - mu) G
+    U  = (1 - mu) G + mu M                                              (Nesterov)
+    W <- W - lr * 0.2 sqrt(max(rows, columns)) * orthogonal(U)
 
-with orthogonal(U) by five Newton-Schulz steps (Jordan et al. 2024, "Muon"), and the factor that gives Adam's update size (Liu et al. 2025,
-"Muon is scalable for LLM training"), so that Adam's learning rates carry over.
+with orthogonal(U) by five Newton-Schulz steps (Jordan et al. 2024, "Muon"), and the factor that gives Adam's update
+size (Liu et al. 2025, "Muon is scalable for LLM training"), so that Adam's learning rates carry over.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Roughly U V^T of the singular value decomposition U S V^T (singular values end between about 0.7 and 1.2), for f32 [rows, columns]."""
+    """Roughly U V^T of the singular value decomposition U S V^T, f32 [rows, columns]: S ends within about 0.7..1.2."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
     for _ in range(steps):

@@ -1,13 +1,15 @@
-"""The sentences of the storyteller's language: templates with slots, by section of a story. The generator and the checker both read this file.
+"""The sentences of the storyteller's language: templates with slots, by section of a story.
 
-How a template is written:
-- `{thing}` is a slot for any word of that category (lexicon.py). Some slots keep one word for the whole story: `{X}` its thing, `{F}` its food,
-  `{P}` the place where it happens, `{home}` a place, `{K}` a skill, `{kindA}`, `{kindB}` the two animals.
-- `{A}` is the name of the sentence's subject, `{B}` that of the other character; `{he} {him} {his} {himself}` agree with A and `{he2} {him2} {his2}`
-  with B. A leading `~` says that the story's friend, not its hero, is the subject.
+The generator and the checker both read this file. How a template is written:
+- `{thing}` is a slot for any word of that category (lexicon.py). Some slots keep one word for the whole story: `{X}`
+  its thing, `{F}` its food, `{P}` the place where it happens, `{home}` a place, `{K}` a skill, `{kindA}` and
+  `{kindB}` the animals.
+- `{A}` is the name of the sentence's subject, `{B}` that of the other character; `{he} {him} {his}` agree with A and
+  `{he2} {him2} {his2}` with B. A leading `~` says that the story's friend, not its hero, is the subject.
 - `[one*3|two]` chooses, with weights; MACROS are abbreviations, and may hold choices themselves.
-- `{a}` is "a" or "an", by the next word. The first word of a sentence and of a quotation gets its capital letter by itself.
-A quotation holds one sentence, and what follows it starts with a small letter, so that a sentence's end can be seen without parsing.
+- `{a}` is "a" or "an", by the next word. The first word of a sentence and of a quotation gets its capital by itself.
+A quotation holds one sentence, and what follows it starts with a small letter, so that the end of a sentence can be
+seen without parsing.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ MACROS: dict[str, str] = {
     "{S}": "[{A}*6|{he}*6|{A} the {kindA}*2|{A} the {trait} {kindA}*2|the {trait} {kindA}]",
     "{O}": "[{B}*4|{B} the {kindB}|{B} the {trait} {kindB}]",
     "{both}": "[{A} and {B}*2|they*2|the two friends|the {kindA} and the {kindB}]",
-    "{tag}": "[{say} {A}*3|{he} {say}*2|{he} {manner} {say}|{say} {A} {manner}*2|{say} {A} the {kindA}|{say} the {trait} {kindA}]",
+    "{tag}": "[{say} {A}*3|{he} {say}*2|{he} {manner} {say}|{say} {A} {manner}*2|"
+    "{say} {A} the {kindA}|{say} the {trait} {kindA}]",
     "{traits}": _stack("trait"),
     "{looks}": _stack("look"),
     "{tastes}": _stack("taste"),
@@ -317,7 +320,7 @@ SECTIONS: dict[str, str] = {
         """,
 }
 
-# The plots: sections in order. A number after a section is the share of stories that have it (else all of them).
+# The plots: sections in order. A number after a section is the share of stories that have it (else all have it).
 PLOTS: dict[str, str] = {
     "wish": "opening character:0.5 wish journey slip sorrow:0.5 meeting offer:0.7 gain joy ending close:0.2",
     "loss": "opening character:0.4 treasure journey:0.4 loss sorrow meeting offer repair joy ending close:0.2",

@@ -85,10 +85,11 @@ SUPPORTS = {
 }
 
 
+MIXED = {"softcap": 4.0, "bias": True, "per_row_temperature": True}
+
+
 @pytest.mark.parametrize("name", SUPPORTS)
-@pytest.mark.parametrize(
-    "options", [{}, {"reference": False}, {"softcap": 4.0, "bias": True, "per_row_temperature": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"reference": False}, MIXED])
 def test_supports_match_float64(name, options):
     check(make_case(num_rows=6, support=SUPPORTS[name], **options))
     assert launches == ["score_kernel", "gradient_kernel"]
@@ -139,7 +140,8 @@ def test_logits_in_reads_strided_half_precision_rows_and_returns_their_dtype():
     (grad,) = torch.autograd.grad((got.kl - got.entropy).sum(), strided)
     (true_grad,) = torch.autograd.grad((truth.kl - truth.entropy).sum(), leaf)
     assert grad.dtype == torch.bfloat16
-    torch.testing.assert_close(grad.double(), true_grad, rtol=2**-8, atol=1e-6)
+    # one unit in the last place: the interpreter truncates to bfloat16 where the hardware rounds
+    torch.testing.assert_close(grad.double(), true_grad, rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -219,3 +219,20 @@ def test_small_exact_kl_is_resolved():
     assert float((got - truth).abs().max()) < 5e-7
     same = operators.token_scores(z, z.clone(), targets).kl
     assert torch.equal(same, torch.zeros(50)), "equal logits must give exactly zero"
+
+
+@pytest.mark.parametrize("mask", ["none", "some"])
+def test_inplace_backward_writes_the_same_gradient_over_the_logits(mask):
+    case = make_case(num_rows=11, mask=mask, temperature=0.7).to(torch.float32)
+    ref_logits = case.ref_hidden @ case.ref_weight.t()
+    gradients = []
+    for inplace in (False, True):
+        leaf = (case.policy_hidden @ case.policy_weight.t()).requires_grad_()
+        logits = leaf * 1.0
+        places = []
+        logits.register_hook(lambda gradient, places=places: places.append(gradient.data_ptr()))
+        scores = operators.token_scores(logits, ref_logits, case.target_ids, inplace_backward=inplace, **case.options)
+        (scores.kl + scores.policy_logprobs).sum().backward()
+        gradients.append(leaf.grad)
+        assert (places == [logits.data_ptr()]) == inplace
+    assert torch.equal(*gradients)

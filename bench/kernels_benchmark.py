@@ -1,0 +1,58 @@
+"""The kernel matrix under pytest-benchmark: one test per job and implementation, the same rows as `fastkl bench`.
+
+    pytest bench/kernels_benchmark.py [--benchmark-json=kernels.json] [-k "F and fastkl"]
+
+Each row is compared with float64 before it is timed; bytes, operations, floor, peak memory and error go into the JSON
+as extra_info. Peers that are not installed have no rows (the table of `fastkl bench` says so).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+
+from fastkl import bench
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = bench.GPU_SHAPES if DEVICE == "cuda" else bench.CPU_SHAPES
+
+
+@cache
+def rows(shape: bench.Shape) -> dict[str, bench.Row]:
+    """The rows of one shape, by name; their inputs are made once."""
+    return {f"{row.job} {row.name}": row for row in bench.rows_of(bench.Problem(shape, DEVICE))}
+
+
+@cache
+def ceiling(shape: bench.Shape) -> dict[str, float]:
+    """The machine's ceilings for one shape, measured once per run."""
+    return bench.ceilings(shape, DEVICE)
+
+
+def names(shape: bench.Shape) -> list[str]:
+    """Row names without making the full-size inputs."""
+    tiny = bench.Shape(shape.name, 1, 8, 8, torch.float32, shape.softcap)
+    return [f"{row.job} {row.name}" for row in bench.rows_of(bench.Problem(tiny, "cpu"))]
+
+
+CASES = [pytest.param(shape, name, id=f"{shape.name} {name}") for shape in SHAPES for name in names(shape)]
+
+
+@pytest.mark.parametrize(("shape", "name"), CASES)
+def test_row(benchmark, shape: bench.Shape, name: str) -> None:
+    row = rows(shape)[name]
+    result = bench.measure(row, ceiling(shape), DEVICE, repeats=1)  # raises if the result is wrong
+
+    def call() -> None:
+        row.call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{shape.name} {row.job}"
+    for key in ("flops", "bytes", "floor_ms", "peak_mib", "max_error"):
+        benchmark.extra_info[key] = getattr(result, key)
+    benchmark.pedantic(call, rounds=20 if DEVICE == "cuda" else 5, warmup_rounds=3 if DEVICE == "cuda" else 0)

@@ -1,0 +1,79 @@
+"""The README's two pictures, from real runs.
+
+    python bench/pictures.py RUN SWEEP_FOLDER
+
+docs/terminal.svg: the live view after the last step of RUN, replayed from its metrics.jsonl and samples.jsonl.
+docs/frontier.png: the reward-against-KL chart of the sweep's report page, drawn by headless Chromium.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from fastkl.configfile import load_config
+from fastkl.report import write_report
+from fastkl.view import View
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def terminal(run: Path) -> None:
+    """The live panel as it looked at the end of the run, 132 columns wide."""
+    config = load_config(run / "config.yaml")
+    console = Console(
+        record=True, width=132, height=40, file=io.StringIO(), force_terminal=True, color_system="truecolor"
+    )
+    title = f"{config.model} → {', '.join(config.reward)}, β {config.kl_coef:g}"
+    view = View(title, total_steps=config.steps, console=console)
+    metrics, samples = rows(run / "metrics.jsonl"), rows(run / "samples.jsonl")
+    for row in metrics:
+        view.step(row)
+    last = [sample for sample in samples if sample["step"] == metrics[-1]["step"]]
+    best = max(last, key=lambda sample: sample["reward"] or 0.0)
+    view.sample(best["prompt"], best["completion"], best["reward"])
+    console.print(view._render())
+    (DOCS / "terminal.svg").write_text(console.export_svg(title="fastkl train"))
+
+
+def frontier(sweep: Path) -> None:
+    """The first chart of the comparison page, as a PNG of its own."""
+    page = write_report(sorted(path.parent for path in sweep.glob("*/metrics.jsonl"))).read_text()
+    style = "".join(re.findall(r"<style>.*?</style>", page, flags=re.DOTALL))
+    figure = re.search(r"<figure.*?</figure>", page, flags=re.DOTALL)
+    if figure is None:
+        sys.exit("the report holds no chart")
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("needs chromium")
+    with tempfile.TemporaryDirectory() as folder:
+        html = Path(folder) / "chart.html"
+        html.write_text(
+            f"<!doctype html><meta charset=utf-8>{style}<body style='width:860px;margin:12px'>{figure.group()}"
+        )
+        subprocess.run(
+            [
+                browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,620",
+                f"--user-data-dir={folder}/profile", "--disable-background-networking", "--force-device-scale-factor=2",
+                f"--screenshot={DOCS / 'frontier.png'}", html.as_uri(),
+            ],
+            check=True, capture_output=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    DOCS.mkdir(exist_ok=True)
+    terminal(Path(sys.argv[1]))
+    frontier(Path(sys.argv[2]))

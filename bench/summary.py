@@ -1,0 +1,67 @@
+"""What runs came to, as a table for the README and a JSON file beside it.
+
+    python bench/summary.py OUTPUT.json RUN_FOLDER...
+
+"start" is the first step (the untrained policy's samples), "end" the mean over the last five steps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from training import machine
+
+from fastkl.configfile import load_config
+
+END_STEPS = 5
+COLUMNS = {
+    "reward/raw": "reward",
+    "kl/exact": "KL (nats)",
+    "diversity/distinct_2": "distinct-2",
+    "grammar/well_formed": "well formed",
+    "lm_cross_entropy": "policy CE",
+    "original_lm_cross_entropy": "original CE",
+}
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Start and end of one run, its settings that differ between runs, and its wall time."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    config = load_config(folder / "config.yaml")
+    last = rows[-END_STEPS:]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return {
+        "run": folder.name,
+        "kl_coef": config.kl_coef,
+        "baseline": config.baseline,
+        "reward": config.reward,
+        "seed": config.seed,
+        "lr": config.lr,
+        "steps": len(rows),
+        "start": {key: rows[0][key] for key in COLUMNS if key in rows[0]},
+        "end": {key: fmean(row[key] for row in last) for key in COLUMNS if key in rows[0]},
+        "median_step_s": sorted(row["time/step_s"] for row in rows)[len(rows) // 2],
+        "wall_s": sum(row["time/step_s"] for row in rows),
+        "last_sample": next(s["completion"] for s in samples if s["step"] == rows[-1]["step"]),
+    }
+
+
+def main(output: Path, folders: list[Path]) -> None:
+    found = [summary(folder) for folder in folders]
+    print("| run | " + " | ".join(COLUMNS.values()) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    for run in found:
+        cells = [f"{run['start'][key]:.3g} → {run['end'][key]:.3g}" for key in COLUMNS if key in run["start"]]
+        print(f"| {run['run']} | " + " | ".join(cells) + " |")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"machine": machine(), "runs": found}, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
