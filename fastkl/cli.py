@@ -243,6 +243,31 @@ def run_report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Options of `fastkl doctor`."""
+    from fastkl import doctor
+
+    parser.description = "\n".join((doctor.__doc__ or "").splitlines())
+    parser.add_argument("path", metavar="RUN|FILE.jsonl", nargs="?", type=Path, help="run folder, or rollouts")
+    parser.add_argument("--table", action="store_true", help="compute the table of docs/negative-kl.md instead")
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """`fastkl doctor`: exit code 1 where the estimate is significantly negative."""
+    if arguments.table:
+        from fastkl.negative_kl import table
+
+        print(table())
+        return 0
+    if arguments.path is None:
+        raise UserError("doctor: name a run folder or a JSONL file of rollouts (or --table).")
+    from fastkl.doctor import diagnose
+
+    diagnosis = diagnose(arguments.path)
+    print(diagnosis.text())
+    return int(diagnosis.negative)
+
+
 def add_storyteller(parser: argparse.ArgumentParser) -> None:
     """Options of `fastkl storyteller`."""
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="where model and tokenizer go")
@@ -264,5 +289,6 @@ COMMANDS: tuple[Command, ...] = (
     ("train", add_train, run_train, "Train a model"),
     ("sweep", add_sweep, run_sweep, "Train once for each of several KL coefficients, and compare"),
     ("report", add_report, run_report, "Write one self-contained HTML page about one run or several"),
+    ("doctor", add_doctor, run_doctor, "Audit the KL of a run or of another trainer's rollouts"),
     ("storyteller", add_storyteller, run_storyteller, "Remake the embedded model"),
 )

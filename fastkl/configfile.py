@@ -72,7 +72,7 @@ def why_not(name: str) -> str:
     from fastkl.contract import REJECTED, VLLM
 
     rule = VLLM.get(name)
-    return f" It cannot be scored: it {rule.why}." if rule and rule.kind == REJECTED else ""
+    return f" It cannot be scored: {rule.why}." if rule and rule.kind == REJECTED else ""
 
 
 OPTIONAL_FLOATS = tuple[float, ...] | None

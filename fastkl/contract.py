@@ -41,7 +41,7 @@ class Rule:
 
 NOT_DRAWN = "ids that cannot be drawn"
 VALUES_ONLY = "chooses what is reported, not what is drawn"
-DEPENDS_ON_TEXT = "changes the logits by what the text already holds"
+DEPENDS_ON_TEXT = "it changes the logits by what the text already holds"
 
 VLLM: dict[str, Rule] = {
     **dict.fromkeys(("n", "seed"), Rule(NEUTRAL, "how many draws, and from which random numbers")),
@@ -67,16 +67,16 @@ VLLM: dict[str, Rule] = {
     "presence_penalty": Rule(REJECTED, DEPENDS_ON_TEXT, off=(0,)),
     "frequency_penalty": Rule(REJECTED, DEPENDS_ON_TEXT, off=(0,)),
     "repetition_penalty": Rule(REJECTED, DEPENDS_ON_TEXT, off=(1,)),
-    "logit_bias": Rule(REJECTED, "shifts the policy's logits and not the reference's", off=(None, {})),
+    "logit_bias": Rule(REJECTED, "it shifts the policy's logits and not the reference's", off=(None, {})),
     **dict.fromkeys(
         ("bad_words", "_bad_words_token_ids"),
-        Rule(REJECTED, "bans ids by the text before them; ban single ids with banned_token_ids", off=(None, [])),
+        Rule(REJECTED, "it bans ids by the text before them; ban single ids with banned_token_ids", off=(None, [])),
     ),
     "structured_outputs": Rule(REJECTED, "a grammar allows other ids at every token, and they are not recorded"),
-    "thinking_token_budget": Rule(REJECTED, "forces tokens that the policy did not choose"),
-    "trace_decode_token_ids": Rule(REJECTED, "forces tokens that the policy did not choose"),
-    "watermarking": Rule(REJECTED, "draws from a changed distribution", off=(None, False)),
-    "ignore_eos": Rule(REJECTED, "goes on after the end of the text, where there is nothing to score", off=(False,)),
+    "thinking_token_budget": Rule(REJECTED, "it forces tokens that the policy did not choose"),
+    "trace_decode_token_ids": Rule(REJECTED, "it forces tokens that the policy did not choose"),
+    "watermarking": Rule(REJECTED, "it draws from a changed distribution", off=(None, False)),
+    "ignore_eos": Rule(REJECTED, "it goes on after the end of the text, where there is nothing to score", off=(False,)),
     "extra_args": Rule(REJECTED, "plugins may do anything to the logits", off=(None, {})),
 }
 """Every field of vllm.SamplingParams. A test walks them, so that a new engine's new field is looked at by a person."""

@@ -83,8 +83,6 @@ class VllmGenerator:
     ) -> None:
         self.tokenizer = tokenizer
         self.sampling = sampling
-        self.allowed_token_ids: list[int] | None = None  # known once the engine has told its vocabulary
-        check_parameters(vllm_parameters(self._params(seed=0)), VLLM)
         with _output_to(log):
             try:
                 self.llm = _start_vllm(
@@ -100,6 +98,7 @@ class VllmGenerator:
                     "Use --generator transformers."
                 ) from failure
         self.allowed_token_ids = _allowed_ids(sampling, self.llm.llm_engine.model_config.get_vocab_size())
+        check_parameters(vllm_parameters(self._params(seed=0)), VLLM)
 
     def generate(
         self, prompts: Sequence[Prompt], num_samples: int, *, seed: int, step: int

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastkl import checkpoint, models, sync, trunk
+from fastkl.alarm import KlAlarm
 from fastkl.config import TrainConfig, check_config, penalty_of, prepare_run_folder
 from fastkl.contract import Sampling
 from fastkl.data import PromptSource, load_prompts
@@ -61,6 +62,8 @@ class Run:
     saved_step: int = 0
     prompt_state: dict[str, Any] = field(default_factory=dict)  # after the completed step
     kl_coef: float = 0.0  # beta, as the controller has moved it
+    alarm: KlAlarm = field(default_factory=KlAlarm)
+    alarm_rang: bool = False
 
     @property
     def penalty(self) -> Penalty:
@@ -91,6 +94,11 @@ class Run:
         self.tokens_generated += sum(sample["num_tokens"] for sample in samples)
         metrics |= {"steps/skipped": self.skipped_steps, "tokens/generated": self.tokens_generated}
         self.completed_step, self.prompt_state = report.step, self.prompts.state()
+        warning = self.alarm.add(sample["kl"] for sample in samples)
+        metrics["kl/alarm"] = int(warning is not None)
+        if warning and not self.alarm_rang:
+            self.view.note(warning)
+        self.alarm_rang = warning is not None
         self.log.log(metrics, samples)
         self.view.step(metrics)
         if self.config.sample_every and report.step % self.config.sample_every == 0:

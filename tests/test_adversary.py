@@ -114,9 +114,10 @@ def test_the_adversary_ends_at_the_reference_and_its_estimate_is_never_below_zer
 def test_the_same_adversary_is_paid_by_the_naive_scorer(case):
     """The control: without it, the test above could not fail."""
     policy, ref, sampling, course = adversary(case, naive=True)
-    if case == "truncated rows":  # paid by silence: all rows are cut, their KL is never charged
+    if case == "truncated rows":  # negative on paper, and ever further away from the reference
         true = float(expected_penalty(policy.detach(), ref, sampling, case, naive=False))
-        assert true > course[-1] + 0.5
+        assert course[-1] < -0.1 < 0.2 < true
     else:
-        assert course[-1] < -0.5
-        assert course[-1] < course[len(course) // 2] < 0, "and it goes on"
+        assert min(course) < -0.5
+    if case in ("min_tokens", "padding"):
+        assert course[-1] < course[len(course) // 2] - 0.1, "and it goes on"

@@ -96,7 +96,7 @@ def test_unknown_choice_names_the_nearest():
 
 @pytest.mark.parametrize("name", ["repetition_penalty", "logit_bias", "structured_outputs"])
 def test_sampling_that_cannot_be_scored_is_refused_with_the_reason(name):
-    with pytest.raises(UserError, match=f"no setting '{name}'. It cannot be scored: it "):
+    with pytest.raises(UserError, match=f"no setting '{name}'. It cannot be scored: "):
         with_settings(TrainConfig(), {name: 1.2})
 
 

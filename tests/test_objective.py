@@ -198,9 +198,7 @@ def test_crediting_only_what_a_token_caused_has_less_noise():
         for i, rows in enumerate(owners):
             cu = torch.tensor([0, len(rows)], dtype=torch.int32)
             penalty = Penalty(BETA, "k1", credit=credit)
-            loss = applied_loss(
-                picked(scores, rows), torch.zeros(1, 1).double(), cu, penalty, "none", normalizer=1.0
-            )
+            loss = applied_loss(picked(scores, rows), torch.zeros(1, 1).double(), cu, penalty, "none", normalizer=1.0)
             (gradient,) = torch.autograd.grad(loss, world.table, retain_graph=True)
             square += chance[i] * gradient**2
         noise[credit] = float(square.sum())

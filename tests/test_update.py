@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toy import STOP, ToyTokenizer, toy_batch, toy_config, toy_model
 
 from fastkl import sync, trunk
 from fastkl.metrics import Stopwatch
+from fastkl.rollout import TransformersGenerator
 from fastkl.setup import Run, sampling_of
 from fastkl.step_report import StepReport
-from fastkl.train import update
+from fastkl.train import scorable, update
+from fastkl.types import RolloutBatch
 
 CPU = torch.device("cpu")
 
@@ -113,6 +117,88 @@ def scored_by(policy, batch, temperature: float):
             rescored.append(dataclasses.replace(c, logprobs=tuple(values.tolist())))
         groups.append(tuple(rescored))
     return dataclasses.replace(batch, completions=tuple(groups))
+
+
+@pytest.mark.parametrize("options", [
+    {"top_k": 4},
+    {"top_p": 0.8, "temperature": 0.7},
+    {"min_p": 0.1},
+    {"min_tokens": 3},
+    {"banned_token_ids": (2, 7), "top_k": 5},
+], ids=str)  # fmt: skip
+def test_gradient_under_truncated_sampling_is_that_of_the_logprobs_on_the_support(options):
+    policy, reference = toy_model(0), toy_model(1).requires_grad_(False)
+    config = toy_config(max_new_tokens=6, **options)
+    sampling = sampling_of(config, (STOP,))
+    prompts = toy_batch(policy).prompts
+    completions = TransformersGenerator(policy, ToyTokenizer(), sampling).generate(prompts, 4, seed=1, step=1)
+    rewards = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    batch = RolloutBatch(prompts, completions, rewards, torch.ones(3, 4, dtype=torch.bool), policy_version=0)
+    gradient, report = step_gradient(policy, reference, batch, config)
+    assert report.max_gap < 1e-5, "the generator recorded the log-probs of the same support"
+
+    losses = []
+    for p, group, row in zip(prompts, completions, rewards.tolist(), strict=True):
+        logps, penalized = [], []
+        for c, r in zip(group, row, strict=True):
+            logp, ref = on_support(policy, reference, p, c, config)
+            logps.append(logp)
+            penalized.append(r - config.kl_coef * float(logp - ref))
+        for i, logp in enumerate(logps):
+            baseline = (sum(penalized) - penalized[i]) / 3
+            losses.append(-(penalized[i] - baseline) * logp)
+    expected = torch.autograd.grad(torch.stack(losses).sum() / 12, list(policy.parameters()))
+    for (name, ours), theirs in zip(gradient.items(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def on_support(policy, reference, p, c, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi_S and log q_S of a completion, a token at a time, S found by a loop over the policy's own logits."""
+    ids = torch.tensor([p.token_ids + c.token_ids])
+    tables = [m(input_ids=ids, use_cache=False).logits[0][len(p.token_ids) - 1 : -1] for m in (policy, reference)]
+    sums = [0.0, 0.0]
+    for t, y in enumerate(c.token_ids):
+        z = tables[0][t].detach() / config.temperature
+        alive = [v for v in range(len(z)) if v not in config.banned_token_ids and (v != STOP or t >= config.min_tokens)]
+        best = max(z[v] for v in alive)
+        alive = sorted((v for v in alive if (z[v] - best).exp() >= config.min_p), key=lambda v: -z[v])
+        alive = alive[: config.top_k or len(z)]
+        probs = z[alive].softmax(0)
+        kept = [
+            v
+            for v, before in zip(alive, probs.cumsum(0) - probs, strict=True)
+            if config.top_p >= 1 or before < config.top_p
+        ]
+        for i in (0, 1):
+            sums[i] = sums[i] + (tables[i][t][kept] / config.temperature).log_softmax(0)[kept.index(y)]
+    return sums[0], sums[1].detach()
+
+
+def test_a_truncated_sample_that_is_dropped_leaves_reward_baseline_and_loss():
+    policy, reference = toy_model(0), toy_model(1).requires_grad_(False)
+    batch, config = toy_batch(policy, num_samples=6), toy_config(num_samples=6)
+    valid = scorable(batch.completions, batch.valid, "drop")
+    cut = torch.tensor([[c.finish_reason == "length" for c in group] for group in batch.completions])
+    assert cut.any() and not cut.all()
+    assert torch.equal(valid, batch.valid & ~cut)
+    assert torch.equal(scorable(batch.completions, batch.valid, "keep"), batch.valid)
+    rewards = batch.rewards.masked_fill(~valid, 0.0)
+    gradient, _ = step_gradient(policy, reference, replace(batch, rewards=rewards, valid=valid), config)
+    other = rewards + 100.0 * cut  # the reward of a dropped sample must not matter, to itself or to its siblings
+    same, _ = step_gradient(policy, reference, replace(batch, rewards=other, valid=valid), config)
+    for name in gradient:
+        assert torch.equal(gradient[name], same[name]), name
+
+
+def test_importance_weights_of_an_engine_that_agrees_change_nothing_and_of_another_one_reweight_the_gradient():
+    policy, reference = toy_model(0), toy_model(1).requires_grad_(False)
+    batch = toy_batch(policy)
+    plain, _ = step_gradient(policy, reference, batch, toy_config())
+    for level in ("token", "sequence"):
+        weighted, report = step_gradient(policy, reference, batch, toy_config(importance=level))
+        assert report.num_weights_cut == 0
+        for name in plain:
+            torch.testing.assert_close(weighted[name], plain[name], rtol=1e-4, atol=1e-6)
 
 
 def test_micro_batches_add_up_to_the_big_batch_in_float32():
