@@ -284,11 +284,35 @@ def run_storyteller(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    """Options of `fastkl bench`."""
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, default=Path("runs/bench"), help="bench.json and pictures [runs/bench]"
+    )
+    parser.add_argument(
+        "--budget", metavar="S", type=float, default=150.0, help="seconds after which no row starts [150]"
+    )
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """`fastkl bench`."""
+    from fastkl import bench
+
+    bench.run_bench(arguments.output, budget_s=arguments.budget)
+    return 0
+
+
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]
 COMMANDS: tuple[Command, ...] = (
     ("train", add_train, run_train, "Train a model"),
     ("sweep", add_sweep, run_sweep, "Train once for each of several KL coefficients, and compare"),
     ("report", add_report, run_report, "Write one self-contained HTML page about one run or several"),
     ("doctor", add_doctor, run_doctor, "Audit the KL of a run or of another trainer's rollouts"),
+    (
+        "bench",
+        add_bench,
+        run_bench,
+        "Time the scoring operators against their floors and peers, as this machine allows",
+    ),
     ("storyteller", add_storyteller, run_storyteller, "Remake the embedded model"),
 )
