@@ -32,7 +32,7 @@ class TrainConfig:
     """One weight per reward function; None weighs each 1."""
 
     # The objective
-    kl_coef: float = 0.5
+    kl_coef: float = 0.2
     """beta: the reward lost per nat of KL(policy, reference)."""
     kl_estimator: str = "k1"
     """"k1", "k2", "k3", "exact" (over the ids that could be sampled), "exact_full" (over all ids)."""
@@ -86,7 +86,7 @@ class TrainConfig:
     # Optimisation
     steps: int = 40
     """Optimizer steps."""
-    lr: float = 3e-4
+    lr: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup_steps: int = 2
     """Linear warm-up from 0."""
