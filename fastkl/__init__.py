@@ -1,6 +1,6 @@
 """fastkl: RL training of language models with a KL penalty that cannot be gamed, at the speed of the hardware.
 
-The scoring operators for other training loops, `token_scores`, `linear_token_scores` and `linear_token_loss`, need torch
+The scoring operators for other training loops (`token_scores`, `linear_token_scores`, `linear_token_loss`) need torch
 alone and are loaded on first use.
 """
 

@@ -144,6 +144,7 @@ def test_sentences_that_were_never_told_are_recognised():
     assert is_well_formed("Tim the timid turtle tidily, tenderly tiptoed to the town.") is False  # no such template
     assert is_well_formed("So Tim the timid turtle tidily, tenderly tiptoed to the tiny tranquil town.")
     assert is_well_formed('"Why are you so sad, Bella?" he boldly bellowed.')
+    assert is_well_formed("Tim and Tom slowly sang near the sunny shore.")
 
 
 @pytest.mark.parametrize(
@@ -162,8 +163,10 @@ def test_sentences_that_were_never_told_are_recognised():
         "Tim slowly sang",
         "Tim Slowly sang.",
         "Once upon a time, there was an timid turtle named Tim.",
-        "Once upon a time, there was a amiable, ant named Tim.",
-        "Tim and Tim slowly sang.",
+        "Once upon a time, there was a anxious ant named Tim.",
+        "Tim and Tim slowly sang near the sunny shore.",
+        "Tim was glad, glad and glad.",
+        "Once upon a time, there was a tall tall turtle named Tim.",
         '"I feel so sad," said Tim',
         '"I feel so sad, said Tim.',
         "Tim was so sad that she slowly wept.",
@@ -310,9 +313,12 @@ def test_muon_updates_by_the_orthogonal_factor_of_the_nesterov_momentum():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two runs of the same tiny recipe."""
+    from fastkl.storyteller import measure
     from fastkl.storyteller.make import make_storyteller
 
     folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
+    patch = pytest.MonkeyPatch()
+    patch.setattr(measure, "NUM_HELD_OUT", 32)
     for folder in folders:
         make_storyteller(
             folder,
@@ -325,6 +331,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             num_layers=1,
             log=lambda _: None,
         )
+    patch.undo()
     return folders
 
 
@@ -341,6 +348,18 @@ def test_remaking_gives_the_same_files(tiny: list[Path]):
         "tokenizer_config.json",
     ):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_sharpening_multiplies_every_logit():
+    import torch
+
+    from fastkl.storyteller.make import new_model, sharpen, train_tokenizer
+
+    model = new_model(train_tokenizer([story(0)], 300), 32, 1)
+    ids = torch.arange(20)[None]
+    before = model(ids).logits
+    sharpen(model, 1.35)
+    assert torch.allclose(model(ids).logits, 1.35 * before, atol=1e-6)
 
 
 def test_training_lowers_the_cross_entropy_of_new_stories():

@@ -46,9 +46,7 @@ def held_out_stories(num: int) -> list[str]:
     return [story(-1 - i) for i in range(num)]
 
 
-def held_out_nats_per_story(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num: int = NUM_HELD_OUT
-) -> float:
+def held_out_nats_per_story(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num: int) -> float:
     """Mean of -log p(story, end-of-text) over the first `num` held-out stories."""
     import torch
 
@@ -104,7 +102,7 @@ def evaluate(
         "num_parameters": model.num_parameters(),
         "vocab_size": len(tokenizer),
         "tokens_per_story": sum(len(ids) - 1 for ids in encode(tokenizer, texts)) / len(texts),
-        "held_out_nats_per_story": held_out_nats_per_story(model, tokenizer),
+        "held_out_nats_per_story": held_out_nats_per_story(model, tokenizer, NUM_HELD_OUT),
         "generator_nats_per_story": sum(story_nats(-1 - i) for i in range(NUM_HELD_OUT)) / NUM_HELD_OUT,
         "num_sampled_sentences": num_sentences,
         "well_formed_share": share,
