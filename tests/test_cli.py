@@ -76,7 +76,7 @@ def test_train_help_has_every_setting_with_its_default(capsys):
         cli.main(["train", "--help"])
     output = " ".join(capsys.readouterr().out.split())
     assert all(f"--{name.replace('_', '-')}" in output for name in field_types())
-    assert "[runs/alliteration]" in output and "[0.5]" in output and "The objective:" in output
+    assert "[runs/alliteration]" in output and f"[{TrainConfig().kl_coef}]" in output and "The objective:" in output
 
 
 def test_a_mistake_ends_the_process_with_2_and_no_traceback():

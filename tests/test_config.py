@@ -229,7 +229,7 @@ def test_resume_needs_a_checkpoint_and_says_how_to_go_on_without(tmp_path):
 def test_resume_refuses_settings_that_would_make_it_another_run(tmp_path):
     prepare_run_folder(changed(output=str(tmp_path), kl_coef=0.25))
     with_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="^kl_coef: 0.5, but the run in .* was started with 0.25"):
+    with pytest.raises(UserError, match=f"^kl_coef: {TrainConfig().kl_coef}, but the run in .* was started with 0.25"):
         prepare_run_folder(changed(output=str(tmp_path), resume=True))
     prepare_run_folder(changed(output=str(tmp_path), resume=True, kl_coef=0.25, steps=99, save_every=3))
     assert load_config(tmp_path / "config.yaml").steps == 99
