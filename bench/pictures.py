@@ -45,7 +45,9 @@ def terminal(run: Path) -> None:
     best = max(last, key=lambda sample: sample["reward"] or 0.0)
     view.sample(best["prompt"], best["completion"], best["reward"])
     console.print(view._render())
-    (DOCS / "terminal.svg").write_text(console.export_svg(title="fastkl train"))
+    svg = console.export_svg(title="fastkl train")
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # the reader's own fonts: a picture asks no network
+    (DOCS / "terminal.svg").write_text(svg)
 
 
 def frontier(sweep: Path) -> None:
