@@ -65,7 +65,7 @@ def frontier(sweep: Path) -> None:
         )
         subprocess.run(
             [
-                browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,620",
+                browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,435",
                 f"--user-data-dir={folder}/profile", "--disable-background-networking", "--force-device-scale-factor=2",
                 f"--screenshot={DOCS / 'frontier.png'}", html.as_uri(),
             ],

@@ -127,7 +127,8 @@ def test_options_win_over_the_file_and_the_file_over_the_defaults(trained, tmp_p
     assert trained == [expected]
 
 
-def test_lists_switches_and_odd_spellings_are_understood(trained):
+def test_lists_switches_and_odd_spellings_are_understood(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no former run lies
     options = "--reward a b --reward c --reward-weights 1 -2 3e-1 --report-to none --gradient_checkpointing --lr=1e-5"
     assert cli.main(["train", *options.split(), "--prompts", "text:--kl_coef"]) == 0
     config = trained[0]
