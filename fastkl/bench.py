@@ -19,20 +19,11 @@ from pathlib import Path
 
 import torch
 
-from .bench_jobs import Problem, Row, Shape, has_module, rows_of
+from .bench_jobs import CPU_SHAPES, GPU_SHAPES, Problem, Row, Shape, has_module, rows_of
 from .bench_pictures import bars
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
 """Largest error of a score, in nats, and of a gradient, as a part of its largest entry."""
-
-CPU_SHAPES = (Shape("cpu-small", 512, 256, 16000, torch.float32),)
-CPU_TARGET_SHAPES = (Shape("cpu-target", 2048, 512, 32000, torch.float32),)
-GPU_SHAPES = (
-    Shape("Qwen2.5-0.5B", 8192, 896, 151936, torch.bfloat16),
-    Shape("Llama-3.2-1B", 8192, 2048, 128256, torch.bfloat16),
-    Shape("Llama-3.1-8B", 8192, 4096, 128256, torch.bfloat16),
-    Shape("Gemma-2-2B", 4096, 2304, 256000, torch.bfloat16, 30.0),
-)
 
 
 @dataclass(frozen=True)

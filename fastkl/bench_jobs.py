@@ -34,7 +34,6 @@ class Shape:
 
 
 CPU_SHAPES = (Shape("cpu-small", 512, 256, 16000, torch.float32),)
-CPU_TARGET_SHAPES = (Shape("cpu-target", 2048, 512, 32000, torch.float32),)
 GPU_SHAPES = (
     Shape("Qwen2.5-0.5B", 8192, 896, 151936, torch.bfloat16),
     Shape("Llama-3.2-1B", 8192, 2048, 128256, torch.bfloat16),
