@@ -63,7 +63,7 @@ def load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as failure:  # transformers raises many types here; all mean that there is no usable tokenizer
-        raise UserError(f"model: no tokenizer could be loaded from {source!r} ({first_line(failure)}).") from failure
+        raise UserError(f"model: no tokenizer in {source!r} ({first_line(failure)}); save one there.") from failure
 
 
 def load_config(source: str) -> Any:
@@ -73,7 +73,9 @@ def load_config(source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as failure:
-        raise UserError(f"model: {source!r} has no usable configuration ({first_line(failure)}).") from failure
+        raise UserError(
+            f"model: {source!r} has no usable configuration ({first_line(failure)}); name another model."
+        ) from failure
 
 
 def load_model(source: str, device: torch.device) -> nn.Module:
@@ -87,12 +89,12 @@ def load_model(source: str, device: torch.device) -> nn.Module:
     try:
         model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, **options)
     except Exception as failure:
-        raise UserError(f"model: {source!r} could not be loaded ({first_line(failure)}).") from failure
+        raise UserError(f"model: {source!r} could not be loaded ({first_line(failure)}); name another.") from failure
     return without_dropout(model).to(device)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Sets every dropout probability to 0, so that train() and eval() score alike (notes: the KL needs it)."""
+    """Sets every dropout probability to 0, so that train() and eval() score alike: noise is no KL."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
