@@ -74,18 +74,18 @@ def step_times(ends: list[float]) -> list[float]:
 
 def fastkl_steps(model: Path, steps: int, generator: str, dtype: str) -> dict[str, Any]:
     """fastkl's training loop as `fastkl train` runs it."""
-    from fastkl import setup
+    from fastkl import run
     from fastkl.config import TrainConfig
     from fastkl.train import train
 
     ends: list[float] = []
-    record = setup.Run.record
+    record = run.Run.record
 
     def timed_record(self: Any, *args: Any) -> None:
         record(self, *args)
         ends.append(time.perf_counter())
 
-    setup.Run.record = timed_record
+    run.Run.record = timed_record
     with tempfile.TemporaryDirectory() as folder:
         train(
             TrainConfig(

@@ -2,7 +2,7 @@
 
 Safetensors only, remote code off, dropout off. Weights are float32 (the optimizer's master weights); lower precision is
 autocast's business. The head is described by data, not code, since the fused operators compute it: logits =
-softcap(logit_scale * (hidden @ weight.T + bias)).
+logit_scale * softcap * tanh((hidden @ weight.T + bias) / softcap).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fastkl.errors import UserError
 
@@ -25,6 +26,13 @@ class Head:
     bias: torch.Tensor | None  # [V]
     softcap: float | None  # logits are softcap * tanh(logits / softcap): Gemma-2
     logit_scale: float  # Cohere multiplies by it, Granite divides
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., H] -> logits [..., V], both in the weight's dtype."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits * self.logit_scale
 
 
 def resolve_model(name: str) -> str:
@@ -116,13 +124,8 @@ def check_head(model: nn.Module, token_ids: list[int], tolerance: float = 1e-3) 
     """Raises UserError unless trunk + Head reproduce the model's own logits on `token_ids`."""
     ids = torch.tensor([token_ids], device=model.device)
     own = model(input_ids=ids, use_cache=False).logits.float()
-    head = head_of(model)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-    logits = hidden @ head.weight.float().T
-    logits = (logits if head.bias is None else logits + head.bias.float()) * head.logit_scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    error = float((logits - own).abs().max())
+    logits = head_of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    error = float((logits.float() - own).abs().max())
     if not error <= tolerance * (1 + float(own.abs().max())):
         raise UserError(
             f"model: {type(model).__name__} computes its logits in a way that fastkl does not know (its own logits and "

@@ -29,7 +29,8 @@ from fastkl.models import head_of
 from fastkl.pack import pack, scorable_groups
 from fastkl.reward import compute_rewards
 from fastkl.rloo import token_coefficients
-from fastkl.setup import Run, set_up
+from fastkl.run import Run
+from fastkl.setup import set_up
 from fastkl.step_report import StepReport
 from fastkl.trunk import hidden_states, scoring
 from fastkl.types import Completion, PackedBatch, RolloutBatch

@@ -21,7 +21,7 @@ from fastkl.contract import (
     vllm_parameters,
 )
 from fastkl.errors import UserError
-from fastkl.rollout import TransformersGenerator, sample
+from fastkl.rollout_transformers import TransformersGenerator, sample
 
 PROMPTS = (prompt(1, 2, 3), prompt(4), prompt(5, 6, 7, 8, 9))
 SETTINGS = [

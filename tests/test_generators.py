@@ -6,7 +6,10 @@ import pytest
 import torch
 from toy import STOP, VOCAB, ToyTokenizer, prompt, toy_model, toy_rollouts
 
-from fastkl.rollout import Sampling, TransformersGenerator, VllmGenerator, choose_generator, sample, sample_seed
+from fastkl.contract import Sampling
+from fastkl.rollout import sample_seed
+from fastkl.rollout_transformers import TransformersGenerator, sample
+from fastkl.rollout_vllm import VllmGenerator, choose_generator
 from fastkl.sync import StaleEngineError, _repack_tied_head, check_agreement, push_weights
 
 PROMPTS = (prompt(1, 2, 3), prompt(4), prompt(5, 6, 7, 8, 9))
@@ -44,6 +47,25 @@ def test_transformers_generator_records_the_models_own_logprobs():
         generator = TransformersGenerator(model, ToyTokenizer(), Sampling(temperature, 8, (STOP,)), max_rows=8)
         completions = generator.generate(PROMPTS, 4, seed=1, step=1)
         assert gaps(model, PROMPTS, completions, temperature).max() < 1e-5
+
+
+def test_transformers_generator_under_bfloat16_records_the_log_probs_of_a_bfloat16_trunk_and_a_float32_head():
+    model = toy_model(dtype=torch.float32)
+    generator = TransformersGenerator(model, ToyTokenizer(), Sampling(1.0, 8, (STOP,)), dtype=torch.bfloat16)
+    completions = generator.generate(PROMPTS, 32, seed=1, step=1)
+
+    def mean_gap(bfloat16: bool) -> float:
+        values = []
+        for p, group in zip(PROMPTS, completions, strict=True):
+            for c in group:
+                with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+                    hidden = model.model(torch.tensor([p.token_ids + c.token_ids]), use_cache=False).last_hidden_state
+                logits = hidden[0].float() @ model.lm_head.weight.detach().T
+                table = logits.log_softmax(-1)[len(p.token_ids) - 1 : -1]
+                values.append(table.gather(1, torch.tensor(c.token_ids)[:, None])[:, 0])
+        return float((torch.cat(values) - recorded_logprobs(completions)).abs().mean())
+
+    assert mean_gap(bfloat16=True) < 0.5 * mean_gap(bfloat16=False)
 
 
 def test_completions_end_at_the_stop_token_or_at_the_limit():

@@ -15,7 +15,8 @@ from fastkl.contract import Sampling, support_of
 from fastkl.models import head_of
 from fastkl.pack import pack
 from fastkl.rloo import sequence_sums
-from fastkl.rollout import TransformersGenerator, VllmGenerator
+from fastkl.rollout_transformers import TransformersGenerator
+from fastkl.rollout_vllm import VllmGenerator
 from fastkl.sync import push_weights
 from fastkl.types import RolloutBatch
 

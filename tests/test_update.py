@@ -10,8 +10,9 @@ from toy import STOP, ToyTokenizer, toy_batch, toy_config, toy_model
 
 from fastkl import sync, trunk
 from fastkl.metrics import Stopwatch
-from fastkl.rollout import TransformersGenerator
-from fastkl.setup import Run, sampling_of
+from fastkl.rollout_transformers import TransformersGenerator
+from fastkl.run import Run
+from fastkl.setup import sampling_of
 from fastkl.step_report import StepReport
 from fastkl.train import scorable, update
 from fastkl.types import RolloutBatch

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastkl.config import TrainConfig
+from fastkl.contract import Sampling
 from fastkl.models import without_dropout
-from fastkl.rollout import Sampling, TransformersGenerator
+from fastkl.rollout_transformers import TransformersGenerator
 from fastkl.types import Completion, Prompt, RolloutBatch
 
 VOCAB = 23
