@@ -14,7 +14,7 @@ Left out: variable-length kernels for long ragged batches on a GPU; they would t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -155,8 +155,10 @@ def hidden_states(model: nn.Module, batch: PackedBatch, layout: str) -> torch.Te
 
 
 @torch.no_grad()
-def choose_layout(model: nn.Module, probe: PackedBatch, tolerance: float = 1e-3) -> tuple[str, str]:
-    """("packed" | "padded", reason): the fastest layout that agrees with separate forwards on `probe`.
+def choose_layout(
+    model: nn.Module, probe: PackedBatch, tolerance: float = 1e-3, layouts: Sequence[str] = ("packed", "padded")
+) -> tuple[str, str]:
+    """("packed" | "padded", reason): the first of `layouts` that agrees with separate forwards on `probe`.
 
     probe: a small batch of sequences of different lengths. The tolerance is relative to the largest hidden value.
     Raises RuntimeError when neither agrees: such a model would be mis-scored.
@@ -165,7 +167,7 @@ def choose_layout(model: nn.Module, probe: PackedBatch, tolerance: float = 1e-3)
     separate = _separate_hidden_states(model, probe)
     scale = separate.abs().max()
     reasons = []
-    for layout in ("packed", "padded"):
+    for layout in layouts:
         try:
             with scoring(model, layout):
                 error = float((hidden_states(model, probe, layout) - separate).abs().max() / scale)
