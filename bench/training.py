@@ -177,7 +177,7 @@ def parts(model: Path, steps: int, generator: str, dtype: str) -> dict[str, Any]
         completions = run.generator.generate(prompts, K, seed=0, step=1)
         valid = torch.ones(B, K, dtype=torch.bool)
         batch = RolloutBatch(prompts, completions, torch.zeros(B, K), valid, 0)
-        micros = [micro for _, micro in pack(batch, range(B), config.micro_batch_tokens, run.device)]
+        micros = [micro for _, micro in pack(batch, range(B), run.micro_batch_tokens, run.device)]
         weight = head_of(run.policy).weight
 
         def reference_forward() -> None:

@@ -68,6 +68,11 @@ def load_tokenizer(source: str) -> Any:
     """The model's tokenizer; UserError where the folder or hub has none."""
     from transformers import AutoTokenizer
 
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if Path(source).is_dir() and not any(Path(source, name).exists() for name in files):
+        raise UserError(
+            f"model: no tokenizer in {source!r} (none of {', '.join(files)}); save it there with save_pretrained."
+        )
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as failure:  # transformers raises many types here; all mean that there is no usable tokenizer

@@ -84,7 +84,7 @@ def update(run: Run, batch: RolloutBatch, report: StepReport, watch: Stopwatch) 
     groups = scorable_groups(batch.valid, min_samples=2 if config.baseline == "leave_one_out" else 1)
     normalizer = float(batch.valid[groups].sum())  # of the whole step: micro-batches add up to it
     with scoring(run.policy, run.layout), scoring(run.reference, run.layout):
-        for members, micro in pack(batch, groups, config.micro_batch_tokens, run.device):
+        for members, micro in pack(batch, groups, run.micro_batch_tokens, run.device):
             with watch("score"), torch.no_grad(), run.autocast():
                 ref_hidden = hidden_states(run.reference, micro, run.layout)
             with watch("update"):

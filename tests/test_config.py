@@ -32,7 +32,7 @@ def test_defaults_pass_the_checks():
         {"prompts_per_step": 0},
         {"num_samples": 0, "baseline": "none"},
         {"max_new_tokens": 0},
-        {"micro_batch_tokens": 0},
+        {"micro_batch_tokens": -1},
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.1},
