@@ -199,7 +199,7 @@ def _checked(rows: Iterable[Row]) -> Iterator[Row]:
         if "prompt" not in columns:
             have = ", ".join(map(repr, columns)) or "none"
             raise UserError(f"prompts: {where} has no column 'prompt' (its columns: {have}).")
-        if not isinstance(columns["prompt"], str) and not _is_chat(columns["prompt"]):
+        if not isinstance(columns["prompt"], str) and not is_chat(columns["prompt"]):
             raise UserError(
                 f"prompts: the 'prompt' in {where} is neither a text nor a list of messages with 'role' and 'content'."
             )
@@ -211,7 +211,7 @@ def _checked(rows: Iterable[Row]) -> Iterator[Row]:
         yield where, number, columns
 
 
-def _is_chat(prompt: Any) -> bool:
+def is_chat(prompt: Any) -> bool:
     def is_message(item: Any) -> bool:
         return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
 
@@ -222,7 +222,7 @@ def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[Prompt]:
     """The rows tokenized together: texts with special tokens, rendered chats (which bring their own) without."""
     raws = [columns["prompt"] for _, _, columns in rows]
     texts = [
-        raw if isinstance(raw, str) else _rendered(raw, where, tokenizer)
+        raw if isinstance(raw, str) else rendered(raw, where, tokenizer)
         for raw, (where, _, _) in zip(raws, rows, strict=True)
     ]
     ids: list[Sequence[int]] = [()] * len(rows)
@@ -238,7 +238,7 @@ def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[Prompt]:
     ]
 
 
-def _rendered(messages: list[dict[str, str]], where: str, tokenizer: Any) -> str:
+def rendered(messages: list[dict[str, str]], where: str, tokenizer: Any) -> str:
     """The chat as the model's text, up to where the assistant speaks (or, after its own words, goes on speaking)."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
