@@ -88,7 +88,7 @@ def padding_scored(rollouts: Rollouts) -> Finding | None:
     return Finding(
         "padding is scored", "shown",
         f"{after} scored positions come after an end-of-sequence token; they add {nats:.4g} nats to the estimates",
-        "mask every position after the first end-of-sequence token (which is scored itself), or pack without padding",
+        MASK,
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def truncated_rows_half_scored(rollouts: Rollouts) -> Finding | None:
     return Finding(
         "truncated rows are half scored", "shown",
         f"all {len(cut)} completions that were cut have a KL of exactly 0, the {len(whole)} others do not",
-        "keep their full KL, or take them out of reward, baseline and loss together (fastkl: --truncated keep | drop)",
+        WHOLE_OR_OUT,
     )  # fmt: skip
 
 
@@ -197,6 +197,8 @@ def stale_or_rounded(rollouts: Rollouts) -> Finding | None:
     )  # fmt: skip
 
 
+MASK = "mask every position after the first end-of-sequence token (which is scored itself), or pack without padding"
+WHOLE_OR_OUT = "keep their full KL, or take them out of reward, baseline and loss together (fastkl: --truncated)"
 REPLAY = "score policy and reference on the ids that could be drawn (fastkl does), or sample without truncation"
 BAN = "score the first min_tokens tokens with the stop ids left out, for policy and reference (fastkl does)"
 CAUSES: tuple[Callable[[Rollouts], Finding | None], ...] = (

@@ -1,6 +1,7 @@
 """The KL audit: is the estimate significantly negative, and which known cause fits the evidence?
 
-In: a run folder (metrics.jsonl, samples.jsonl), or a JSONL file of rollouts, from any trainer. Out: a Diagnosis.
+In: a run folder (config.yaml, metrics.jsonl, samples.jsonl), or a JSONL file of rollouts, from any trainer. Out: a
+Diagnosis.
 
 The JSONL file holds one object per completion. Lists have one entry per completion token:
 
@@ -26,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from fastkl.alarm import SIGMAS, WINDOW_STEPS, is_negative, mean_and_error
-from fastkl.causes import CAUSES, NOISE, Finding, Rollouts, Row
+from fastkl.causes import CAUSES, Finding, Rollouts, Row
 from fastkl.errors import UserError
+from fastkl.run_causes import CHECKS, Clear, RunRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +42,31 @@ class Diagnosis:
     error: float  # its standard error
     negative: bool  # significantly, overall or in some window of steps
     findings: tuple[Finding, ...]
+    clear: tuple[Clear, ...] = ()  # what was looked at and is in order
+
+    @property
+    def estimate(self) -> str:
+        """The estimate in words."""
+        sigmas = "" if not math.isfinite(self.error) else f" +- {self.error:.2g}"
+        return f"{self.num_completions} completions, KL estimate {self.mean:.4g}{sigmas} nats each"
+
+    @property
+    def verdict(self) -> str:
+        """Whether it can be a KL."""
+        if self.negative:
+            return f"The estimate is significantly negative (more than {SIGMAS:g} standard errors): it cannot be a KL."
+        return "The estimate is not significantly negative."
 
     def text(self) -> str:
         """The diagnosis for a terminal."""
-        sigmas = "" if not math.isfinite(self.error) else f" +- {self.error:.2g}"
-        lines = [f"{self.source}: {self.num_completions} completions, KL estimate {self.mean:.4g}{sigmas} nats each"]
-        lines += [
-            f"The estimate is significantly negative (more than {SIGMAS:g} standard errors): it cannot be a KL."
-            if self.negative
-            else "The estimate is not significantly negative."
-        ]
+        lines = [f"{self.source}: {self.estimate}", self.verdict]
         for n, finding in enumerate(self.findings, start=1):
             lines += ["", f"{n}. {finding.cause} ({finding.certainty})", f"   evidence: {finding.evidence}"]
             lines += [f"   remedy:   {finding.remedy}"]
         if self.negative and not self.findings:
             lines += ["", "No known cause fits. Record sampler_logprobs, token_ids and masks, and ask again."]
+        if self.clear:
+            lines += ["", "In order:", *(f"   {clear.what}: {clear.evidence}" for clear in self.clear)]
         return "\n".join(lines)
 
 
@@ -114,24 +126,42 @@ def _lines(path: Path) -> list[str]:
 
 
 def diagnose_run(folder: Path) -> Diagnosis:
-    """Audits a run of fastkl from its samples' KL and its own comparison of engine and trainer."""
-    samples = [json.loads(line) for line in _lines(folder / "samples.jsonl")]
-    scored = [s for s in samples if s.get("reward") is not None and s.get("kl") is not None]
+    """Audits a run of fastkl from what its folder holds (run_causes.py). UserError where it has no scored samples."""
+    run = RunRecord(
+        _settings(folder / "config.yaml"),
+        _whole_lines(folder / "metrics.jsonl"),
+        _whole_lines(folder / "samples.jsonl"),
+    )
+    scored = run.scored()
     if not scored:
         raise UserError(f"doctor: {str(folder)!r} holds no scored samples; give a run folder or a JSONL file.")
     estimates, steps = [s["kl"] for s in scored], [s["step"] for s in scored]
-    findings = []
-    metrics = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
-    gaps = [m.get("mismatch/mean_abs_logprob", 0.0) for m in metrics]
-    if max(gaps, default=0.0) > NOISE:
-        findings.append(
-            Finding(
-                "engine and trainer differ",
-                "shown" if max(gaps) > 0.1 else "possible",
-                f"their log-probs of the same tokens differ by up to {max(gaps):.3g} nats on average in a step",
-                "bfloat16 explains up to 0.1 nats (--importance token corrects for it); more means stale weights",
-            )  # fmt: skip
-        )
+    verdicts = [check(run) for check in CHECKS]
     return Diagnosis(
-        str(folder), len(scored), *mean_and_error(estimates), ever_negative(steps, estimates), tuple(findings)
-    )
+        str(folder), len(scored), *mean_and_error(estimates), ever_negative(steps, estimates),
+        tuple(v for v in verdicts if isinstance(v, Finding)), tuple(v for v in verdicts if isinstance(v, Clear)),
+    )  # fmt: skip
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a run's JSONL file, one or more per step; a last line that is still being written is left out."""
+    found = []
+    lines = _lines(path)
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as failure:
+            if number < len(lines):
+                raise UserError(f"doctor: line {number} of {str(path)!r} is damaged ({failure}).") from failure
+    return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The run's settings; none where they cannot be read: the checks that need them are left out."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return settings if isinstance(settings, dict) else {}

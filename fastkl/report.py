@@ -2,7 +2,8 @@
 
 In: run folders (metrics.jsonl, and where there are any samples.jsonl and config.yaml). Out: one file that needs no
 network, no script to be read (scripts add pointing at values and saving a chart as a picture), and no more than a
-browser. Reading folders is report_parts/runs.py, words and tables content.py and compare.py, pictures charts.py.
+browser. Reading folders is report_parts/runs.py, words and tables content.py, compare.py and audit.py,
+pictures charts.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from markupsafe import Markup
 
 from fastkl.errors import UserError
 from fastkl.report_parts import compare, content, stories
+from fastkl.report_parts.audit import audit
 from fastkl.report_parts.runs import Run, load_runs
 
 ASSETS = Path(__file__).parent / "report_parts"
@@ -63,6 +65,7 @@ def render(runs: Sequence[Run]) -> str:
         script_hash=f"sha256-{digest}",  # the browser runs this script and no other, whatever a completion holds
         sources=", ".join(run.folder.name for run in runs),
         notices=[notice for run in runs for notice in content.notices(run)],
+        audit=audit(runs),
         settings=content.settings(runs),
     )
     return page.encode(errors="replace").decode()  # lone surrogates, which some tokenizers decode to

@@ -177,3 +177,150 @@ def test_the_table_of_the_documentation_is_what_the_command_computes(capsys):
     assert main(["doctor", "--table"]) == 0
     page = (Path(__file__).parents[1] / "docs" / "negative-kl.md").read_text()
     assert capsys.readouterr().out.strip() in page
+
+
+def healthy_run() -> tuple[dict, list[dict], list[dict]]:
+    """config, metrics and samples of a made-up run of 12 steps; top_k and min_tokens replayed, half the texts cut."""
+    g = random.Random(0)
+    config = {"top_k": 20, "min_tokens": 4, "top_p": 1.0, "min_p": 0.0, "max_new_tokens": 12, "importance": "none"}
+    metrics, samples = [], []
+    for step in range(1, 13):
+        kl = 0.5 * (step - 1)
+        rows = []
+        for i in range(32):
+            tokens = 12 if i % 2 else g.randint(5, 11)
+            row = {"step": step, "reward": g.random(), "num_tokens": tokens, "finish_reason": ("stop", "length")[i % 2]}
+            rows.append(row | {"lm_cross_entropy": 1 + g.random(), "kl": g.gauss(kl, 1.0) if step > 1 else 0.0})
+        total = sum(row["num_tokens"] for row in rows)
+        metrics.append(
+            {
+                "step": step,
+                "kl/mean": sum(row["kl"] for row in rows) / 32,
+                "kl/support": kl,
+                "kl/exact": 1.1 * kl,
+                "lm_cross_entropy": sum(row["num_tokens"] * row["lm_cross_entropy"] for row in rows) / total,
+                "mismatch/mean_abs_logprob": 1e-6,
+                "mismatch/weights_cut": 0.0,
+                "groups/skipped": 0,
+            }
+        )
+        samples += rows
+    return config, metrics, samples
+
+
+def audit_run(folder, config: dict, metrics: list[dict], samples: list[dict]):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
+    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)) + '\n{"step": 13, "rew')
+    return diagnose(folder)
+
+
+def test_a_healthy_run_is_looked_at_from_every_side_and_nothing_is_found(tmp_path):
+    diagnosis = audit_run(tmp_path, *healthy_run())
+    assert (diagnosis.findings, diagnosis.negative) == ((), False)
+    assert [clear.what for clear in diagnosis.clear] == [
+        "estimate against exact KL", "truncated sampling", "banned end of the text", "padding", "truncated rows",
+        "policy and reference begin as one model", "generator and trainer",
+    ]  # fmt: skip
+    told = diagnosis.text()
+    assert "In order:" in told and "50% of the completions were cut; they are scored whole" in told
+
+
+def shifted_estimate(config, metrics, samples):
+    for m in metrics:
+        m["kl/mean"] -= 1.5
+
+
+def unreplayed_top_k(config, metrics, samples):
+    for m in metrics:
+        m |= {"kl/exact": m["kl/support"], "mismatch/mean_abs_logprob": 0.3}
+
+
+def ended_in_the_ban(config, metrics, samples):
+    config["min_tokens"] = 6
+
+
+def pads_in_the_mean(config, metrics, samples):
+    for m in metrics:
+        m["lm_cross_entropy"] *= 0.9  # the same nats over more positions
+
+
+def cut_without_kl(config, metrics, samples):
+    for s in samples:
+        if s["finish_reason"] == "length":
+            s["kl"] = 0.0
+
+
+def cut_not_scored(config, metrics, samples):
+    for s in samples:
+        if s["finish_reason"] == "length":
+            s["kl"] = None
+    for m in metrics:  # the means are over the scored ones
+        rows = [s for s in samples if s["step"] == m["step"] and s["kl"] is not None]
+        total = sum(s["num_tokens"] for s in rows)
+        m["lm_cross_entropy"] = sum(s["num_tokens"] * s["lm_cross_entropy"] for s in rows) / total
+
+
+def noisy_first_step(config, metrics, samples):
+    for s in samples[:32]:
+        s["kl"] = 0.4
+
+
+def growing_gap(config, metrics, samples):
+    for m in metrics:
+        m["mismatch/mean_abs_logprob"] = 0.05 * (m["step"] - 1)
+
+
+def constant_gap(config, metrics, samples):
+    for m in metrics:
+        m["mismatch/mean_abs_logprob"] = 0.02
+
+
+def cut_weights(config, metrics, samples):
+    config["importance"] = "sequence"
+    metrics[-1]["mismatch/weights_cut"] = 0.2
+
+
+PLANTED_IN_A_RUN = {
+    shifted_estimate: ("the tokens were not drawn from the scored distribution", "shown"),
+    unreplayed_top_k: ("truncated sampling is not accounted for", "shown"),
+    ended_in_the_ban: ("a banned end-of-sequence is not accounted for", "shown"),
+    pads_in_the_mean: ("padding is scored", "shown"),
+    cut_without_kl: ("truncated rows are half scored", "shown"),
+    cut_not_scored: ("truncated rows are half scored", "shown"),
+    noisy_first_step: ("dropout is on", "possible"),
+    growing_gap: ("the engine samples from stale weights", "shown"),
+    constant_gap: ("engine and trainer differ", "possible"),
+    cut_weights: ("the generator is far from the trainer", "possible"),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED_IN_A_RUN, ids=lambda fault: fault.__name__)
+def test_every_fault_planted_in_a_run_folder_is_named(fault, tmp_path):
+    config, metrics, samples = healthy_run()
+    fault(config, metrics, samples)
+    found = {(f.cause, f.certainty) for f in audit_run(tmp_path, config, metrics, samples).findings}
+    assert PLANTED_IN_A_RUN[fault] in found
+    if fault is unreplayed_top_k:
+        found -= {("engine and trainer differ", "shown")}  # which is how it shows there
+    assert found == {PLANTED_IN_A_RUN[fault]}, "and no other cause is suspected"
+
+
+def test_completions_dropped_with_their_reward_are_in_order(tmp_path):
+    config, metrics, samples = healthy_run()
+    cut_not_scored(config, metrics, samples)
+    for s in samples:
+        if s["kl"] is None:
+            s["reward"] = None
+    diagnosis = audit_run(tmp_path, config, metrics, samples)
+    assert not diagnosis.findings
+    assert any("50% of the completions were cut; they left their groups" in c.evidence for c in diagnosis.clear)
+
+
+def test_a_damaged_line_of_a_run_is_named_but_not_one_that_is_still_being_written(tmp_path):
+    config, metrics, samples = healthy_run()
+    audit_run(tmp_path, config, metrics, samples)  # its last line is half written
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step":\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2 of .*metrics.jsonl.* is damaged"):
+        diagnose(tmp_path)

@@ -300,6 +300,42 @@ def test_what_a_reader_must_know_stands_on_top(tmp_path: Path) -> None:
     assert [notice.split(": ")[1].split(" ")[0] for notice in notices] == ["6", "2", "6"]
 
 
+def sound(run: Path) -> Path:
+    """The fake run with cross entropies of samples and steps that agree, as the audit wants them."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    mean = {row["step"]: row["lm_cross_entropy"] for row in rows}
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"lm_cross_entropy": mean[row["step"]], "kl": row["kl"] * (row["step"] > 1)}
+
+    rewrite(run / "samples.jsonl", change)
+    return run
+
+
+def test_the_page_shows_the_doctors_verdict_and_every_check(tmp_path: Path) -> None:
+    from fastkl.doctor import diagnose
+
+    run = sound(fake_run(tmp_path / "run", steps=6))
+    diagnosis = diagnose(run)
+    page = html.unescape(write_report([run]).read_text())
+    section = page.split("<h2>Is the KL a KL?</h2>")[1].split("<h2>")[0]
+    assert diagnosis.verdict in section and diagnosis.estimate in section
+    assert re.findall(r'<th scope="row">(. .*?)</th>', section) == [f"✓ {clear.what}" for clear in diagnosis.clear]
+    rewrite(run / "samples.jsonl", lambda row: row | {"kl": -5.0 + 0.01 * len(row["completion"])})
+    rewrite(run / "metrics.jsonl", lambda row: row | {"mismatch/mean_abs_logprob": 0.3})
+    page = html.unescape(write_report([run]).read_text())
+    section = page.split("<h2>Is the KL a KL?</h2>")[1].split("<h2>")[0]
+    assert "it cannot be a KL" in section
+    assert '<tr class="changed"><th scope="row">✗ engine and trainer differ</th><td>shown: ' in section
+
+
+def test_a_comparison_has_a_verdict_for_every_run(tmp_path: Path) -> None:
+    runs = [sound(fake_run(tmp_path / f"seed-{seed}", seed=seed, steps=3)) for seed in (0, 1)]
+    rewrite(runs[1] / "samples.jsonl", lambda row: row | {"kl": -5.0 + 0.01 * len(row["completion"])})
+    section = html.unescape(write_report(runs).read_text()).split("<h2>Is the KL a KL?</h2>")[1].split("<h2>")[0]
+    assert re.findall(r'<th scope="row">(. .*?)</th>', section) == ["✓ seed-0", "✗ seed-1"]
+
+
 def test_a_folder_without_a_run_is_named_with_its_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder given"):
         write_report([])
