@@ -12,8 +12,14 @@ import torch
 from fastkl.kernels.operators import token_scores
 from fastkl.kernels.support import keep_mask
 
+from fastkl.alarm import mean_and_error
 from fastkl.contract import Sampling, support_of
+from fastkl.pack import pack
+from fastkl.penalty import Penalty
+from fastkl.rloo import sequence_penalty
 from fastkl.rollout_transformers import sample
+from fastkl.train import scorable
+from fastkl.types import Completion, Prompt, RolloutBatch
 
 VOCAB, LENGTH, STOP, PAD = 24, 4, 23, 0
 CASES = {

@@ -1,16 +1,26 @@
-"""Controller, renewed reference and importance weights, against their formulas."""
+"""Controller, renewed reference and importance weights, against their formulas and in real runs."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from toy import toy_model
 
+from fastkl import train
 from fastkl.anchor import adapted_coef, renew_reference
 from fastkl.checkpoint import open_checkpoint, restore_reference, save_checkpoint
+from fastkl.config import TrainConfig
 from fastkl.errors import UserError
 from fastkl.mismatch import engine_kl_sum, importance_weights
 
@@ -82,3 +92,79 @@ def test_weighted_draws_of_a_mismatched_engine_have_the_trainers_mean():
     expected = float((engine.exp() * (engine - policy)).sum())
     mean = sum(float(engine[v].exp()) * engine_kl_sum(engine[v : v + 1], policy[v : v + 1]) for v in range(7))
     assert mean == pytest.approx(expected, abs=1e-12)
+
+
+STEERED = {"kl_target": 2.0, "reference_every": 1, "reference_share": 0.3, "kl_coef": 0.5, "lr": 3e-3, "seed": 3}
+
+
+def steered(folder: Path, **options) -> TrainConfig:
+    """Four small real steps of the embedded model."""
+    settings = {
+        "output": str(folder), "generator": "transformers", "steps": 4, "save_every": 1, "keep_checkpoints": 0,
+        "prompts_per_step": 2, "num_samples": 4, "max_new_tokens": 12, "report_to": (),
+    }  # fmt: skip
+    return TrainConfig(**(settings | STEERED | options))
+
+
+def metrics(config: TrainConfig) -> list[dict]:
+    rows = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))} for row in rows]
+
+
+def weights(config: TrainConfig, step: int, name: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.output) / "checkpoints" / f"step-{step}" / f"{name}.safetensors")
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from fastkl import train
+from test_anchor import steered
+
+update = train.update
+
+def killed_in_step_3(run, batch, report, watch):
+    if report.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(run, batch, report, watch)
+
+train.update = killed_in_step_3
+train.train(steered(Path({folder!r})))
+"""
+
+
+def test_a_killed_and_resumed_run_with_a_target_and_a_moving_reference_equals_an_uninterrupted_one(tmp_path):
+    """And on the way: the coefficient is the controller's, and the reference is the moving average of the policies."""
+    whole, killed = steered(tmp_path / "whole"), steered(tmp_path / "killed")
+    train.train(whole)
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=killed.output)
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
+    train.train(dataclasses.replace(killed, resume=True))
+    assert metrics(killed) == metrics(whole)
+    for name in ("model", "trainer", "reference"):
+        ours, theirs = weights(killed, 4, name), weights(whole, 4, name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+    rows = metrics(whole)
+    for before, after in itertools.pairwise(rows):
+        assert after["kl/coef"] == adapted_coef(before["kl/coef"], before["kl/support"], 2.0) != before["kl/coef"]
+    for step in (2, 3, 4):
+        old, new, policy = (
+            weights(whole, step - 1, "reference"),
+            weights(whole, step, "reference"),
+            weights(whole, step, "model"),
+        )
+        for name, value in new.items():
+            torch.testing.assert_close(value, 0.7 * old[name] + 0.3 * policy[name], rtol=1e-6, atol=1e-8)
+        assert any(not torch.equal(value, old[name]) for name, value in new.items())
+
+
+def test_a_reference_copied_every_two_steps_brings_the_kl_back_to_zero(tmp_path):
+    config = steered(tmp_path / "run", kl_target=0.0, reference_every=2, reference_share=1.0, steps=5, save_every=0)
+    train.train(config)
+    exact = [row["kl/exact"] for row in metrics(config)]
+    assert exact[2] == exact[4] == 0.0 == exact[0], "the steps after a copy: policy and reference are one model"
+    assert min(exact[1], exact[3]) > 0.01
