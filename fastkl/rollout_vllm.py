@@ -127,6 +127,7 @@ def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utiliz
         options["gpu_memory_utilization"] = gpu_memory_utilization
     else:
         options["enforce_eager"] = True  # compiling is slower on a CPU
+        options["enable_chunked_prefill"] = False  # a prompt cut in two rewinds its seed, which CPU generators cannot
     with _random_state_kept():
         return LLM(
             model,
