@@ -1,0 +1,80 @@
+"""What the switch refuses: everything whose tokens it would score wrongly, or that nobody has checked, by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+from fastkl.errors import UserError
+
+TRL_VERSION = "1.16."
+REPLACED = ("_get_per_token_logps_and_entropies", "_generate_and_score_completions", "_prepare_inputs", "_compute_loss")
+"""The trainer's methods that the switch replaces, on the instance, while it is on."""
+
+
+def check_trainer(trainer: Any) -> None:
+    """UserError unless this is a trainer whose tokens the switch scores exactly as its sampler drew them."""
+    installed = version("trl")
+    if not installed.startswith(TRL_VERSION):
+        raise UserError(f"trl {installed} is installed; fastkl.integrations.trl needs trl=={TRL_VERSION}*.")
+    from trl import GRPOTrainer, RLOOTrainer
+
+    kind = next((kind for kind in (RLOOTrainer, GRPOTrainer) if isinstance(trainer, kind)), None)
+    if kind is None:
+        raise UserError(f"trainer: {type(trainer).__name__} is neither an RLOOTrainer nor a GRPOTrainer of TRL.")
+    for name in REPLACED:
+        if name in vars(trainer):
+            raise UserError("trainer: fastkl_scoring is on for this trainer already; leave the inner block out.")
+        if getattr(type(trainer), name) is not getattr(kind, name):
+            raise UserError(
+                f"trainer: {type(trainer).__name__} has a {name} of its own, which fastkl_scoring would replace; "
+                f"use {kind.__name__} itself."
+            )
+    for feature, remedy in unsupported(trainer):
+        raise UserError(f"fastkl_scoring does not support {feature}; {remedy}.")
+    for model in (trainer.model, trainer.ref_model):
+        if model is not None:
+            check_dropout(model)
+
+
+def unsupported(trainer: Any) -> Iterator[tuple[str, str]]:
+    """The features in use that the switch does not know, each with what to do instead."""
+    args = trainer.args
+    adapters = getattr(trainer.model, "peft_config", None) or {}
+    train_without = "train without fastkl_scoring"
+    if trainer._is_vlm:
+        yield "models that take images", "load the language model with its tokenizer alone, or " + train_without
+    if trainer.is_deepspeed_enabled:
+        yield "DeepSpeed", train_without
+    if trainer.is_fsdp_enabled:
+        yield "FSDP", train_without
+    if args.torch_compile:
+        yield "torch_compile True", "set it False"
+    if args.use_liger_kernel:
+        yield "use_liger_kernel True", "set it False"
+    if trainer.use_transformers_continuous_batching:
+        yield "use_transformers_continuous_batching True", "set it False"
+    if trainer.aux_loss_enabled:
+        yield "the auxiliary loss of mixtures of experts", "set router_aux_loss_coef to 0"
+    if getattr(trainer, "rollout_func", None) is not None:
+        yield "rollout_func, which may draw tokens in any way", "let the trainer generate"
+    if getattr(trainer, "tools", None) and (args.generation_kwargs or {}).keys() & {"min_tokens", "min_new_tokens"}:
+        yield "tools with min_tokens, which counts from the start of every turn", "leave one of them out"
+    if any(adapter.is_prompt_learning for adapter in adapters.values()):
+        yield "prompt-learning adapters", "use LoRA"
+
+
+def check_dropout(model: nn.Module) -> None:
+    """UserError for any dropout that is on: two forwards of the same text would differ, and noise is no KL."""
+    for name, module in model.named_modules():
+        found = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else {}
+        found |= {key: value for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)}
+        for key, value in found.items():
+            if value > 0:
+                raise UserError(
+                    f"dropout: {key} is {value} in {name or type(model).__name__}, and log-probs with dropout are "
+                    "noise; set disable_dropout=True, or the model's and the adapter's dropout to 0."
+                )
