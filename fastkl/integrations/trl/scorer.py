@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,24 +27,9 @@ from fastkl.contract import Sampling, support_of
 from fastkl.errors import UserError
 from fastkl.estimators import sampled_logprobs, sampled_ref_logprobs
 from fastkl.integrations.trl.checks import REPLACED
+from fastkl.integrations.trl.rows import KEPT, ROW, Completions, RowScores, in_rollout_order
 from fastkl.integrations.trl.support import KeptIds, kept_support, record
-from fastkl.kernels.operators import linear_token_scores
 from fastkl.models import Head
-
-ROW, KEPT = "fastkl_row", "fastkl_kept_ids"
-"""Keys added to TRL's batches: the row's place at the rollout; the token ids that could be drawn there."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowScores:
-    """Scores of b completions, each f32 [b, T], nats, zero where the attention mask is."""
-
-    policy: Tensor
-    ref: Tensor | None
-    entropy: Tensor | None
-    kl: Tensor | None  # exact, over the whole vocabulary
-    mask: Tensor  # bool [b, T]
-    kept: list[KeptIds] | None  # of each row, where recorded
 
 
 class Scorer:
@@ -199,58 +183,47 @@ class Scorer:
         record_kept: bool = False,
         entropy: bool = True,
     ) -> RowScores:
-        """One forward of the policy, one of the reference if wanted, and one pass over the vocabulary for both."""
-        mask = attention_mask[:, -num_tokens:].bool()
+        """One forward of the policy, one of the reference if wanted, and one pass over the vocabulary for both.
+
+        kept: what could be drawn, as recorded earlier. record_kept: whether to record it, where the logits tell.
+        """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        target_ids = input_ids[:, -num_tokens:][mask]
-        positions = torch.arange(num_tokens, device=mask.device).expand_as(mask)[mask]
-        recorded: list[KeptIds] = []
-
-        def predicting(hidden: Tensor) -> Tensor:
-            """The hidden states [N, H] that predict the completions' tokens."""
-            return hidden[:, -num_tokens - 1 : -1][mask]
-
-        def reference_task(hidden: Tensor, head: Head) -> dict[str, Any]:
-            return {"hidden": predicting(hidden), "head": head}
+        completions = Completions.of(input_ids, attention_mask, num_tokens)
+        outputs = [name for name, wanted in (("entropy", entropy), ("kl", reference)) if wanted]
+        ref, recorded = None, kept
 
         def policy_task(hidden: Tensor, head: Head) -> dict[str, Tensor]:
-            rows = predicting(hidden)
-            support = support_of(self.sampling, positions, len(head.weight))
-            if kept is not None:
-                support = kept_support(kept, mask.device)
-            elif record_kept and support is not None and support.is_recomputed:
-                recorded.extend(record(support, rows, head, target_ids, self.sampling.temperature, mask.sum(1)))
-                support = kept_support(recorded, mask.device)
-            scores = linear_token_scores(
-                rows,
-                head.weight,
-                ref["hidden"] if reference else None,
-                ref["head"].weight if reference else None,
-                target_ids,
-                temperature=self.sampling.temperature,
-                support=support,
-                policy_bias=head.bias,
-                ref_bias=ref["head"].bias if reference else None,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
-                outputs=[name for name, wanted in (("entropy", entropy), ("kl", reference)) if wanted],
-            )
+            nonlocal recorded
+            hidden = completions.predicting(hidden)
+            support = support_of(self.sampling, completions.positions, len(head.weight))
+            if record_kept and support is not None and support.is_recomputed:
+                lengths = completions.mask.sum(1)
+                recorded = record(support, hidden, head, completions.target_ids, self.sampling.temperature, lengths)
+            if recorded is not None:
+                support = kept_support(recorded, hidden.device)
+            scores = completions.score(hidden, head, ref, support, self.sampling.temperature, outputs)
             found = {
                 "policy": sampled_logprobs(scores),
                 "ref": sampled_ref_logprobs(scores),
                 "entropy": scores.entropy,
                 "kl": scores.kl,
             }
-            # connected to the model even without a token, so that backward always has something to do
-            return {name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in found.items() if x is not None}
+            return {name: completions.in_rows(x) for name, x in found.items() if x is not None}
 
         with self.trainer.accelerator.autocast():
             if reference:
                 with self.reference_model() as ref_model, torch.no_grad():
-                    ref = ref_model(**inputs, fastkl_task=reference_task)
+                    ref = ref_model(**inputs, fastkl_task=completions.reference_task)
             found = model(**inputs, fastkl_task=policy_task)
         kl = found["kl"].detach() if reference else None
-        return RowScores(found["policy"], found.get("ref"), found.get("entropy"), kl, mask, recorded or None)
+        return RowScores(
+            found["policy"],
+            found.get("ref"),
+            found.get("entropy"),
+            kl,
+            completions.mask,
+            recorded if record_kept else None,
+        )
 
     @contextmanager
     def reference_model(self) -> Iterator[Any]:
@@ -293,21 +266,3 @@ class Scorer:
         total, count = trainer.accelerator.reduce(totals, reduction="sum").tolist()
         mode = "train" if trainer.model.training else "eval"
         trainer._metrics[mode]["kl_exact"].append(total / max(count, 1.0))
-
-
-def in_rollout_order(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """TRL's micro-batches with their rows back in the order of the rollout; equally many rows in each, as before."""
-    order = torch.cat([batch[ROW] for batch in batches]).argsort()
-
-    def restore(key: str) -> list[Any]:
-        values = [batch[key] for batch in batches]
-        if isinstance(values[0], Tensor) and values[0].dim():
-            return list(torch.cat(values)[order.to(values[0].device)].chunk(len(batches)))
-        if isinstance(values[0], list):
-            flat = [value for part in values for value in part]
-            size = len(values[0])
-            return [[flat[i] for i in order[k * size : (k + 1) * size]] for k in range(len(batches))]
-        return values  # one number for the whole batch, or None
-
-    columns = {key: restore(key) for key in batches[0]}
-    return [{key: columns[key][k] for key in columns} for k in range(len(batches))]

@@ -1,0 +1,101 @@
+"""TRL's batches as the scorer sees them: b rows of prompt and completion, padded on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkl.integrations.trl.support import KeptIds
+from fastkl.kernels.operators import Support, TokenScores, linear_token_scores
+from fastkl.models import Head
+
+ROW, KEPT = "fastkl_row", "fastkl_kept_ids"
+"""Keys added to TRL's batches: the row's place at the rollout; the token ids that could be drawn there."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowScores:
+    """Scores of b completions, each f32 [b, T], nats, zero where the attention mask is."""
+
+    policy: Tensor
+    ref: Tensor | None
+    entropy: Tensor | None
+    kl: Tensor | None  # exact, over the whole vocabulary
+    mask: Tensor  # bool [b, T]
+    kept: list[KeptIds] | None  # of each row, where recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """The tokens to be scored in b rows of text: N in all, padding left out."""
+
+    mask: Tensor  # bool [b, T]
+    target_ids: Tensor  # i64 [N]
+    positions: Tensor  # i64 [N]; how many tokens of its completion come before the token
+
+    @classmethod
+    def of(cls, input_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> Completions:
+        """The last `num_tokens` columns of input_ids and attention_mask i64 [b, L], where the mask is not zero."""
+        mask = attention_mask[:, -num_tokens:].bool()
+        positions = torch.arange(num_tokens, device=mask.device).expand_as(mask)
+        return cls(mask, input_ids[:, -num_tokens:][mask], positions[mask])
+
+    def predicting(self, hidden: Tensor) -> Tensor:
+        """Of hidden states [b, L, H] those [N, H] that predict the tokens."""
+        return hidden[:, -self.mask.shape[1] - 1 : -1][self.mask]
+
+    def reference_task(self, hidden: Tensor, head: Head) -> dict[str, Any]:
+        """What a forward of the reference hands over."""
+        return {"hidden": self.predicting(hidden), "head": head}
+
+    def score(
+        self,
+        hidden: Tensor,  # [N, H]
+        head: Head,
+        ref: dict[str, Any] | None,
+        support: Support | None,
+        temperature: float,
+        outputs: Sequence[str],
+    ) -> TokenScores:
+        """The N tokens under policy and reference, from one pass over the vocabulary."""
+        ref_head = None if ref is None else ref["head"]
+        return linear_token_scores(
+            hidden,
+            head.weight,
+            None if ref is None else ref["hidden"],
+            None if ref is None else ref_head.weight,
+            self.target_ids,
+            temperature=temperature,
+            support=support,
+            policy_bias=head.bias,
+            ref_bias=None if ref is None else ref_head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            outputs=outputs,
+        )
+
+    def in_rows(self, values: Tensor) -> Tensor:
+        """[N] -> [b, T], zero at padding; connected to the model even without a token, so that backward has a path."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+def in_rollout_order(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """TRL's micro-batches with their rows back in the order of the rollout; equally many rows in each, as before."""
+    order = torch.cat([batch[ROW] for batch in batches]).argsort()
+
+    def restore(key: str) -> list[Any]:
+        values = [batch[key] for batch in batches]
+        if isinstance(values[0], Tensor) and values[0].dim():
+            return list(torch.cat(values)[order.to(values[0].device)].chunk(len(batches)))
+        if isinstance(values[0], list):
+            flat = [value for part in values for value in part]
+            size = len(values[0])
+            return [[flat[i] for i in order[k * size : (k + 1) * size]] for k in range(len(batches))]
+        return values  # one number for the whole batch, or None
+
+    columns = {key: restore(key) for key in batches[0]}
+    return [{key: columns[key][k] for key in columns} for k in range(len(batches))]
