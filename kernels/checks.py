@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .compose import is_sharded
 from .types import Support
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -20,6 +21,8 @@ def check_tensor(
     """UserError unless x is a tensor of this shape (None: any size), of one of the dtypes, on `like`'s device."""
     if not isinstance(x, Tensor):
         raise UserError(f"{name} must be a tensor, not {type(x).__name__}.")
+    if is_sharded(x):  # heads have been gathered by now
+        raise UserError(f"{name} is a DTensor, but rows are scored where they are: pass {name}.to_local().")
     fits = x.dim() == len(shape) and all(e is None or e == s for s, e in zip(x.shape, shape, strict=True))
     if not fits:
         expected = ", ".join("any" if e is None else str(e) for e in shape)

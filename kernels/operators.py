@@ -20,6 +20,7 @@ from . import checks
 from .autograd import Call, ScoreFunction
 from .checks import FLOATS, check_finite, check_heads, check_options, check_rows, check_support, check_tensor
 from .chunked import Rows
+from .compose import one_graph_break, whole
 from .dispatch import uses_triton
 from .linear import Head, LogitOptions
 from .loss import LossFunction
@@ -34,6 +35,7 @@ CHUNK_BYTES = {"cpu": 80 << 20, "cuda": 2 << 30}
 head's gradient costs as much as computing it; on a CPU they should not outgrow its caches by much."""
 
 
+@one_graph_break
 def token_scores(
     policy_logits: Tensor,
     ref_logits: Tensor | None,
@@ -75,6 +77,7 @@ def token_scores(
     return _checked(TokenScores(*ScoreFunction.apply(call, policy_logits)), check)
 
 
+@one_graph_break
 def linear_token_scores(
     policy_hidden: Tensor,
     policy_weight: Tensor,
@@ -100,7 +103,8 @@ def linear_token_scores(
     policy_hidden [N, H], policy_weight [V, H], policy_bias [V] or None; the same of the reference, or None, None.
     logits = softcap * tanh((hidden @ weight^T + bias) / softcap) * logit_scale / temperature, in float32 whatever
     autocast says; logits_dtype="bfloat16" rounds the head's output first, as an engine with bfloat16 logits does.
-    If both sides pass the same weight (and bias) tensor, one product serves both. Other arguments: token_scores.
+    If both sides pass the same weight (and bias) tensor, one product serves both. Weights and biases may be DTensors
+    (FSDP2): they are gathered, and their gradient is averaged and scattered. Other arguments: token_scores.
 
     Returns TokenScores, differentiable towards policy_hidden, policy_weight and policy_bias; the backward computes the
     logits again, chunk_tokens rows at a time, only for rows with a gradient. Where the loss's coefficients are known,
@@ -113,6 +117,7 @@ def linear_token_scores(
     return _checked(TokenScores(*ScoreFunction.apply(call, *inputs)), check)
 
 
+@one_graph_break
 def linear_token_loss(
     policy_hidden: Tensor,
     policy_weight: Tensor,
@@ -164,6 +169,7 @@ def _linear_call(
     ref_bias, softcap, logit_scale, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values,
 ) -> tuple[tuple[Tensor | None, ...], Call, bool]:  # fmt: skip
     """The checked call, and the policy's inputs cut to the vocabulary that exists."""
+    policy_weight, ref_weight, policy_bias, ref_bias = whole(policy_weight, ref_weight, policy_bias, ref_bias)
     check_heads(policy_hidden, policy_weight, ref_hidden, ref_weight, policy_bias, ref_bias)
     valid = check_options(len(policy_weight), softcap, logits_dtype, valid_vocab)
     options = LogitOptions(softcap=softcap, logit_scale=logit_scale, logits_dtype=logits_dtype)

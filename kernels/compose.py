@@ -1,0 +1,60 @@
+"""What the operators need inside torch.compile, DistributedDataParallel and FSDP2.
+
+torch.compile: a call is one break between two graphs (`one_graph_break`). Modules that return TokenScores: FSDP2 and
+DDP look for the tensors of a module's output to know when its backward begins, so TokenScores is made known to
+torch's pytrees. Heads that lie in pieces on several processes: `whole`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .types import TokenScores
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+pytree.register_pytree_node(
+    TokenScores,
+    lambda scores: ([getattr(scores, name) for name in TokenScores.__slots__], None),
+    lambda values, _: TokenScores(*values),
+)
+
+
+def one_graph_break(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: torch.compile does not look into the function, so nothing in it is compiled again for other shapes."""
+    reason = "fastkl's scoring operators loop over chunks of rows; they run as they are, between two graphs"
+    return torch.compiler.disable(function, reason=reason)
+
+
+def is_sharded(x: object) -> bool:
+    """Whether x is a DTensor, which lies in pieces on several processes; asked without importing torch.distributed."""
+    return hasattr(x, "full_tensor")
+
+
+def whole(*heads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Weights [V, H] and biases [V] of heads, gathered if they are DTensors; everything else comes back as it is.
+
+    Differentiable. The gradient that reaches a gathered tensor is averaged over the processes and scattered, as
+    FSDP2 does with the gradients of the parameters it gathers itself. On a tensor-parallel mesh, where all processes
+    score the same rows, the average is the gradient of each. A tensor given twice is gathered once. Gathering is a
+    collective operation, in the forward and in the backward: every process of the mesh must take part, with no rows
+    if it has none.
+    """
+    gathered = {id(x): _gather(x) if is_sharded(x) else x for x in heads}
+    return tuple(gathered[id(x)] for x in heads)
+
+
+def _gather(sharded: Tensor) -> Tensor:
+    from torch.distributed.tensor import Partial
+
+    mesh = sharded.device_mesh
+    full = sharded.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:  # the sum over processes follows in the backward of full_tensor; gloo has no average
+        full.register_hook(lambda gradient: gradient / mesh.size())
+    return full
