@@ -14,15 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_update import step_gradient
 from torch import nn
-from toy import toy_model
+from toy import toy_batch, toy_config, toy_model
 
-from fastkl import train
+from fastkl import sync, train
 from fastkl.anchor import adapted_coef, renew_reference
 from fastkl.checkpoint import open_checkpoint, restore_reference, save_checkpoint
 from fastkl.config import TrainConfig
 from fastkl.errors import UserError
 from fastkl.mismatch import engine_kl_sum, importance_weights
+from fastkl.types import Completion
 
 
 def test_the_controller_holds_at_the_target_and_moves_towards_it_from_both_sides():
@@ -94,6 +96,29 @@ def test_weighted_draws_of_a_mismatched_engine_have_the_trainers_mean():
     assert mean == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_reach_the_gradient_of_a_real_step(level, monkeypatch):
+    """An engine whose log-probs are all too low by log 1.5 (per token, or in sum) makes every weight 1.5."""
+    policy, reference = toy_model(0), toy_model(1).requires_grad_(False)
+    batch = toy_batch(policy)
+    plain, _ = step_gradient(policy, reference, batch, toy_config())
+
+    def lowered(c: Completion) -> Completion:
+        shift = math.log(1.5) / (len(c.token_ids) if level == "sequence" else 1)
+        return dataclasses.replace(c, logprobs=tuple(logp - shift for logp in c.logprobs))
+
+    other = dataclasses.replace(batch, completions=tuple(tuple(map(lowered, group)) for group in batch.completions))
+    monkeypatch.setitem(sync.AGREEMENT_NATS, "float32", 1.0)
+    weighted, report = step_gradient(policy, reference, other, toy_config(importance=level))
+    assert report.num_weights_cut == 0
+    for name, value in plain.items():
+        torch.testing.assert_close(weighted[name], 1.5 * value, rtol=1e-4, atol=1e-6)
+    capped, report = step_gradient(policy, reference, other, toy_config(importance=level, importance_cap=1.25))
+    assert report.num_weights_cut == report.num_tokens
+    for name, value in plain.items():
+        torch.testing.assert_close(capped[name], 1.25 * value, rtol=1e-4, atol=1e-6)
+
+
 STEERED = {"kl_target": 2.0, "reference_every": 1, "reference_share": 0.3, "kl_coef": 0.5, "lr": 3e-3, "seed": 3}
 
 
@@ -119,7 +144,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from fastkl import train
+from fastkl import sync, train
 from test_anchor import steered
 
 update = train.update
