@@ -235,9 +235,10 @@ class Scorer:
         ends = micro.completion_cu_seqlens.tolist()
         owner = torch.repeat_interleave(torch.arange(len(jobs), device=self.device), micro.completion_lengths)
         found: list[dict[str, list[float]]] = [{} for _ in jobs]
-        for sampling in dict.fromkeys(job.sampling for job in jobs):  # one call of the operator for each
+        samplings = dict.fromkeys(job.sampling for job in jobs)
+        for sampling in samplings:  # one call of the operator for each
             mine = torch.tensor([job.sampling == sampling for job in jobs], device=self.device)
-            scores = self._head(hidden, ref_hidden, micro, sampling, mine[owner])
+            scores = self._head(hidden, ref_hidden, micro, sampling, mine[owner] if len(samplings) > 1 else None)
             values = {name: getattr(scores, name) for name in TokenScores.__slots__}
             lists = {name: value.tolist() for name, value in values.items() if value is not None}
             for i in mine.nonzero()[:, 0].tolist():
@@ -260,7 +261,7 @@ class Scorer:
         ref_hidden: torch.Tensor | None,
         micro: PackedBatch,
         sampling: Sampling,
-        mask: torch.Tensor,
+        mask: torch.Tensor | None,
     ) -> TokenScores:
         head = models.head_of(self.policy)
         ref_head = None if self.reference is None else models.head_of(self.reference)
