@@ -47,7 +47,7 @@ class Diagnosis:
     @property
     def estimate(self) -> str:
         """The estimate in words."""
-        sigmas = "" if not math.isfinite(self.error) else f" +- {self.error:.2g}"
+        sigmas = "" if not math.isfinite(self.error) else f" ± {self.error:.2g}"
         return f"{self.num_completions} completions, KL estimate {self.mean:.4g}{sigmas} nats each"
 
     @property

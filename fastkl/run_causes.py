@@ -63,7 +63,7 @@ def estimate_and_exact(run: RunRecord) -> Verdict:
         return None
     mean, error = mean_and_error([m["kl/mean"] - m["kl/support"] for m in rows])
     text = f"over {len(rows)} steps the estimate (kl/mean) differs from the exact KL (kl/support) by"
-    text += f" {mean:.2g} +- {error:.2g} nats per completion on average"
+    text += f" {mean:.2g} ± {error:.2g} nats per completion on average"
     limit = SIGMAS * (1 + 8 / len(rows))  # few steps have the tails of Student's t: as unlikely as SIGMAS of a normal
     if abs(mean) <= max(limit * error, NOISE):
         return Clear("estimate against exact KL", text)
