@@ -32,18 +32,32 @@ ROOT = Path(__file__).resolve().parents[1]
 SWITCH = "FASTKL_TRL_SWITCH"
 VOCAB, PAD, EOS = 151_680, 151_643, 151_645  # the tests write Qwen's ids
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <|im_end|> ' }}{% endfor %}"
-NUM_PROMPTS = 6  # three epochs of them make a test: enough to move every weight
+NUM_PROMPTS = 2  # three epochs of them, six steps, make a test
 WORDS = ["better", "beautiful", "is", "than", "ugly", "simple", "complex", "flat", "sparse", "errors", "never"]
 
 
 def pytest_configure(config: Any) -> None:
-    """This file is also the plugin of the second run: trainers train and evaluate under the switch."""
-    if os.environ.get(SWITCH) != "1":
+    """This file is also the plugin of both runs; in the second, trainers train and evaluate under the switch."""
+    if SWITCH not in os.environ:
         return
-    from trl import RLOOTrainer
+    import torch
+    from trl import RLOOConfig, RLOOTrainer
 
-    for name in ("train", "evaluate"):
-        setattr(RLOOTrainer, name, switched(getattr(RLOOTrainer, name)))
+    if not torch.cuda.is_available():
+        RLOOConfig.__init__ = on_cpu(RLOOConfig.__init__)
+    if os.environ[SWITCH] == "1":
+        for name in ("train", "evaluate"):
+            setattr(RLOOTrainer, name, switched(getattr(RLOOTrainer, name)))
+
+
+def on_cpu(init: Callable[..., None]) -> Callable[..., None]:
+    """The configuration's constructor with the settings without which TRL refuses a machine that has no GPU."""
+
+    @wraps(init)
+    def run(config: Any, *args: Any, **settings: Any) -> None:
+        init(config, *args, **({"use_cpu": True, "bf16": False} | settings))
+
+    return run
 
 
 def switched(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,15 +78,15 @@ def switched(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """A word tokenizer with as many ids as Qwen's, and its special ones."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A byte tokenizer with as many ids as Qwen's, and its special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = {"<|endoftext|>": PAD, "<|im_end|>": EOS, "<unk>": PAD + 1, "<|finetune_right_pad_id|>": EOS + 1}
-    ids = {word: i for i, word in enumerate(WORDS)}
-    ids |= {f"w{i}": i for i in range(len(WORDS), VOCAB) if i not in special.values()} | special
-    backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ids = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    ids |= {f"w{i}": i for i in range(len(ids), VOCAB) if i not in special.values()} | special
+    backend = Tokenizer(models.BPE(ids, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<|endoftext|>",
