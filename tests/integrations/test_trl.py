@@ -178,6 +178,22 @@ def test_rloo_runs_two_forwards_where_trl_runs_three(folder: Path, tmp_path: Pat
         assert counts == {"policy": expected, "reference": 2}
 
 
+def test_under_bfloat16_autocast_the_scores_are_trls_up_to_its_rounding(folder: Path, tmp_path: Path):
+    for kind in ("rloo", "grpo"):
+        found = []
+        for switched in (False, True):
+            trainer = make_trainer(kind, folder / "llama", tmp_path, bf16=True, max_steps=2, flatten=2.0)
+            if switched:
+                with fastkl_scoring(trainer):
+                    trainer.train()
+            else:
+                trainer.train()
+            found.append(trainer)
+        for name in ("entropy", "kl", "reward"):
+            assert metric(found[1], name)[:1] == pytest.approx(metric(found[0], name)[:1], rel=0.02, abs=0.01), name
+        assert all(p.dtype == torch.float32 for p in found[1].model.parameters())
+
+
 def test_evaluation_gives_trls_own_metrics(folder: Path, tmp_path: Path):
     for kind in ("rloo", "grpo"):
         found = []
