@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from .chunked import Chunks, Rows, chunk_ranges
 from .epilogue import RowStats
 from .linear import Head, LinearSource, LogitOptions, LogitsSource
+from .listed import as_record
 from .types import TokenCoefficients, TokenScores
 
 
@@ -67,7 +68,8 @@ class Call:
 
     def empty_stats(self) -> tuple[RowStats, RowStats | None]:
         """Room for the statistics of all scored rows: full vocabulary, and support."""
-        new = [RowStats.empty(len(self.rows), self.rows.target_ids, self.dtype) for _ in range(2)]
+        dtype = torch.float32 if self.use_triton else torch.float64
+        new = [RowStats.empty(len(self.rows), self.rows.target_ids, dtype) for _ in range(2)]
         return new[0], None if self.rows.support is None else new[1]
 
     def select(self, index: Tensor) -> Call:
@@ -95,8 +97,9 @@ class Call:
         has_ref = self.reference is not None
 
         def expand(values: Tensor) -> Tensor:
+            values = values.to(self.dtype, copy=True)
             if self.row_ids is None:
-                return values.clone()
+                return values
             return values.new_zeros(self.num_rows).index_copy_(0, self.row_ids, values)
 
         want_kl = has_ref and "kl" in self.outputs
@@ -163,8 +166,13 @@ class ScoreFunction(torch.autograd.Function):
         stats, support_stats = call.empty_stats()
         if not call.score_without_logits(policy_of(inputs), stats):
             chunks = call.chunks(call.source(policy_of(inputs)), stats, support_stats)
+            lists = []
             for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
                 chunks.score(lo, hi)
+                lists.append(chunks.listed)
+            if call.rows.support is not None and call.rows.support.is_recomputed and None not in lists:
+                # the backward need not find these ids again
+                call = replace(call, rows=replace(call.rows, support=as_record(lists, call.rows.target_ids)))
         ctx.save_for_backward(*inputs)
         ctx.call, ctx.stats, ctx.support_stats = call, stats, support_stats
         ctx.set_materialize_grads(False)

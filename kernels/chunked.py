@@ -17,8 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .epilogue import EXCLUDED, RowStats, centre_, dlogits_, row_stats_
-from .support import keep_mask
+from .epilogue import Factors, RowStats, Slopes, Sums, dlogits_, exponentials_again_, gather, row_sums_
+from .linear import LogitOptions
+from .listed import Listed, concatenated, list_ids_, lists_banned_ids, store_stats
 from .types import Support, TokenCoefficients
 
 BLOCK_NUMBERS = 1 << 20
@@ -28,11 +29,11 @@ the cores' own caches, which gains little, and need more thread barriers, which 
 
 
 class LogitsSource(Protocol):
-    """Produces the logits of a range of rows, after all transforms, and takes their gradient back."""
+    """Produces the logits of a range of rows, before scale and temperature, and takes their gradient back."""
 
     dtype: torch.dtype
     vocab: int
-    softcap: float | None
+    options: LogitOptions
 
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
         """Policy and reference logits [hi - lo, V] in buffers that the caller may overwrite."""
@@ -40,8 +41,8 @@ class LogitsSource(Protocol):
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
         """Takes the gradient with respect to the head's output [hi - lo, V]; the rows are among those loaded last."""
 
-    def gradient_scale(self, lo: int, hi: int) -> Tensor | None:
-        """d(logit after the transforms) / d(logit after softcap), [hi - lo]; None means one (never with a softcap)."""
+    def factor(self, lo: int, hi: int) -> Tensor | None:
+        """logit_scale / temperature, f64 [hi - lo]; None means one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Rows:
     target_ids: Tensor  # i64 [n]
     support: Support | None
     entropy: bool  # whether the entropy or its gradient is wanted
+    kl: bool  # whether a KL or its gradient is wanted
 
     def __len__(self) -> int:
         return len(self.target_ids)
@@ -69,82 +71,105 @@ class Chunks:
         self.source, self.rows = source, rows
         self.stats, self.support_stats = stats, support_stats
         self.block_rows = max(2, min(512, BLOCK_NUMBERS // max(1, source.vocab)))
+        self.bans = rows.support is not None and lists_banned_ids(rows.support)
+        self.base = support_stats if self.bans else stats  # the passes run over these ids
+        self.listed: Listed | None = None  # what the support lists in the rows scored or reloaded last
         self._buffers: dict[str, Tensor] = {}
 
     def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
-        """Fills the statistics of rows lo..hi; returns their centred policy logits and gaps, for `gradient_`."""
+        """Fills the statistics of rows lo..hi; returns exponentials and gaps as row_sums_ leaves them."""
         z, r = self.source.load(lo, hi)
-        for first, last, z_block, r_block in self._blocks(lo, hi, z, r):
-            stats = self.stats[first:last]
-            centre_(z_block, r_block, stats)
-            target_ids = self.rows.target_ids[first:last]
-            scratch = self._buffer("scratch", z_block)
-            if self.support_stats is not None:  # before row_stats_ turns r into the gap
-                z_s, r_s = self._on_support(first, last, z_block, r_block)
-                support_stats = self.support_stats[first:last]
-                centre_(z_s, r_s, support_stats)
-                row_stats_(z_s, r_s, target_ids, support_stats, scratch, entropy=False)
-            row_stats_(z_block, r_block, target_ids, stats, scratch, self.rows.entropy)
+        lists: list[tuple[int, Listed]] = []
+        sums = []
+        for first, last, z_block, r_block in self._scaled_blocks(lo, hi, z, r, lists):
+            target_ids, scratch = self.rows.target_ids[first:last], self._buffer("scratch", z_block)
+            sums.append(row_sums_(z_block, r_block, target_ids, scratch, self.rows.entropy, self.rows.kl))
+        self.listed = concatenated(lists)
+        if sums:
+            support_stats = None if self.support_stats is None else self.support_stats[lo:hi]
+            target_ids = self.rows.target_ids[lo:hi]
+            listed = self._listed(lo, hi)
+            store_stats(Sums.concatenated(sums), listed, self.bans, target_ids, self.stats[lo:hi], support_stats)
         return z, r
 
     def reload(self, lo: int, hi: int, need_gap: bool) -> tuple[Tensor, Tensor | None]:
         """What `score` returned for these rows, computed again from the known statistics."""
         z, r = self.source.load(lo, hi, need_ref=need_gap)
-        for first, last, z_block, r_block in self._blocks(lo, hi, z, r):
-            centre_(z_block, r_block, self.stats[first:last], known=True)
-            if r_block is not None:
-                torch.sub(z_block, r_block, out=r_block)
+        lists: list[tuple[int, Listed]] = []
+        for first, last, z_block, r_block in self._scaled_blocks(lo, hi, z, r, lists):
+            exponentials_again_(z_block, r_block, self.rows.target_ids[first:last], self.base[first:last])
+        self.listed = concatenated(lists)
         return z, r
 
-    def gradient_(self, lo: int, hi: int, z: Tensor, gap: Tensor | None, coefficients: TokenCoefficients) -> None:
+    def gradient_(self, lo: int, hi: int, e: Tensor, gap: Tensor | None, coefficients: TokenCoefficients) -> None:
         """Turns the result of `score` or `reload` into the gradient and stores it. coefficients: of these rows."""
-        coefficients = self._scaled(lo, hi, coefficients)
-        for first, last, z_block, gap_block in self._blocks(lo, hi, z, gap):
-            a, b, c, a_s, c_s = coefficients.select(slice(first - lo, last - lo)).values()
+        factor = self.source.factor(lo, hi)  # the chain rule through temperature and logit scale
+        if factor is not None:
+            coefficients = TokenCoefficients(*(None if c is None else c * factor for c in coefficients.values()))
+        a, b, c, a_s, c_s = coefficients.values()
+        full, listed_part = Factors(self.stats[lo:hi], a, b, c), None
+        parts = [full]
+        if self.support_stats is not None:
+            on_support = Factors(self.support_stats[lo:hi], a_s, None, c_s)
+            # the passes run over all ids, or over those of the support; what the other distribution adds is listed
+            parts, listed_part = ([full, on_support], full) if self.bans else ([full], on_support)
+        parts = [part for part in parts if part.given]
+        target_gap = None if gap is None else gather(gap, self.rows.target_ids[lo:hi]).double()
+        slopes = Slopes.of(parts, self.base[lo:hi], target_gap, e.dtype)
+        for first, last, e_block, gap_block in self._blocks(lo, hi, e, gap):
             target_ids = self.rows.target_ids[first:last]
-            scratch = self._buffer("scratch", z_block)
-            slope = self._softcap_slope(first, last, z_block)
-            on_support = None
-            if a_s is not None or c_s is not None:
-                on_support, gap_s = self._on_support(first, last, z_block, None if c_s is None else gap_block)
-                support_stats = self.support_stats[first:last]
-                on_support.sub_(support_stats.max[:, None])
-                if gap_s is not None:  # centring the masked logits shifts the gap by the difference of the maxima
-                    gap_s.sub_((support_stats.max - support_stats.ref_max)[:, None])
-                dlogits_(on_support, gap_s, target_ids, support_stats, a_s, None, c_s, scratch)
-            dlogits_(z_block, gap_block, target_ids, self.stats[first:last], a, b, c, scratch)
-            if on_support is not None:
-                z_block.add_(on_support)
-            if slope is not None:
-                z_block.mul_(slope)
-        self.source.store(lo, hi, z)
+            listed = self._listed(first, last)
+            softcap_slope = self._softcap_slope(first, last, e_block, listed)
+            if parts:
+                scratch = self._buffer("scratch", e_block)
+                dlogits_(e_block, gap_block, target_ids, slopes[first - lo : last - lo], scratch)
+            else:
+                e_block.zero_()
+            if listed is not None and listed_part.given:
+                listed.add_gradient_(e_block, listed_part[first - lo : last - lo], target_ids)
+            if softcap_slope is not None:
+                e_block.mul_(softcap_slope)
+        self.source.store(lo, hi, e)
 
     def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
         """`score`, then `gradient_` of the same rows."""
         z, gap = self.score(lo, hi)
         self.gradient_(lo, hi, z, gap, coefficients)
 
-    def _scaled(self, lo: int, hi: int, coefficients: TokenCoefficients) -> TokenCoefficients:
-        """The chain rule through temperature and logit scale, which is one factor per row."""
-        scale = self.source.gradient_scale(lo, hi)
-        if scale is None:
-            return coefficients
-        return TokenCoefficients(*(None if c is None else c * scale for c in coefficients.values()))
+    def _listed(self, first: int, last: int) -> Listed | None:
+        """What the support lists in rows first..last, which are numbered from zero."""
+        return None if self.listed is None else self.listed.between(first, last)
 
-    def _softcap_slope(self, first: int, last: int, z: Tensor) -> Tensor | None:
-        """1 - tanh^2 at the raw logits, worked back from centred z; None without a softcap."""
-        if self.source.softcap is None:
+    def _scaled_blocks(
+        self, lo: int, hi: int, z: Tensor, r: Tensor | None, lists: list[tuple[int, Listed]]
+    ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+        """The blocks after scale and temperature; what the support lists goes to `lists`, banned ids leave z and r."""
+        for first, last, z_block, r_block in self._blocks(lo, hi, z, r):
+            for x in (z_block, r_block):
+                if x is not None:
+                    self.source.options.scale_(x, first, last)
+            if self.rows.support is not None:
+                support, target_ids = self.rows.support.select(slice(first, last)), self.rows.target_ids[first:last]
+                lists.append((first, list_ids_(support, z_block, r_block, target_ids)))
+            yield first, last, z_block, r_block
+
+    def _softcap_slope(self, first: int, last: int, e: Tensor, listed: Listed | None) -> Tensor | None:
+        """1 - tanh^2 at the head's output, worked back from exp(z - max); None without a softcap.
+
+        Where that is zero any slope will do, unless the id is the target or listed.
+        """
+        softcap = self.source.options.softcap
+        if softcap is None:
             return None
-        slope = torch.add(z, self.stats.max[first:last, None], out=self._buffer("slope", z))
-        factor = self.source.gradient_scale(first, last) * self.source.softcap
-        return slope.div_(factor[:, None]).square_().neg_().add_(1)
-
-    def _on_support(self, first: int, last: int, z: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Copies of centred z and of r with EXCLUDED outside the support."""
-        support = self.rows.support.select(slice(first, last))
-        excluded = keep_mask(support, z, self.rows.target_ids[first:last]).logical_not_()
-        z_s = self._buffer("z_s", z).copy_(z).masked_fill_(excluded, EXCLUDED)
-        return z_s, None if r is None else self._buffer("r_s", r).copy_(r).masked_fill_(excluded, EXCLUDED)
+        base = self.base[first:last]
+        z = torch.log(e, out=self._buffer("slope", e)).clamp_(min=-1000.0).add_(base.max.to(e.dtype)[:, None])
+        target_logit = base.logprobs + base.log_sum + base.max
+        z.scatter_(1, self.rows.target_ids[first:last, None], target_logit.to(e.dtype)[:, None])
+        if listed is not None:
+            z[listed.rows, listed.ids] = listed.z.to(e.dtype)
+        factor = self.source.factor(first, last)
+        highest = softcap if factor is None else (factor * softcap).to(e.dtype)[:, None]
+        return z.div_(highest).square_().neg_().add_(1)
 
     def _blocks(
         self, lo: int, hi: int, z: Tensor, r: Tensor | None

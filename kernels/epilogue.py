@@ -1,13 +1,14 @@
-"""What happens to a block of logits: the row statistics of policy and reference, and the policy's gradient in place.
+"""What happens to a block of logits: the row sums of policy and reference, and the policy's gradient in place.
 
-Plain PyTorch, written for few passes over memory that is still in cache. Notation of one row, all in float32 (float64
-for float64 inputs): z and r are policy and reference logits after temperature, each centred at its own maximum;
-s = sum_v exp(z_v), p = exp(z) / s; gap d = z - r. Then
+Plain PyTorch, written for few passes over memory that is still in cache. Notation of one row: z and r are policy and
+reference logits after temperature, each centred at its own maximum; s = sum_v exp(z_v), p = exp(z) / s; gap d = z - r.
 
     log p(y) = z_y - log s        entropy = log s - E_p[z]        KL = E_p[d] - log s + log s_ref
 
-Centring first keeps shifted and extreme logits exact; summing e^z * d, not differences of probabilities, keeps a small
-KL accurate. For a loss that is linear in the scores with factors a (log p(y)), b (entropy) and c (KL), its gradient is
+Centring before anything is multiplied keeps shifted and extreme logits exact; summing e^z * d, not differences of
+probabilities, keeps a small KL accurate. The passes over [n, V] run in float32 (float64 for float64 inputs), what is
+left per row is float64. For a loss that is linear in the scores with factors a (log p(y)), b (entropy) and c (KL), its
+gradient is
 
     dL/dz_v = a (1[v = y] - p_v) - b p_v (z_v - E_p[z]) + c p_v (d_v - E_p[d])
 
@@ -16,20 +17,21 @@ The target's own entry needs 1 - p_y, which is taken from expm1(log p(y)): no ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 EXCLUDED = -1e30
-"""Stands for -inf at ids outside the support: exp gives 0, and 0 * EXCLUDED is 0 where 0 * -inf would be NaN."""
+"""Stands for -inf: exp gives 0, and 0 * EXCLUDED is 0 where 0 * -inf would be NaN."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowStats:
     """Per row, [n]: all that the scores and the backward need, so that the logits need not be kept.
 
-    The maxima are of the logits after temperature (on a support: of the already centred logits).
+    The maxima are of the logits after temperature.
     """
 
     max: Tensor
@@ -60,83 +62,220 @@ class RowStats:
         return self.mean_gap - (self.log_sum - self.ref_log_sum)
 
 
-def centre_(z: Tensor, r: Tensor | None, stats: RowStats, *, known: bool = False) -> None:
-    """Subtracts each row's maximum from z and r [n, V] in place; the maxima are read from `stats` if `known`."""
-    for x, maximum in ((z, stats.max), (r, stats.ref_max)):
-        if x is not None:
-            x.sub_((maximum if known else torch.amax(x, 1, out=maximum))[:, None])
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums over some ids of each row, f64 [n]; the target's own term is left out of them.
+
+    With e = exp(z - max): others sum e, weighted_logit sum e (z - max), weighted_gap sum e ((z - max) - (r - ref_max)).
+    logit and ref_logit are the target's, less the maxima. Without a reference its fields are zero.
+    """
+
+    max: Tensor
+    others: Tensor
+    weighted_logit: Tensor
+    logit: Tensor
+    ref_max: Tensor
+    ref_others: Tensor
+    ref_logit: Tensor
+    weighted_gap: Tensor
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Sums]) -> Sums:
+        """The sums of consecutive blocks of rows."""
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def store(self, stats: RowStats) -> None:
+        """The statistics of the distribution over these ids and the target."""
+        at_target = self.logit.exp()
+        total = self.others + at_target
+        stats.max.copy_(self.max)
+        stats.log_sum.copy_(_log_sum(self.others, self.logit))
+        stats.mean_logit.copy_((self.weighted_logit + at_target * self.logit) / total)
+        stats.logprobs.copy_(self.logit - stats.log_sum)
+        stats.ref_max.copy_(self.ref_max)
+        stats.ref_log_sum.copy_(_log_sum(self.ref_others, self.ref_logit))
+        stats.ref_logprobs.copy_(self.ref_logit - stats.ref_log_sum)
+        stats.mean_gap.copy_((self.weighted_gap + at_target * (self.logit - self.ref_logit)) / total)
+
+    def only_target(self) -> Sums:
+        """The sums over no id but the target."""
+        zero = torch.zeros_like(self.max)
+        return Sums(self.max + self.logit, zero, zero, zero, self.ref_max + self.ref_logit, zero, zero, zero)
+
+    def with_ids(self, rows: Tensor, z: Tensor, r: Tensor | None) -> Sums:
+        """The sums with more ids: the m-th belongs to row rows[m] and has the logits z[m], r[m], f64, not centred.
+
+        One after another in their order, so a row's result does not depend on what other rows have.
+        """
+        top = self.max.scatter_reduce(0, rows, z, "amax")
+        ref_top = self.ref_max if r is None else self.ref_max.scatter_reduce(0, rows, r, "amax")
+        lower, ref_lower = self.max - top, self.ref_max - ref_top
+        rescale = lower.exp()
+        more = z - top[rows]
+        e = more.exp()
+
+        def add(old: Tensor, terms: Tensor) -> Tensor:
+            return old.index_add(0, rows, terms)
+
+        moved = replace(
+            self,
+            max=top,
+            others=add(self.others * rescale, e),
+            weighted_logit=add(rescale * (self.weighted_logit + self.others * lower), e * more),
+            logit=self.logit + lower,
+            ref_max=ref_top,
+            ref_logit=self.ref_logit + ref_lower,
+        )
+        if r is None:
+            return moved
+        more_ref = r - ref_top[rows]
+        old_gap = rescale * (self.weighted_gap + self.others * (lower - ref_lower))
+        return replace(
+            moved,
+            ref_others=add(self.ref_others * ref_lower.exp(), more_ref.exp()),
+            weighted_gap=add(old_gap, e * (more - more_ref)),
+        )
 
 
-def row_stats_(
-    z: Tensor, r: Tensor | None, target_ids: Tensor, stats: RowStats, scratch: Tensor, entropy: bool
-) -> None:
-    """Fills `stats` from centred z and r [n, V]; afterwards r holds the gap z - r. scratch [n, V] is overwritten."""
+def _log_sum(others: Tensor, logit: Tensor) -> Tensor:
+    """log(others + exp(logit)); a target at the maximum has logit 0, and log1p resolves the smallest sums of others."""
+    return torch.where(logit == 0, others.log1p(), (others + logit.exp()).log())
+
+
+def row_sums_(z: Tensor, r: Tensor | None, target_ids: Tensor, scratch: Tensor, entropy: bool, kl: bool) -> Sums:
+    """Sums over all ids of the logits z and r [n, V].
+
+    Afterwards z holds e = exp(z - max), 0 at the target, and r the gap (if kl); scratch [n, V] is overwritten. Without
+    entropy (kl) the weighted logit (gap) is zero.
+    """
+    zero = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+    ref_top, ref_others, ref_logit = zero, zero, zero
     if r is not None:
-        _normalise(r, target_ids, scratch, stats.ref_log_sum, stats.ref_logprobs)
+        ref_top = _centre_(r)
+        ref_others, ref_logit = _exponentials(r, target_ids, scratch)
+    top = _centre_(z)
+    with_gap = kl and r is not None
+    if with_gap:
         torch.sub(z, r, out=r)
-    exp_target = _normalise(z, target_ids, scratch, stats.log_sum, stats.logprobs)
-    inverse_sum = stats.log_sum.neg().exp_()
-
-    def mean(x: Tensor, out: Tensor) -> None:  # E_p[x]; scratch has a hole at the target
-        out.copy_((torch.linalg.vecdot(scratch, x) + exp_target * _gather(x, target_ids)) * inverse_sum)
-
-    if entropy:
-        mean(z, stats.mean_logit)
-    if r is not None:
-        mean(r, stats.mean_gap)
+    others, logit = _exponentials(z, target_ids, scratch)
+    weighted_logit = torch.mul(scratch, z, out=z).sum(1).double() if entropy else zero
+    weighted_gap = torch.mul(scratch, r, out=z).sum(1).double() if with_gap else zero
+    z.copy_(scratch)
+    return Sums(top, others, weighted_logit, logit, ref_top, ref_others, ref_logit, weighted_gap)
 
 
-def _normalise(x: Tensor, target_ids: Tensor, scratch: Tensor, log_sum: Tensor, logprobs: Tensor) -> Tensor:
-    """log sum_v exp(x_v) and log p(y) of centred x; leaves exp(x) in scratch, zero at the target. Returns exp(x_y)."""
-    torch.exp(x, out=scratch)
-    exp_target = _gather(scratch, target_ids)
-    scratch.scatter_(1, target_ids[:, None], 0)
-    others = scratch.sum(1)
-    logit = _gather(x, target_ids)
-    # a target at the maximum has exp(x_y) = 1 exactly: log1p(others) resolves log p(y) down to the smallest numbers
-    at_maximum = logit == 0
-    torch.where(at_maximum, others.log1p(), (others + exp_target).log(), out=log_sum)
-    torch.sub(logit, log_sum, out=logprobs)
-    return exp_target
+def _centre_(x: Tensor) -> Tensor:
+    """Subtracts each row's maximum from x [n, V]; returns the maxima, f64 [n]."""
+    top = x.amax(1)
+    x.sub_(top[:, None])
+    return top.double()
 
 
-def _gather(x: Tensor, ids: Tensor) -> Tensor:
+def _exponentials(x: Tensor, target_ids: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Leaves exp(x) of x [n, V] in `out`, 0 at the target. Returns its sums and the target's x, f64 [n]."""
+    torch.exp(x, out=out)
+    out.scatter_(1, target_ids[:, None], 0)
+    return out.sum(1).double(), gather(x, target_ids).double()
+
+
+def gather(x: Tensor, ids: Tensor) -> Tensor:
+    """x[i, ids[i]] of x [n, V]."""
     return x.gather(1, ids[:, None])[:, 0]
 
 
-def dlogits_(
-    z: Tensor,
-    gap: Tensor | None,
-    target_ids: Tensor,
-    stats: RowStats,
-    a: Tensor | None,
-    b: Tensor | None,
-    c: Tensor | None,
-    scratch: Tensor,
-) -> None:
-    """Overwrites centred z [n, V] with dL/dz for row factors a, b, c [n] (None: zero). Uses gap up if c is given."""
-    inverse_sum = stats.log_sum.neg().exp_()
-    prob = stats.logprobs.exp()
-    at_target = torch.zeros_like(prob)
-    offset = torch.zeros_like(prob)
-    if a is not None:
-        at_target -= a * torch.expm1(stats.logprobs)
-        offset -= a
-    if b is not None:
-        at_target -= b * prob * (_gather(z, target_ids) - stats.mean_logit)
-        offset += b * stats.mean_logit
-    if c is not None:
-        at_target += c * prob * (_gather(gap, target_ids) - stats.mean_gap)
-        offset -= c * stats.mean_gap
-    offset = (offset * inverse_sum)[:, None]
+def exponentials_again_(z: Tensor, r: Tensor | None, target_ids: Tensor, stats: RowStats) -> None:
+    """What row_sums_ left in z and r, from the known maxima."""
+    z.sub_(stats.max.to(z.dtype)[:, None])
+    if r is not None:
+        torch.sub(z, r.sub_(stats.ref_max.to(r.dtype)[:, None]), out=r)
+    z.exp_().scatter_(1, target_ids[:, None], 0)
 
-    if c is not None:
-        slope = gap.mul_((c * inverse_sum)[:, None]).add_(offset)
-        if b is not None:
-            slope.sub_(torch.mul(z, (b * inverse_sum)[:, None], out=scratch))
-    elif b is not None:
-        slope = torch.mul(z, (b * inverse_sum).neg_()[:, None], out=scratch).add_(offset)
-    else:
-        slope = offset
-    z.exp_().mul_(slope)
-    z.scatter_(1, target_ids[:, None], at_target[:, None])
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The factors a, b, c [n] of one distribution's log-prob, entropy and KL (None: zero), with its statistics."""
+
+    stats: RowStats
+    a: Tensor | None
+    b: Tensor | None
+    c: Tensor | None
+
+    @property
+    def given(self) -> bool:
+        """Whether any factor is."""
+        return any(x is not None for x in (self.a, self.b, self.c))
+
+    def __getitem__(self, rows: Tensor | slice) -> Factors:
+        """Those of some rows."""
+        return Factors(self.stats[rows], *(None if x is None else x[rows] for x in (self.a, self.b, self.c)))
+
+    def slope(self, z: Tensor, gap: Tensor | None) -> Tensor:
+        """(dL/dz_v) / p_v, [n] or [m], f64, of an id that is not the target; z and gap centred."""
+        stats = self.stats
+        slope = torch.zeros_like(stats.max)
+        if self.a is not None:
+            slope = slope - self.a
+        if self.b is not None:
+            slope = slope - self.b * (z - stats.mean_logit)
+        if self.c is not None:
+            slope = slope + self.c * (gap - stats.mean_gap)
+        return slope
+
+    def at_target(self, gap: Tensor | None) -> Tensor:
+        """dL/dz of the target, f64 [n]; gap: the target's, centred."""
+        stats = self.stats
+        p, one_minus_p = stats.logprobs.exp(), -torch.expm1(stats.logprobs)
+        logit = stats.logprobs + stats.log_sum
+        without_a = Factors(stats, None, self.b, self.c).slope(logit, gap)
+        return p * without_a + (0.0 if self.a is None else self.a * one_minus_p)
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """The gradient of a range of rows: dL/dz = e (offset + gap_factor * gap + logit_factor * z).
+
+    All [n] in the dtype of the logits; a factor that is None is zero. at_target replaces the target's entry.
+    """
+
+    offset: Tensor
+    gap_factor: Tensor | None
+    logit_factor: Tensor | None
+    at_target: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[Factors], base: RowStats, target_gap: Tensor | None, dtype: torch.dtype) -> Slopes:
+        """The sum of the parts' gradients. Logits and gaps are centred at the maxima in `base`, each part's at its own.
+
+        target_gap f64 [n]: the target's, or None where no part has c.
+        """
+        zero = torch.zeros_like(base.max)
+        offset, gap_factor, logit_factor, at_target = zero, None, None, zero
+        for part in parts:
+            stats = part.stats
+            lower = base.max - stats.max
+            shift = lower - (base.ref_max - stats.ref_max)
+            weight = (lower - stats.log_sum).exp()  # p_v = e_v * weight
+            offset = offset + weight * part.slope(lower, shift)
+            at_target = at_target + part.at_target(None if target_gap is None else target_gap + shift)
+            if part.b is not None:
+                logit_factor = (zero if logit_factor is None else logit_factor) - weight * part.b
+            if part.c is not None:
+                gap_factor = (zero if gap_factor is None else gap_factor) + weight * part.c
+        columns = offset, gap_factor, logit_factor, at_target
+        return cls(*(None if x is None else x.to(dtype) for x in columns))
+
+    def __getitem__(self, rows: slice) -> Slopes:
+        """Those of some rows."""
+        values = self.offset, self.gap_factor, self.logit_factor, self.at_target
+        return Slopes(*(None if x is None else x[rows] for x in values))
+
+
+def dlogits_(e: Tensor, gap: Tensor | None, target_ids: Tensor, slopes: Slopes, scratch: Tensor) -> None:
+    """Overwrites e [n, V], which row_sums_ left, with dL/dz; uses gap up if the slopes need it."""
+    slope = slopes.offset[:, None]
+    if slopes.gap_factor is not None:
+        slope = gap.mul_(slopes.gap_factor[:, None]).add_(slope)
+    if slopes.logit_factor is not None:  # z = log e; where e is zero any finite z will do
+        logits = torch.log(e, out=scratch).clamp_(min=-1000.0)
+        slope = logits.mul_(slopes.logit_factor[:, None]).add_(slope)
+    e.mul_(slope).scatter_(1, target_ids[:, None], slopes.at_target[:, None])

@@ -26,28 +26,32 @@ class LogitOptions:
     logit_scale: float = 1.0
     logits_dtype: str = "float32"
 
-    def apply_(self, logits: Tensor, temperature: float | Tensor) -> None:
-        """Processes the head's output [n, V] in place."""
+    def apply_(self, logits: Tensor) -> None:
+        """Rounds and caps the head's output [n, V] in place: what comes before scale and temperature."""
         if self.logits_dtype == "bfloat16":
             logits.copy_(logits.bfloat16())
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        if self.logit_scale != 1.0:
-            logits.mul_(self.logit_scale)
-        if isinstance(temperature, Tensor):
-            logits.div_(temperature[:, None])
-        elif temperature != 1.0:
-            logits.div_(temperature)
 
     def temperature_of(self, lo: int, hi: int) -> float | Tensor:
         """The temperature of rows lo..hi."""
         return self.temperature[lo:hi] if isinstance(self.temperature, Tensor) else self.temperature
 
-    def gradient_scale(self, lo: int, hi: int, like: Tensor) -> Tensor | None:
-        """logit_scale / temperature of rows lo..hi as [hi - lo]; None if it is one and there is no softcap."""
-        if not isinstance(self.temperature, Tensor) and self.softcap is None and self.temperature == self.logit_scale:
+    def scale_(self, logits: Tensor, lo: int, hi: int) -> None:
+        """Applies logit scale and temperature to the logits [hi - lo, V] of rows lo..hi."""
+        if self.logit_scale != 1.0:
+            logits.mul_(self.logit_scale)
+        temperature = self.temperature_of(lo, hi)
+        if isinstance(temperature, Tensor):
+            logits.div_(temperature[:, None])
+        elif temperature != 1.0:
+            logits.div_(temperature)
+
+    def factor(self, lo: int, hi: int, device: torch.device) -> Tensor | None:
+        """What scale_ multiplies with, logit_scale / temperature, f64 [hi - lo]; None if it is one."""
+        if not isinstance(self.temperature, Tensor) and self.temperature == self.logit_scale:
             return None
-        ones = torch.ones(hi - lo, dtype=like.dtype, device=like.device)
+        ones = torch.ones(hi - lo, dtype=torch.float64, device=device)
         return ones * self.logit_scale / self.temperature_of(lo, hi)
 
 
@@ -105,14 +109,21 @@ class LinearSource:
         )
         self.shared, self.row_ids, self.options, self.dtype = shared, row_ids, options, dtype
         self.vocab, self.hidden_size = policy.weight.shape
-        self.softcap = options.softcap
         sides = 1 if reference is None else 2
         self.buffer_rows = -(-chunk_rows // ROW_MULTIPLE) * ROW_MULTIPLE
         new = policy.hidden.new_zeros
         self.hidden_buffer = new(sides, self.buffer_rows, self.hidden_size, dtype=dtype)
-        self.logits_buffer = torch.empty(sides, self.buffer_rows, self.vocab, dtype=dtype, device=policy.hidden.device)
+        self.logits_buffers = self._new_logits_buffers(dtype)
         self.grad_hidden = self.grad_weight = self.grad_bias = None
         self.loaded_from = 0
+
+    def _new_logits_buffers(self, dtype: torch.dtype) -> Tensor | list[Tensor]:
+        """[sides, rows, V] where one product fills both sides; else two tensors, which the allocator finds easier."""
+        sides, rows = self.hidden_buffer.shape[:2]
+        device = self.hidden_buffer.device
+        if self.shared:
+            return torch.empty(sides, rows, self.vocab, dtype=dtype, device=device)
+        return [torch.empty(rows, self.vocab, dtype=dtype, device=device) for _ in range(sides)]
 
     def collect_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
         """Asks `store` to accumulate these gradients, starting from zero."""
@@ -130,14 +141,14 @@ class LinearSource:
         for side, head in enumerate(sides):
             self._read_hidden(head.hidden, lo, hi, self.hidden_buffer[side, :n])
         if len(sides) == 2 and self.shared and n == self.buffer_rows:
-            self._product(self.policy, self.hidden_buffer.flatten(0, 1), self.logits_buffer.flatten(0, 1))
+            self._product(self.policy, self.hidden_buffer.flatten(0, 1), self.logits_buffers.flatten(0, 1))
         else:
             for side, head in enumerate(sides):
-                self._product(head, self.hidden_buffer[side, :n], self.logits_buffer[side, :n])
-        logits = [self.logits_buffer[side, : hi - lo] for side in range(len(sides))]
+                self._product(head, self.hidden_buffer[side, :n], self.logits_buffers[side][:n])
+        logits = [self.logits_buffers[side][: hi - lo] for side in range(len(sides))]
         if not self.raw:
             for x in logits:
-                self.options.apply_(x, self.options.temperature_of(lo, hi))
+                self.options.apply_(x)
         return logits[0], logits[1] if len(logits) == 2 else None
 
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
@@ -160,9 +171,9 @@ class LinearSource:
         else:
             self.grad_weight.addmm_(dlogits.t(), hidden)
 
-    def gradient_scale(self, lo: int, hi: int) -> Tensor | None:
+    def factor(self, lo: int, hi: int) -> Tensor | None:
         """See chunked.LogitsSource."""
-        return self.options.gradient_scale(lo, hi, self.policy.weight)
+        return self.options.factor(lo, hi, self.policy.weight.device)
 
     def _read_hidden(self, hidden: Tensor, lo: int, hi: int, out: Tensor) -> None:
         out[hi - lo :].zero_()
@@ -199,8 +210,8 @@ class LogitsSource:
         self.logits = [x.detach() for x in (policy_logits, ref_logits) if x is not None]
         self.row_ids, self.options, self.dtype = row_ids, options, dtype
         self.vocab = policy_logits.shape[1]
-        self.softcap = options.softcap
-        self.buffer = torch.empty(len(self.logits), chunk_rows, self.vocab, dtype=dtype, device=policy_logits.device)
+        device = policy_logits.device
+        self.buffers = [torch.empty(chunk_rows, self.vocab, dtype=dtype, device=device) for _ in self.logits]
         self.grad_logits = None
 
     def collect_gradients(self, inplace: bool = False) -> None:
@@ -209,13 +220,10 @@ class LogitsSource:
 
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
         """See chunked.LogitsSource. -inf becomes a finite, hopeless logit, so that 0 * -inf never arises."""
-        temperature = self.options.temperature_of(lo, hi)
         out = []
-        for logits, buffer in zip(self.logits[: 2 if need_ref else 1], self.buffer, strict=False):
+        for logits, buffer in zip(self.logits[: 2 if need_ref else 1], self.buffers, strict=False):
             x = logits[lo:hi] if self.row_ids is None else logits.index_select(0, self.row_ids[lo:hi])
-            x = buffer[: hi - lo].copy_(x).clamp_(min=EXCLUDED)
-            self.options.apply_(x, temperature)
-            out.append(x)
+            out.append(buffer[: hi - lo].copy_(x).clamp_(min=EXCLUDED))
         return out[0], out[1] if len(out) == 2 else None
 
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
@@ -225,6 +233,6 @@ class LogitsSource:
         else:
             self.grad_logits.index_copy_(0, self.row_ids[lo:hi], dlogits.to(self.grad_logits.dtype))
 
-    def gradient_scale(self, lo: int, hi: int) -> Tensor | None:
+    def factor(self, lo: int, hi: int) -> Tensor | None:
         """See chunked.LogitsSource."""
-        return self.options.gradient_scale(lo, hi, self.buffer)
+        return self.options.factor(lo, hi, self.logits[0].device)

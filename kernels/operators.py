@@ -24,15 +24,17 @@ from .compose import one_graph_break, whole
 from .dispatch import uses_triton
 from .linear import Head, LogitOptions
 from .loss import LossFunction
+from .support import switched_on
 from .types import OUTPUTS, CoefficientsFunction, Support, TokenCoefficients, TokenScores
 
 __all__ = [
     "Support", "TokenCoefficients", "TokenScores", "linear_token_loss", "linear_token_scores", "token_scores",
 ]  # fmt: skip
 
-CHUNK_BYTES = {"cpu": 80 << 20, "cuda": 2 << 30}
+CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 2 << 30}
 """Default size of one chunk's policy and reference logits together. On a GPU chunks must be long, or accumulating the
-head's gradient costs as much as computing it; on a CPU they should not outgrow its caches by much."""
+head's gradient costs as much as computing it. On a CPU each of the two buffers should stay below 32 MiB: glibc returns
+larger ones to the system after every call, and touching fresh pages costs more than all arithmetic on them."""
 
 
 @one_graph_break
@@ -172,6 +174,8 @@ def _linear_call(
     policy_weight, ref_weight, policy_bias, ref_bias = whole(policy_weight, ref_weight, policy_bias, ref_bias)
     check_heads(policy_hidden, policy_weight, ref_hidden, ref_weight, policy_bias, ref_bias)
     valid = check_options(len(policy_weight), softcap, logits_dtype, valid_vocab)
+    if not logit_scale > 0:
+        raise UserError(f"logit_scale is {logit_scale}, expected a positive number.")
     options = LogitOptions(softcap=softcap, logit_scale=logit_scale, logits_dtype=logits_dtype)
     call, check = _call(
         policy_hidden, target_ids, mask, temperature, support, valid, outputs, chunk_tokens, check_values, options
@@ -199,6 +203,7 @@ def _call(
     check_rows(policy, target_ids, mask, temperature)
     if support is not None:
         check_support(support, policy)
+        support = switched_on(support, vocab)
     if unknown := set(outputs) - set(OUTPUTS):
         raise UserError(f"outputs has {sorted(unknown)}, expected some of {list(OUTPUTS)}.")
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -210,7 +215,7 @@ def _call(
     call = Call(
         num_rows=len(policy),
         row_ids=None,
-        rows=Rows(target_ids, support, entropy="entropy" in outputs),
+        rows=Rows(target_ids, support, entropy="entropy" in outputs, kl="kl" in outputs),
         options=replace(options, temperature=temperature),
         reference=None,
         outputs=frozenset(outputs),

@@ -32,7 +32,8 @@ class GpuLinearSource(LinearSource):
         dtype = policy.hidden.dtype
         super().__init__(policy, reference, row_ids, options, chunk_rows, dtype, raw=True)
         self.dtype = torch.float32
-        self.logits_buffer = torch.empty_like(self.logits_buffer, dtype=torch.float32)
+        if dtype != torch.float32:
+            self.logits_buffers = self._new_logits_buffers(torch.float32)
         self.dlogits_buffer = None
 
     def _product(self, head: Head, hidden: Tensor, out: Tensor) -> None:
@@ -46,7 +47,7 @@ class GpuLinearSource(LinearSource):
         if self.policy.weight.dtype == z.dtype:
             return z
         if self.dlogits_buffer is None:
-            self.dlogits_buffer = torch.empty_like(self.logits_buffer[0], dtype=self.policy.weight.dtype)
+            self.dlogits_buffer = torch.empty_like(self.logits_buffers[0], dtype=self.policy.weight.dtype)
         return self.dlogits_buffer[: len(z)]
 
     def _accumulate_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
@@ -201,7 +202,8 @@ class TritonChunks(Chunks):
                 z = z if source.row_ids is None else z.index_select(0, source.row_ids[lo:hi])
             bias = self._biases()[0]
             z = z.float().clone() if bias is None else z.float() + bias
-            source.options.apply_(z, source.options.temperature_of(lo, hi))
+            source.options.apply_(z)
+            source.options.scale_(z, lo, hi)
         else:
             z = z[:1].expand(hi - lo, z.shape[1])  # only its shape and device matter
         return keep_mask(support, z, self.rows.target_ids[lo:hi]).view(torch.uint8)

@@ -170,11 +170,12 @@ def test_a_frozen_head_gets_no_gradient_and_hidden_states_still_do():
     assert hidden.grad.abs().max() > 0
 
 
-def test_logits_in_agrees_with_hidden_in_and_keeps_strides_and_dtypes():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_in_agrees_with_hidden_in_and_keeps_strides_and_dtypes(dtype):
     case = make_case(num_rows=10, vocab=37, per_row_temperature=True, mask="some", support=Support(top_k=5))
-    logits = (case.policy_hidden @ case.policy_weight.t()).float()
-    ref_logits = (case.ref_hidden @ case.ref_weight.t()).float()
-    strided = torch.full((10, 60), torch.nan)[:, 3:40].copy_(logits).requires_grad_()
+    logits = (case.policy_hidden @ case.policy_weight.t()).to(dtype)
+    ref_logits = (case.ref_hidden @ case.ref_weight.t()).to(dtype)
+    strided = torch.full((10, 60), torch.nan, dtype=dtype)[:, 3:40].copy_(logits).requires_grad_()
     options = {**case.options, "temperature": case.options["temperature"].float()}
     got = operators.token_scores(strided, ref_logits, case.target_ids, **options)
     truth = reference.token_scores(
@@ -184,7 +185,8 @@ def test_logits_in_agrees_with_hidden_in_and_keeps_strides_and_dtypes():
         torch.testing.assert_close(getattr(got, name).double(), getattr(truth, name), rtol=1e-5, atol=2e-6)
     (grad,) = torch.autograd.grad((got.kl + got.policy_logprobs_support - got.entropy).sum(), strided)
     (true_grad,) = torch.autograd.grad((truth.kl + truth.policy_logprobs_support - truth.entropy).sum(), leaf)
-    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-6)
+    assert grad.dtype == dtype
+    torch.testing.assert_close(grad.double(), true_grad, rtol=max(1e-5, torch.finfo(dtype).eps), atol=1e-6)
 
 
 def test_minus_infinity_in_both_logits_removes_an_id_from_the_vocabulary():

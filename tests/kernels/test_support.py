@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastkl.kernels.support import keep_mask
+from fastkl.kernels.support import allowed_pairs, banned_pairs, keep_mask, largest
 from fastkl.kernels.types import Support
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +59,50 @@ def test_support_is_what_a_loop_over_sorted_ids_keeps(seed, vocab, levels, top_k
             assert not outside_ties
         else:
             assert kept == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    vocab=st.sampled_from([5, 300, 1003, 2200]),
+    levels=st.sampled_from([3, 60, 10**6]),
+    scale=st.sampled_from([0.3, 4.0, 200.0]),
+    top_k=st.sampled_from([None, 1, 7, 90, "rows"]),
+    top_p=st.sampled_from([None, 0.95, 0.3, "rows"]),
+    min_p=st.sampled_from([None, 0.05, 0.5]),
+    banned=st.booleans(),
+)
+def test_the_list_of_allowed_ids_is_the_mask_of_the_definition(seed, vocab, levels, scale, top_k, top_p, min_p, banned):
+    """Ties, thresholds beyond the first few ids, limits that differ from row to row, and z left as it was."""
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randint(0, levels, (6, vocab), generator=g).float() * (scale / levels)
+    targets = torch.randint(0, vocab, (6,), generator=g)
+    support = Support(
+        banned_ids=torch.tensor([0, 3, 4]) if banned else None,
+        banned_rows=torch.arange(6) % 2 == 0 if banned else None,
+        excluded_ids=torch.tensor([4]) if banned else None,
+        top_k=torch.randint(-1, vocab + 3, (6,), generator=g) if top_k == "rows" else top_k,
+        top_p=torch.rand(6, generator=g) + 0.1 if top_p == "rows" else top_p,
+        min_p=min_p,
+    )
+    before = z.clone()
+    expected = keep_mask(support, z, targets).nonzero()
+    if support.is_recomputed:
+        assert torch.equal(torch.stack(allowed_pairs(support, z, targets), 1), expected)
+        assert torch.equal(z, before)
+    else:
+        keep = torch.ones(z.shape, dtype=torch.bool)
+        keep[banned_pairs(support, targets)] = False
+        assert torch.equal(keep.nonzero(), expected)
+
+
+@pytest.mark.parametrize("vocab", [64, 1000, 1007])
+def test_largest_is_topk(vocab):
+    z = torch.randn(5, vocab, generator=torch.Generator().manual_seed(0))
+    for count in (1, 7, 15):
+        values, columns = largest(z, count)
+        assert torch.equal(values, z.topk(count).values)
+        assert torch.equal(z.gather(1, columns), values)
 
 
 @pytest.mark.parametrize("levels", [4, 10**6])
