@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 
 class Hollow(ModuleType):
     """A module from which any name can be imported, and nothing be done with it."""
@@ -26,14 +24,14 @@ def function_module(name: str, stand_ins: tuple[str, ...] = ()) -> ModuleType:
     Ray or DeepSpeed). stand_ins: modules that it imports and that what is tested does not use; hollow while it is
     imported, if not installed.
 
-    Skips the test if the package, or anything else that the module imports, is not installed.
+    Raises ModuleNotFoundError if the package, or anything else that the module imports, is not installed.
     """
     if name in sys.modules:
         return sys.modules[name]
     top, *_ = parts = name.split(".")
     found = importlib.util.find_spec(top)
     if found is None:
-        pytest.skip(f"{top} is not installed")
+        raise ModuleNotFoundError(f"{top} is not installed", name=top)
     root = Path(found.submodule_search_locations[0])
     for depth in range(1, len(parts)):
         parent = ".".join(parts[:depth])
@@ -47,8 +45,6 @@ def function_module(name: str, stand_ins: tuple[str, ...] = ()) -> ModuleType:
         sys.modules[stand_in].__spec__ = importlib.machinery.ModuleSpec(stand_in, None)
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        pytest.skip(f"{name} needs {error.name}, which is not installed")
     finally:
         for stand_in in missing:
             del sys.modules[stand_in]
