@@ -37,8 +37,17 @@ are never stored, and dropout is off while scoring. Hidden states stay in the mo
 are float32 (float64 for float64 models).
 
 PEFT: adapters count, and their weights get the gradient; adapters on the head itself are refused. torch.compile: the
-trunk runs as the module has it, so compile in place (`model.model.compile()`). Left out: DistributedDataParallel, whose
-forward these functions would bypass (refused), and sharded parameters.
+trunk runs as the module has it, so compile in place (`model.model.compile()`). DistributedDataParallel and FSDP2 work
+from a module's forward, so give them one that scores, as `DistributedDataParallel(Scored(policy))` or
+`fully_shard(Scored(policy))`; a policy wrapped alone would be scored around its wrapper, and is refused:
+
+    class Scored(torch.nn.Module):
+        def __init__(self, policy):
+            super().__init__()
+            self.policy = policy
+
+        def forward(self, ids, mask, reference=None):
+            return score_tokens(self.policy, reference, ids, mask)
 """
 
 from __future__ import annotations
@@ -136,10 +145,9 @@ def score_tokens(
         outputs=outputs,
         chunk_tokens=chunk_tokens,
     )
-    cells = mask.flatten().nonzero()[:, 0]
 
     def spread(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.new_zeros(mask.numel()).index_copy(0, cells, values).view(mask.shape)
+        return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
 
     return TokenScores(*(spread(getattr(scores, name)) for name in TokenScores.__slots__))
 
@@ -199,6 +207,11 @@ def _plain(model: nn.Module) -> Any:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or not hasattr(model, "base_model"):
         raise UserError(f"model: {type(model).__name__} is no causal language model of transformers; it has no head.")
+    if type(getattr(head, "weight", None)).__name__ == "DTensor":
+        raise UserError(
+            "model: its head is sharded where it is scored; shard a module whose forward calls score_tokens instead "
+            "(fully_shard gathers the head there)."
+        )
     if hasattr(head, "base_layer"):
         raise UserError("model: its output head carries an adapter, which is not scored; leave the head out of PEFT's.")
     return model

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -319,13 +321,66 @@ def test_peft_adapters_count_and_get_the_gradient(rows):
         score_tokens(peft.get_peft_model(make_model("llama_untied"), peft.LoraConfig(**options)), None, ids, scored)
 
 
+DISTRIBUTED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from fastkl.errors import UserError
+from fastkl.integrations.transformers import completion_mask, score_tokens
+from toy import toy_model
+
+rank = int(sys.argv[1])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+
+{scored}
+
+ids = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(0))
+mask, share = completion_mask(ids, 3), slice(2 * rank, 2 * rank + 2)
+alone = toy_model()
+(score_tokens(alone, None, ids, mask).policy_logprobs.sum() / 2).backward()
+
+ddp = DistributedDataParallel(Scored(toy_model()))
+sharded = Scored(toy_model())
+for layer in sharded.policy.model.layers:
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+for model in (ddp, sharded):
+    model(ids[share], mask[share]).policy_logprobs.sum().backward()
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        grad = ours.grad.full_tensor() if model is sharded else ours.grad
+        torch.testing.assert_close(grad, theirs.grad, rtol=0, atol=1e-12)
+
+for model in (DistributedDataParallel(toy_model()), sharded.policy):
+    try:
+        score_tokens(model, None, ids, mask)
+    except UserError:
+        continue
+    raise AssertionError("scored around its wrapper")
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_and_fsdp2_average_the_gradients_of_a_module_that_scores(tmp_path):
+    """The module of the documentation, on two processes with half of the rows each, against one with all of them."""
+    lines = integration.__doc__.splitlines()
+    first = next(n for n, line in enumerate(lines) if "class Scored" in line)
+    scored = "\n".join(line.removeprefix("    ") for line in lines[first:])
+    code = f"import sys\nsys.path[:0] = {sys.path!r}\n" + DISTRIBUTED.replace("{scored}", scored)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    ranks = [subprocess.Popen([*command, str(n), str(tmp_path / "store")], stderr=subprocess.PIPE) for n in range(2)]
+    errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
+
+
 # ------------------------------------------------------------------------------------------------------- documentation
 
 
 def test_the_loop_in_the_documentation_runs_and_trains(capsys):
     lines = integration.__doc__.splitlines()
     first = next(n for n, line in enumerate(lines) if line == "    import torch")
-    last = max(n for n, line in enumerate(lines) if line.startswith("        ") and n > first)
+    last = next(n for n, line in enumerate(lines) if "print(f" in line)
     code = "\n".join(line.removeprefix("    ") for line in lines[first : last + 1])
     assert len([line for line in code.splitlines() if line and "import" not in line]) <= 20
     scope: dict[str, object] = {}
