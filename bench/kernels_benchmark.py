@@ -24,7 +24,7 @@ SHAPES = bench.GPU_SHAPES if DEVICE == "cuda" else bench.CPU_SHAPES
 @cache
 def rows(shape: bench_jobs.Shape) -> dict[str, bench_jobs.Row]:
     """The rows of one shape, by name; their inputs are made once."""
-    return {f"{row.job} {row.name}": row for row in bench_jobs.rows_of(bench_jobs.Problem(shape, DEVICE))}
+    return {f"{row.job} {row.name}": row for row in bench.all_rows(bench_jobs.Problem(shape, DEVICE))}
 
 
 @cache
@@ -35,8 +35,8 @@ def ceiling(shape: bench_jobs.Shape) -> dict[str, float]:
 
 def names(shape: bench_jobs.Shape) -> list[str]:
     """Row names without making the full-size inputs."""
-    tiny = bench_jobs.Shape(shape.name, 1, 8, 8, torch.float32, shape.softcap)
-    return [f"{row.job} {row.name}" for row in bench_jobs.rows_of(bench_jobs.Problem(tiny, "cpu"))]
+    tiny = bench_jobs.Shape(shape.name, 64, 8, 8, shape.dtype, shape.softcap)
+    return [f"{row.job} {row.name}" for row in bench.all_rows(bench_jobs.Problem(tiny, DEVICE))]
 
 
 CASES = [pytest.param(shape, name, id=f"{shape.name} {name}") for shape in SHAPES for name in names(shape)]

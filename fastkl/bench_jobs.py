@@ -7,9 +7,9 @@ gradient.  G a GRPO step with k3 in the loss.  H F with a frozen head shared wit
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ class Problem:
         """The first five arguments of linear_token_scores."""
         return self.hidden[rows], self.weight, self.ref_hidden[rows], self.ref_weight, self.targets[rows]
 
+    @cache  # noqa: B019 (a problem lives as long as its rows)
     def logits(self) -> tuple[Tensor, Tensor]:
         """Policy and reference logits in the shape's dtype."""
         with torch.no_grad():
@@ -90,7 +91,7 @@ class Problem:
 
 
 def rows_of(problem: Problem) -> Iterator[Row]:
-    """Every job with every implementation that can be had here."""
+    """Every job with our operators and with plain PyTorch; the other projects are in bench_peers.py."""
     p, s = problem, problem.shape
     first = slice(0, CHECK_ROWS)
     options = {"softcap": s.softcap}
@@ -142,9 +143,11 @@ def rows_of(problem: Problem) -> Iterator[Row]:
     yield Row("H", "fastkl, autograd", s, lambda: scores(linear_token_scores, True, True), lambda: with_kl(True), 3, 0)
     yield Row("H", "fastkl, gradient in the forward", s, lambda: loss(True), lambda: with_kl(True), 3, 0)
     yield Row("H", "plain PyTorch", s, lambda: scores(plain, True, True), lambda: with_kl(True), 3, 0)
+    if p.hidden.is_cuda:
+        compiled = torch.compile(plain, dynamic=False)
+        yield Row("F", "compiled PyTorch", s, lambda: scores(compiled, True), with_kl, 4, 0)
     yield from _grpo_rows(p, options)
     if s.softcap is None:
-        yield from _trl_rows(p, oracle)
         yield from _logits_rows(p)
 
 
@@ -186,33 +189,6 @@ def _grpo_rows(p: Problem, options: dict) -> Iterator[Row]:
     )
 
 
-def _trl_rows(p: Problem, oracle: Callable) -> Iterator[Row]:
-    """TRL's chunked operators, composed for the same outputs; nothing where TRL is not installed."""
-    if not has_module("trl.kernels.chunked_divergence"):
-        return
-    logprob = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-    divergence = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
-
-    def logprobs(hidden: Tensor, weight: Tensor, outputs: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
-        return logprob.apply(hidden, weight, None, p.targets, 1.0, 32768, None, 1.0, outputs)[:2]
-
-    def policy_step() -> list[Tensor]:
-        logp, entropy = logprobs(p.hidden, p.weight, ("entropy",))
-        return p.gradients((p.a * logp).sum() + (p.c * entropy).sum(), logp, entropy)
-
-    def pair(grad: bool) -> list[Tensor]:
-        with torch.set_grad_enabled(grad):
-            logp, _ = logprobs(p.hidden, p.weight, ())
-            kl, _ = divergence.apply(p.hidden, p.weight, None, p.ref_hidden, p.ref_weight, None, 1.0)
-        with torch.no_grad():
-            logprobs(p.ref_hidden, p.ref_weight, ())
-        return p.gradients((p.a * logp).sum() + (p.c * kl).sum(), logp, kl) if grad else [logp, kl]
-
-    yield Row("D", "TRL operators", p.shape, lambda: pair(False), lambda: oracle(True)[:2], 2, 0)
-    yield Row("E", "TRL operators", p.shape, policy_step, oracle, 4, 0)
-    yield Row("F", "TRL operators", p.shape, lambda: pair(True), lambda: oracle(True), 4, 0)
-
-
 def _logits_rows(p: Problem) -> Iterator[Row]:
     """Logits in: forward alone, with the reference, with the gradient, and on a support."""
     s, first = p.shape, slice(0, CHECK_ROWS)
@@ -234,7 +210,10 @@ def _logits_rows(p: Problem) -> Iterator[Row]:
 
     every = slice(None)
     plain, ours = reference.token_scores, token_scores
-    for name, function, inplace in (("fastkl", ours, {"inplace_backward": True}), ("plain PyTorch", plain, {})):
+    contenders = [("fastkl", ours, {"inplace_backward": True}), ("plain PyTorch", plain, {})]
+    if z.is_cuda:  # elsewhere compiling takes longer than the whole matrix
+        contenders.append(("compiled PyTorch", torch.compile(plain, dynamic=False), {}))
+    for name, function, inplace in contenders:
         for job, ref, passes in (("A", None, 1), ("B", r, 2)):
             yield Row(
                 job, name, s, lambda f=function, ref=ref: forward(f, ref, every),
@@ -244,6 +223,8 @@ def _logits_rows(p: Problem) -> Iterator[Row]:
             "C", name, s, lambda f=function, o=inplace: backward(f, every, **o),
             lambda: backward(plain, first, True), 0, 7,
         )  # fmt: skip
+        if name == "compiled PyTorch":
+            continue
         for label, support in (
             ("top_k 50", Support(top_k=50)),
             ("top_p 0.95", Support(top_p=0.95)),
@@ -253,12 +234,3 @@ def _logits_rows(p: Problem) -> Iterator[Row]:
                 "I", f"{name}, {label}", s, lambda f=function, x=support: forward(f, r, every, support=x),
                 lambda x=support: forward(plain, r, first, True, support=x), 0, 2,
             )  # fmt: skip
-
-
-def has_module(module: str) -> bool:
-    """Whether a peer can be imported."""
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True

@@ -34,7 +34,9 @@ ROWWISE = {
     "factors_ptr": "*fp32", "factors_stride": "i64", "grad_ptr": "*bf16", "grad_stride": "i64", "vocab": "i32",
     "temperature": "fp32", "softcap": "fp32", "logit_scale": "fp32",
 }  # fmt: skip
-ALIGNED = ("_ptr", "_desc", "z_stride", "r_stride", "grad_stride", "vocab", "hidden")  # multiples of 16 in practice
+ALIGNED = ("_ptr", "h", "w", "hr", "wr", "h_stride", "w_stride", "hr_stride", "wr_stride", "z_stride", "r_stride",
+           "grad_stride", "vocab", "hidden")  # fmt: skip
+"""How the names of arguments end that are multiples of 16 in practice."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,15 @@ def _rowwise(name: str, kernel: object, flags: tuple[str, ...], logits: str, blo
 
 
 def _linear(name: str, flags: tuple[str, ...], architecture: int) -> Configuration:
-    block_vocab, stages = triton_linear.tile_shape(architecture, "HAS_REF" in flags, "HAS_BIAS" in flags)
-    rows, hidden = triton_linear.BLOCK_ROWS, triton_linear.BLOCK_HIDDEN
-    states, weights = (f"tensordesc<bf16[{block}, {hidden}]>" for block in (rows, block_vocab))
+    block_vocab, hidden, stages = triton_linear.tile_shape(architecture, "HAS_REF" in flags, "HAS_BIAS" in flags)
+    rows = triton_linear.BLOCK_ROWS
+    states = weights = "*bf16"
+    if architecture >= triton_linear.DESCRIPTOR_ARCHITECTURE:
+        flags = (*flags, "DESCRIPTORS")
+        states, weights = (f"tensordesc<bf16[{block}, {hidden}]>" for block in (rows, block_vocab))
     signature = {
-        "h_desc": states, "w_desc": weights, "hr_desc": states, "wr_desc": weights, "bias_ptr": "*fp32",
+        "h": states, "w": weights, "hr": states, "wr": weights, "h_stride": "i64", "w_stride": "i64",
+        "hr_stride": "i64", "wr_stride": "i64", "bias_ptr": "*fp32",
         "ref_bias_ptr": "*fp32", "target_ptr": "*i64", "temperature_ptr": "*fp32", "sums_ptr": "*fp32",
         "sums_stride": "i64", "num_rows": "i32", "vocab": "i32", "hidden": "i32", "num_row_blocks": "i32",
         "num_splits": "i32", "temperature": "fp32", "softcap": "fp32", "logit_scale": "fp32",
@@ -110,8 +116,7 @@ def configurations(architecture: int) -> list[Configuration]:
         ("linear score: policy + reference", ("HAS_REF",)),
         ("linear score: + bias, softcap", ("HAS_REF", "HAS_BIAS", "HAS_REF_BIAS", "HAS_SOFTCAP", "ROW_TEMPERATURE")),
     ):
-        if architecture >= triton_linear.OLDEST_ARCHITECTURE:
-            result.append(_linear(name, flags, architecture))
+        result.append(_linear(name, flags, architecture))
     merge = {
         "sums_ptr": "*fp32", "sums_stride": "i64", "stats_ptr": "*fp32", "stats_stride": "i64", "num_rows": "i32",
         "num_splits": "i32",

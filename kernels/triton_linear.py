@@ -3,7 +3,8 @@
 One program multiplies one block of rows with one share ("split") of the vocabulary, policy and reference side by side,
 and folds every tile of logits into running sums while they are still in registers, in float32. `merge_kernel` adds the
 shares up in order. The number of shares depends on the vocabulary alone and there are no atomics, so a row's scores are
-the same bits whatever other rows are scored with it. Tiles come through tensor descriptors (TMA on Hopper and later).
+the same bits whatever other rows are scored with it. Tiles come through tensor descriptors (TMA) on Hopper and later,
+through pointers (cp.async) on Ampere and Ada.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from .epilogue import RowStats
 from .linear import Head, LogitOptions
 from .triton_epilogue import EXCLUDED, LOG2E, finish, process_logits, store_stats
 
-BLOCK_ROWS, BLOCK_HIDDEN, NUM_WARPS = 128, 64, 8
-OLDEST_ARCHITECTURE = 90  # before it, descriptors become plain pointers and nothing is left to pipeline with
+BLOCK_ROWS, NUM_WARPS = 128, 8
+OLDEST_ARCHITECTURE = 80
+DESCRIPTOR_ARCHITECTURE = 90  # before it, loads through descriptors are not pipelined, and registers spill
 MAX_SPLITS = 16
 SUMS = 8  # m, s, a, mr, sr, g, target's logit, target's reference logit
 MERGE_ROWS = 128
@@ -44,11 +46,25 @@ def fold_tile(z, r, m, s, a, mr, sr, g, HAS_REF: tl.constexpr):
 
 
 @triton.jit
+def load_tile(
+    x, stride, first, count, k, hidden, DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Rows first.. and features k.. of a matrix [count, hidden], zero beyond its ends; x: its descriptor or pointer."""
+    if DESCRIPTORS:
+        return x.load([first, k])
+    else:
+        rows = first + tl.arange(0, ROWS)
+        columns = k + tl.arange(0, COLUMNS)
+        inside = (rows < count)[:, None] & (columns < hidden)[None, :]
+        return tl.load(x + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def linear_score_kernel(
-    h_desc, w_desc, hr_desc, wr_desc, bias_ptr, ref_bias_ptr, target_ptr, temperature_ptr, sums_ptr,
-    sums_stride,     num_rows, vocab, hidden, num_row_blocks, num_splits, temperature, softcap, logit_scale,
+    h, w, hr, wr, h_stride, w_stride, hr_stride, wr_stride, bias_ptr, ref_bias_ptr, target_ptr, temperature_ptr,
+    sums_ptr, sums_stride, num_rows, vocab, hidden, num_row_blocks, num_splits, temperature, softcap, logit_scale,
     HAS_REF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, ROUND_BF16: tl.constexpr, IEEE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ROUND_BF16: tl.constexpr, IEEE: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """Running sums of one block of rows over one share of the vocabulary, into sums [SUMS, splits, rows]."""
@@ -79,9 +95,13 @@ def linear_score_kernel(
         z = tl.zeros([BLOCK_ROWS, BLOCK_VOCAB], tl.float32)
         r = tl.zeros([BLOCK_ROWS, BLOCK_VOCAB], tl.float32)
         for k in range(0, hidden, BLOCK_HIDDEN):
-            z = tl.dot(h_desc.load([first_row, k]), w_desc.load([first_id, k]).T, z, input_precision=precision)
+            states = load_tile(h, h_stride, first_row, num_rows, k, hidden, DESCRIPTORS, BLOCK_ROWS, BLOCK_HIDDEN)
+            weights = load_tile(w, w_stride, first_id, vocab, k, hidden, DESCRIPTORS, BLOCK_VOCAB, BLOCK_HIDDEN)
+            z = tl.dot(states, weights.T, z, input_precision=precision)
             if HAS_REF:
-                r = tl.dot(hr_desc.load([first_row, k]), wr_desc.load([first_id, k]).T, r, input_precision=precision)
+                states = load_tile(hr, hr_stride, first_row, num_rows, k, hidden, DESCRIPTORS, BLOCK_ROWS, BLOCK_HIDDEN)
+                weights = load_tile(wr, wr_stride, first_id, vocab, k, hidden, DESCRIPTORS, BLOCK_VOCAB, BLOCK_HIDDEN)
+                r = tl.dot(states, weights.T, r, input_precision=precision)
         ids = first_id + tl.arange(0, BLOCK_VOCAB)
         inside = (ids < vocab)[None, :]
         is_target = ids[None, :] == target[:, None]
@@ -162,26 +182,29 @@ def merge_kernel(
     )
 
 
-def tile_shape(architecture: int, has_ref: bool, has_extras: bool) -> tuple[int, int]:
-    """(ids per tile, pipeline stages) such that no register spills: `python -m fastkl.kernels.resources` shows it.
+def tile_shape(architecture: int, has_ref: bool, has_extras: bool) -> tuple[int, int, int]:
+    """(ids per tile, features per step, pipeline stages) such that no register spills, as
+    `python -m fastkl.kernels.resources` shows.
 
     Two accumulators of 128 x 128 just fit on sm_90, and no longer with bias or softcap in the epilogue.
     """
+    if architecture < DESCRIPTOR_ARCHITECTURE:
+        return 64 if has_ref else 128, 32, 3
     if has_ref and (has_extras or architecture >= 100):
-        return 64, 4
-    return 128, 3 if has_ref else 4
+        return 64, 64, 4
+    return 128, 64, 3 if has_ref else 4
 
 
 def architecture_of(x: Tensor) -> int:
     """90 for a Hopper GPU; the interpreter passes as one."""
     if not x.is_cuda:
-        return OLDEST_ARCHITECTURE
+        return DESCRIPTOR_ARCHITECTURE
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
 
 
 def fits(policy: Head, reference: Head | None) -> bool:
-    """Whether tensor descriptors can read these heads: one dtype, contiguous features, rows of whole 16-byte units."""
+    """Whether the kernel can read these heads: one dtype, contiguous features, rows of whole 16-byte units."""
     if architecture_of(policy.hidden) < OLDEST_ARCHITECTURE or (
         policy.hidden.is_cuda and policy.hidden.dtype == torch.float32
     ):  # float32 products belong to the BLAS
@@ -209,21 +232,27 @@ def linear_score(
     vocab, hidden = policy.weight.shape
     biases = [None if h is None or h.bias is None else h.bias.detach().float() for h in (policy, reference)]
     has_extras = options.softcap is not None or any(b is not None for b in biases)
-    block_vocab, num_stages = tile_shape(architecture_of(policy.hidden), reference is not None, has_extras)
+    architecture = architecture_of(policy.hidden)
+    block_vocab, block_hidden, num_stages = tile_shape(architecture, reference is not None, has_extras)
     num_splits = min(MAX_SPLITS, triton.cdiv(vocab, block_vocab))
     num_row_blocks = triton.cdiv(num_rows, BLOCK_ROWS)
     sums = torch.empty(SUMS, num_splits, num_rows, device=target_ids.device)
     sides = [policy, policy if reference is None else reference]
-    descriptors = []
+    matrices = []
     for side in sides:
         states = side.hidden.detach() if row_ids is None else side.hidden.detach().index_select(0, row_ids)
-        for x, block in ((states, BLOCK_ROWS), (side.weight.detach(), block_vocab)):
+        for x in (states, side.weight.detach()):
             if not x.is_cuda and x.dtype == torch.bfloat16:
                 x = x.float()  # the interpreter's product takes bfloat16's bit patterns for integers
-            descriptors.append(TensorDescriptor.from_tensor(x, [block, BLOCK_HIDDEN]))
+            matrices.append(x)
+    with_descriptors = architecture >= DESCRIPTOR_ARCHITECTURE
+    strides, tiles = [x.stride(0) for x in matrices], matrices
+    if with_descriptors:
+        blocks = (BLOCK_ROWS, block_vocab) * 2
+        tiles = [TensorDescriptor.from_tensor(x, [n, block_hidden]) for x, n in zip(matrices, blocks, strict=True)]
     row_temperature = isinstance(options.temperature, Tensor)
     linear_score_kernel[(num_row_blocks * num_splits,)](
-        *descriptors, *(sums if b is None else b for b in biases), target_ids,
+        *tiles, *strides, *(sums if b is None else b for b in biases), target_ids,
         options.temperature if row_temperature else sums, sums, sums.stride(0),
         num_rows, vocab, hidden, num_row_blocks, num_splits,
         1.0 if row_temperature else float(options.temperature), float(options.softcap or 1.0),
@@ -231,7 +260,7 @@ def linear_score(
         HAS_REF=reference is not None, HAS_BIAS=biases[0] is not None, HAS_REF_BIAS=biases[1] is not None,
         ROW_TEMPERATURE=row_temperature, HAS_SOFTCAP=options.softcap is not None,
         ROUND_BF16=options.logits_dtype == "bfloat16", IEEE=policy.hidden.dtype == torch.float32,
-        BLOCK_ROWS=BLOCK_ROWS, BLOCK_VOCAB=block_vocab, BLOCK_HIDDEN=BLOCK_HIDDEN,
+        DESCRIPTORS=with_descriptors, BLOCK_ROWS=BLOCK_ROWS, BLOCK_VOCAB=block_vocab, BLOCK_HIDDEN=block_hidden,
         num_warps=NUM_WARPS, num_stages=num_stages,
     )  # fmt: skip
     merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](

@@ -22,9 +22,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(triton_chunks, "FORWARD_BLOCK", 16)
     monkeypatch.setattr(triton_chunks, "GRADIENT_BLOCK", 16)
     monkeypatch.setattr(triton_linear, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(triton_linear, "BLOCK_HIDDEN", 16)
     monkeypatch.setattr(triton_linear, "MAX_SPLITS", 3)
-    monkeypatch.setattr(triton_linear, "tile_shape", lambda *_: (16, 1))
+    monkeypatch.setattr(triton_linear, "tile_shape", lambda *_: (16, 16, 1))
     launches.clear()
     for module, name in (
         (triton_chunks, "score_kernel"), (triton_chunks, "gradient_kernel"), (triton_linear, "linear_score_kernel"),
@@ -75,6 +74,16 @@ def test_hidden_in_matches_float64_and_stores_no_logits_in_the_forward(options):
     check(case)
     if len(case.target_ids) and options.get("mask") != "all":
         assert launches == ["linear_score_kernel", "gradient_kernel"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 4.0, "bias": True}, {"mask": "some", "hidden": 24, "num_rows": 35}]
+)
+def test_before_hopper_the_heads_are_read_through_pointers(options, monkeypatch):
+    monkeypatch.setattr(triton_linear, "architecture_of", lambda _: 80)
+    monkeypatch.setattr(triton_linear, "TensorDescriptor", None)
+    check(make_case(**{"num_rows": 6, "vocab": 53, **options}))
+    assert launches == ["linear_score_kernel", "gradient_kernel"]
 
 
 SUPPORTS = {

@@ -1,0 +1,301 @@
+"""Policy, reference and exact-KL gradient on a CPU: fastkl, TRL's operators and the materialised line, side by side.
+
+    python bench/cpu_target.py [--rows 2048 --hidden 512 --vocab 32000] [--output bench/results/cpu_target.json]
+
+The job: hidden states and heads of both models in; log-prob, reference log-prob, entropy and exact KL out, with the
+gradient of sum(a logp + c KL) towards hidden states and head; float32. Every contender runs in a process of its own and
+is compared with float64 before it is timed. Each is measured in three settings of the C library's memory allocator,
+because a fresh page costs more than anything done to it here, and its best is what counts: "default"; "recycled", where
+freed memory is kept and used again (glibc.malloc.mmap_max=0); "huge pages" (PyTorch's THP_MEM_ALLOC_ENABLE).
+
+TRL computes on tiles of 4096 x 32768 logits, which is everything at once here; smaller tiles are tried for it as well.
+It is left out, and said to be, where it is not installed: pip install "trl==1.16.*".
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastkl.kernels.operators import TokenCoefficients, linear_token_loss, linear_token_scores
+from torch import Tensor
+
+from fastkl.bench import peak_mib
+
+SETTINGS = {
+    "default": {},
+    "recycled": {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"},
+    "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},
+}
+TRL_TILES = {"TRL": (4096, 32768), "TRL, tiles of 256": (256, 32768), "TRL, tiles of 1024 x 4096": (1024, 4096)}
+CONTENDERS = ("materialised", "fastkl, autograd", "fastkl, gradient in the forward", *TRL_TILES)
+TOLERANCE = 2e-4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The job's inputs; a, c [N] are the loss's factors."""
+
+    hidden: Tensor
+    weight: Tensor
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    targets: Tensor
+    a: Tensor
+    c: Tensor
+
+    @classmethod
+    def make(cls, rows: int, hidden: int, vocab: int) -> Problem:
+        g = torch.Generator().manual_seed(0)
+
+        def randn(*size: int) -> Tensor:
+            return torch.randn(*size, generator=g)
+
+        states, weight = randn(rows, hidden), randn(vocab, hidden) * 3 / hidden**0.5
+        ref_states, ref_weight = states + 0.1 * randn(rows, hidden), weight + 0.02 * randn(vocab, hidden)
+        targets = torch.randint(0, vocab, (rows,), generator=g)
+        factors = randn(rows), 0.1 * torch.rand(rows, generator=g)
+        return cls(states.requires_grad_(), weight.requires_grad_(), ref_states, ref_weight, targets, *factors)
+
+    def double(self) -> Problem:
+        """The same in float64."""
+        leaves = (x.detach().double().requires_grad_() for x in (self.hidden, self.weight))
+        return Problem(*leaves, self.ref_hidden.double(), self.ref_weight.double(), self.targets, self.a, self.c)
+
+
+Scores = tuple[Tensor, Tensor, Tensor, Tensor]  # logp, reference logp, entropy, KL: [N]
+
+
+def step(p: Problem, scores: Callable[[Problem], Scores]) -> tuple[Scores, Tensor, Tensor]:
+    """Scores and both gradients through autograd."""
+    out = scores(p)
+    loss = (p.a * out[0]).sum() + (p.c * out[3]).sum()
+    return out, *torch.autograd.grad(loss, (p.hidden, p.weight))
+
+
+def materialised(p: Problem) -> Scores:
+    """What a careful user of PyTorch writes: all logits at once, no work done twice."""
+    logp = (p.hidden @ p.weight.t()).log_softmax(1)
+    with torch.no_grad():
+        logq = (p.ref_hidden @ p.ref_weight.t()).log_softmax(1)
+    prob = logp.exp()
+    kl = (prob * (logp - logq)).sum(1)
+    entropy = -(prob.detach() * logp.detach()).sum(1)
+    targets = p.targets[:, None]
+    return logp.gather(1, targets)[:, 0], logq.gather(1, targets)[:, 0], entropy, kl
+
+
+def fastkl(p: Problem) -> Scores:
+    """linear_token_scores."""
+    out = linear_token_scores(p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.targets)
+    return out.policy_logprobs, out.ref_logprobs, out.entropy, out.kl
+
+
+def fastkl_loss(p: Problem) -> tuple[Scores, Tensor, Tensor]:
+    """linear_token_loss."""
+    factors = TokenCoefficients(policy_logprobs=p.a, kl=p.c)
+    loss, out = linear_token_loss(p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.targets, factors)
+    scores = out.policy_logprobs, out.ref_logprobs, out.entropy, out.kl
+    return scores, *torch.autograd.grad(loss, (p.hidden, p.weight))
+
+
+def trl(p: Problem, tile: tuple[int, int]) -> Scores:
+    """TRL 1.16: log-probs of both models and the reverse KL, whose operator returns the entropy as well."""
+    from trl.kernels import chunked_divergence, chunked_logprob
+
+    for module in (chunked_divergence, chunked_logprob):
+        module.TOKEN_CHUNK_SIZE = tile[0]
+    chunked_divergence.VOCAB_CHUNK_SIZE = tile[1]
+
+    def logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
+        apply = chunked_logprob.ChunkedLogProbFunction.apply
+        return apply(hidden, weight, None, p.targets, 1.0, tile[1], None, 1.0, ())[0]
+
+    logp = logprobs(p.hidden, p.weight)
+    with torch.no_grad():
+        ref_logp = logprobs(p.ref_hidden, p.ref_weight)
+    kl, entropy = chunked_divergence.ChunkedDivergenceFunction.apply(
+        p.hidden, p.weight, None, p.ref_hidden, p.ref_weight, None, 1.0
+    )
+    return logp, ref_logp, entropy, kl
+
+
+def call_of(name: str, p: Problem) -> Callable[[], tuple[Scores, Tensor, Tensor]]:
+    """One run of a contender's job."""
+    if name == "fastkl, gradient in the forward":
+        return lambda: fastkl_loss(p)
+    if name in TRL_TILES:
+        return lambda: step(p, lambda q: trl(q, TRL_TILES[name]))
+    return lambda: step(p, {"materialised": materialised, "fastkl, autograd": fastkl}[name])
+
+
+def truth(rows: int, hidden: int, vocab: int, path: Path) -> None:
+    """Scores and gradients in float64, 128 rows at a time."""
+    p = Problem.make(rows, hidden, vocab).double()
+    parts, grad_hidden, grad_weight = [], [], torch.zeros_like(p.weight)
+    for lo in range(0, rows, 128):
+        cut = slice(lo, lo + 128)
+        states = p.hidden.detach()[cut].requires_grad_()
+        part = Problem(states, p.weight, p.ref_hidden[cut], p.ref_weight, p.targets[cut], p.a[cut], p.c[cut])
+        scores, dh, dw = step(part, materialised)
+        parts.append(torch.stack([x.detach() for x in scores]))
+        grad_hidden.append(dh)
+        grad_weight += dw
+    np.savez(path, scores=torch.cat(parts, 1), hidden=torch.cat(grad_hidden), weight=grad_weight)
+
+
+def measure(name: str, rows: int, hidden: int, vocab: int, truth_path: Path, repeats: int) -> dict:
+    """One contender in this process: error first, then times, then peak memory beyond inputs and outputs."""
+    p = Problem.make(rows, hidden, vocab)
+    if name == "one head product":
+        out, weight_t = torch.empty(rows, vocab), p.weight.detach().t()
+        times = timed(lambda: torch.mm(p.hidden.detach(), weight_t, out=out), repeats)
+        return {"name": name, "seconds": times}
+    call = call_of(name, p)
+    with np.load(truth_path) as exact:
+        scores, *grads = call()
+        errors = [float((torch.stack([x.detach() for x in scores]) - torch.from_numpy(exact["scores"])).abs().max())]
+        for got, key in zip(grads, ("hidden", "weight"), strict=True):
+            expected = torch.from_numpy(exact[key])
+            errors.append(float((got - expected).abs().max() / expected.abs().max()))
+    if not max(errors) <= TOLERANCE:
+        raise SystemExit(f"{name}: errors {errors} against float64; a wrong answer has no speed")
+    outputs_mib = sum(x.numel() * x.element_size() for x in (*scores, *grads)) / 2**20
+    del scores, grads
+    times = timed(call, repeats)
+    peak = peak_mib(call, "cpu")
+    return {
+        "name": name,
+        "seconds": times,
+        "peak_mib": None if peak is None else peak - outputs_mib,
+        "errors": dict(zip(("scores, nats", "hidden gradient", "head gradient"), errors, strict=True)),
+    }
+
+
+def timed(call: Callable[[], object], repeats: int) -> list[float]:
+    """Wall seconds of each repeat, after one that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def in_own_process(arguments: list[str], environment: dict[str, str]) -> str:
+    """The last line that this script prints when started with these arguments."""
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{arguments}: {done.stderr[-2000:]}")
+    return done.stdout.splitlines()[-1] if done.stdout else ""
+
+
+def versions() -> dict[str, str]:
+    """What was measured with, and on."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    cpu = next((x.split(":")[1].strip() for x in cpu_lines() if x.startswith("model name")), platform.processor())
+    return {
+        "device": f"{cpu}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "trl": importlib.metadata.version("trl") if importlib.util.find_spec("trl") else "not installed",
+        "commit": commit,
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def cpu_lines() -> list[str]:
+    """/proc/cpuinfo, where there is one."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def verdicts(best: dict[str, float], peaks: dict[str, float]) -> dict[str, float]:
+    """The ratios that the targets are about: times of others over ours; the materialised line's memory over ours."""
+    result = {}
+    rivals = {"materialised": best.get("materialised")}
+    rivals["TRL at its best"] = min((t for name, t in best.items() if name in TRL_TILES), default=None)
+    for name in ("fastkl, autograd", "fastkl, gradient in the forward"):
+        for rival, seconds in rivals.items():
+            if name in best and seconds is not None:
+                result[f"{rival} / {name}"] = round(seconds / best[name], 3)
+        if peaks.get(name) and peaks.get("materialised"):
+            result[f"memory: materialised / {name}"] = round(peaks["materialised"] / peaks[name], 1)
+    return result
+
+
+def main() -> None:
+    """All contenders in all settings, in turn; or one, if told so."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--settings", nargs="*", default=[*SETTINGS], choices=[*SETTINGS])
+    parser.add_argument("--contenders", nargs="*", default=[*CONTENDERS], choices=[*CONTENDERS])
+    parser.add_argument("--output", default="bench/results/cpu_target.json")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a contender's name: measure it in this process
+    parser.add_argument("--truth", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    shape = options.rows, options.hidden, options.vocab
+    if options.one:
+        print(json.dumps(measure(options.one, *shape, options.truth, options.repeats)))
+        return
+    contenders = ["one head product", *options.contenders]
+    if not importlib.util.find_spec("trl"):
+        print("TRL is not installed: no rows of it")
+        contenders = [name for name in contenders if name not in TRL_TILES]
+    results, best, peaks = [], {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "truth.npz"
+        truth(*shape, path)
+        common = ["--rows", str(shape[0]), "--hidden", str(shape[1]), "--vocab", str(shape[2]), "--truth", str(path)]
+        common += ["--repeats", str(options.repeats)]
+        print(f"{'setting':<12}{'contender':<34}{'median s':>10}{'min':>8}{'max':>8}{'peak MiB':>10}  errors")
+        for setting in options.settings:
+            for name in contenders:
+                row = json.loads(in_own_process(["--one", name, *common], SETTINGS[setting]))
+                median = statistics.median(row["seconds"])
+                results.append({"setting": setting, "median_s": median, **row})
+                best[name] = min(best.get(name, median), median)
+                peak = row.get("peak_mib")
+                if setting == "default":
+                    peaks[name] = peak
+                errors = " ".join(f"{x:.0e}" for x in row.get("errors", {}).values())
+                shown = "" if peak is None else f"{peak:.0f}"
+                print(
+                    f"{setting:<12}{name:<34}{median:>10.3f}{min(row['seconds']):>8.3f}{max(row['seconds']):>8.3f}"
+                    f"{shown:>10}  {errors}",
+                    flush=True,
+                )
+    ratios = verdicts(best, peaks)
+    for what, ratio in ratios.items():
+        print(f"{what}: {ratio}")
+    record = {**versions(), "shape": dict(zip(("rows", "hidden", "vocab"), shape, strict=True)), "dtype": "float32"}
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.output).write_text(json.dumps({**record, "ratios": ratios, "results": results}, indent=1) + "\n")
+    print(f"written: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
