@@ -46,8 +46,8 @@ from fastkl import models, trunk
 from fastkl.config import TrainConfig
 from fastkl.contract import Sampling, support_of
 from fastkl.errors import UserError
-from fastkl.integrations.transformers import check_same_logits, layout_of
-from fastkl.kernels.operators import TokenScores, linear_token_scores
+from fastkl.integrations.transformers import check_same_logits, head_scores, layout_of
+from fastkl.kernels.operators import TokenScores
 from fastkl.pack import pack
 from fastkl.score_io import SAMPLING_NAMES, Job, JobReader, Malformed, read_windows, sampling_of
 from fastkl.score_output import start_output, to_line
@@ -264,20 +264,15 @@ class Scorer:
         mask: torch.Tensor | None,
     ) -> TokenScores:
         head = models.head_of(self.policy)
-        ref_head = None if self.reference is None else models.head_of(self.reference)
-        return linear_token_scores(
+        return head_scores(
             hidden,
-            head.weight,
+            head,
             ref_hidden,
-            ref_head.weight if ref_head else None,
+            None if self.reference is None else models.head_of(self.reference),
             micro.target_ids,
             mask=mask,
             temperature=sampling.temperature,
             support=support_of(sampling, micro.completion_positions, len(head.weight)),
-            policy_bias=head.bias,
-            ref_bias=ref_head.bias if ref_head else None,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
             check_values=True,  # NaN in a model is an error here, not a null in the output
         )
 

@@ -1,6 +1,7 @@
 """Scoring for a hand-written loop with Hugging Face models: hidden states and head of any causal language model.
 
     trunk_and_head(model, input_ids, attention_mask)             hidden states [B, T, H], and the head as data
+    head_scores(hidden, head, ref_hidden, ref_head, target_ids)  scores of any N positions from the two
     score_tokens(policy, reference, input_ids, completion_mask)  scores of the completions' tokens, each [B, T]
     completion_mask(input_ids, prompt_tokens, stop_token_ids)    which tokens a model has sampled, bool [B, T]
 
@@ -67,7 +68,7 @@ from fastkl.models import Head, check_head, first_line, head_of
 from fastkl.pack import cumulative
 from fastkl.types import PackedBatch
 
-__all__ = ["Head", "completion_mask", "layout_of", "score_tokens", "trunk_and_head"]
+__all__ = ["Head", "completion_mask", "head_scores", "layout_of", "score_tokens", "trunk_and_head"]
 
 _LAYOUTS: WeakKeyDictionary[nn.Module, dict[bool, str]] = WeakKeyDictionary()
 """The layouts of the models that have been checked, without and with gradient checkpointing."""
@@ -80,11 +81,9 @@ def trunk_and_head(model: nn.Module, input_ids: Tensor, attention_mask: Tensor |
     input_ids[b, t + 1]; where attention_mask is 0 it means nothing. Position ids count the tokens that the mask leaves,
     so rows padded on the left are right. Differentiable towards all of the model's weights.
 
-    The model's log-probs are those of
-        linear_token_scores(hidden[b, t], head.weight, ..., policy_bias=head.bias, softcap=head.softcap,
-                            logit_scale=head.logit_scale)
-    with rows selected as you like: hidden[:, :-1][mask[:, 1:]] predicts input_ids[:, 1:][mask[:, 1:]].
-    Raises UserError for a model that would be mis-scored, and for inputs that do not fit together.
+    `head_scores` makes scores of them, with rows selected as you like: hidden[:, :-1][mask[:, 1:]] predicts
+    input_ids[:, 1:][mask[:, 1:]]. Raises UserError for a model that would be mis-scored, and for inputs that do not
+    fit together.
     """
     model = _plain(model)
     layout_of(model)
@@ -96,6 +95,30 @@ def trunk_and_head(model: nn.Module, input_ids: Tensor, attention_mask: Tensor |
     with trunk.scoring(model, "padded"):
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden, head_of(model)
+
+
+def head_scores(
+    hidden: Tensor, head: Head, ref_hidden: Tensor | None, ref_head: Head | None, target_ids: Tensor, **options: Any
+) -> TokenScores:
+    """fastkl.linear_token_scores of hidden states [N, H] and heads: TokenScores of [N] each, the models' own log-probs.
+
+    target_ids i64 [N]; ref_hidden and ref_head: both or neither. options: mask, temperature, support, outputs,
+    chunk_tokens, check_values, as there. Raises UserError, also for heads that compute their logits differently.
+    """
+    if ref_head is not None:
+        check_same_logits(head, ref_head)
+    return linear_token_scores(
+        hidden,
+        head.weight,
+        ref_hidden,
+        ref_head.weight if ref_head else None,
+        target_ids,
+        policy_bias=head.bias,
+        ref_bias=ref_head.bias if ref_head else None,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        **options,
+    )
 
 
 def score_tokens(
@@ -124,24 +147,20 @@ def score_tokens(
     """
     mask = _same_shape("completion_mask", completion_mask, _checked_ids(input_ids))
     batch = _packed(input_ids, mask, attention_mask)
-    head, ref_hidden, ref_head = head_of(_plain(policy)), None, None
+    ref_hidden, ref_head = None, None
     if reference is not None:
         ref_head = head_of(_plain(reference))
-        check_same_logits(head, ref_head)
+        check_same_logits(head_of(_plain(policy)), ref_head)  # before any forward
         with torch.no_grad():
             ref_hidden = _hidden(reference, batch)
-    scores = linear_token_scores(
+    scores = head_scores(
         _hidden(policy, batch),
-        head.weight,
+        head_of(_plain(policy)),
         ref_hidden,
-        ref_head.weight if ref_head else None,
+        ref_head,
         batch.target_ids,
         temperature=temperature.expand(mask.shape)[mask] if isinstance(temperature, Tensor) else temperature,
         support=support,
-        policy_bias=head.bias,
-        ref_bias=ref_head.bias if ref_head else None,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
         outputs=outputs,
         chunk_tokens=chunk_tokens,
     )

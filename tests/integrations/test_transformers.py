@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from toy import STOP, toy_model
 
-from fastkl import Support, TokenScores, linear_token_scores
+from fastkl import Support, TokenScores
 from fastkl.errors import UserError
 from fastkl.integrations import transformers as integration
-from fastkl.integrations.transformers import completion_mask, layout_of, score_tokens, trunk_and_head
+from fastkl.integrations.transformers import completion_mask, head_scores, layout_of, score_tokens, trunk_and_head
 
 VOCAB, PAD, TEMPERATURE = 29, 0, 0.7
 COMMON = {
@@ -140,11 +140,8 @@ def test_trunk_and_head_feed_the_operators(family, rows):
     sides = []
     for model in (policy, reference):
         hidden, head = trunk_and_head(model, ids, exists)
-        sides += [hidden[:, :-1][scored[:, 1:]], head.weight]
-    scores = linear_token_scores(
-        *sides, ids[scored], temperature=TEMPERATURE, softcap=head.softcap, logit_scale=head.logit_scale,
-        policy_bias=trunk_and_head(policy, ids)[1].bias, ref_bias=head.bias,
-    )  # fmt: skip
+        sides += [hidden[:, :-1][scored[:, 1:]], head]
+    scores = head_scores(*sides, ids[scored], temperature=TEMPERATURE)
     for name, values in own_scores(policy.eval(), reference.eval(), rows).items():
         torch.testing.assert_close(getattr(scores, name), values, rtol=0, atol=1e-6, msg=name)
 
