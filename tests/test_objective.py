@@ -14,6 +14,7 @@ import torch
 from fastkl.kernels.operators import token_scores
 from fastkl.kernels.types import TokenScores
 
+from fastkl.config import CHOICES
 from fastkl.contract import Sampling, support_of
 from fastkl.errors import UserError
 from fastkl.penalty import REFUSED, Penalty, check_penalty
@@ -169,6 +170,12 @@ ALLOWED = [("k1", "reward"), ("exact", "reward"), ("exact_full", "reward"),
            ("k2", "loss"), ("k3", "loss"), ("exact", "loss"), ("exact_full", "loss")]  # fmt: skip
 
 
+def test_every_pair_is_either_proven_here_or_refused():
+    pairs = set(itertools.product(CHOICES["kl_estimator"], CHOICES["kl_placement"]))
+    assert set(ALLOWED) | set(REFUSED) == pairs
+    assert set(REFUSED) == {("k1", "loss"), ("k2", "reward"), ("k3", "reward")}
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize(("estimator", "placement"), ALLOWED)
 def test_expected_gradient_of_every_allowed_pair_is_that_of_the_objective(estimator, placement, sampling):
@@ -228,9 +235,16 @@ def test_every_refused_pair_is_biased(estimator, placement, sampling):
 
 def test_crediting_the_mean_to_later_tokens_only_is_biased():
     """Why kl_credit caused refuses kl_reduction mean."""
-    world = make_world("whole")
-    got = expected_gradient(world, Penalty(BETA, "exact", reduction="mean", credit="caused"), "leave_one_out")
+    world, penalty = make_world("whole"), Penalty(BETA, "exact", reduction="mean", credit="caused")
+    with pytest.raises(UserError, match="caused is biased with kl_reduction mean"):
+        check_penalty(penalty)
+    got = expected_gradient(world, penalty, "leave_one_out")
     assert (got - exact_gradient(world, "exact", "reward", "mean")).abs().max() > 1e-3
+
+
+def test_a_kl_in_the_loss_has_no_credit_to_give():
+    with pytest.raises(UserError, match="kl_credit"):
+        check_penalty(Penalty(BETA, "exact", "loss", credit="caused"))
 
 
 @pytest.mark.parametrize("sampling", ["top_k", "min_tokens"])
