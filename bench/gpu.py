@@ -24,7 +24,14 @@ from pathlib import Path
 
 import torch
 from fastkl.kernels.dispatch import interpreting
-from fastkl.kernels.operators import Support, TokenCoefficients, linear_token_loss, linear_token_scores, token_scores
+from fastkl.kernels.operators import (
+    Support,
+    TokenCoefficients,
+    TokenScores,
+    linear_token_loss,
+    linear_token_scores,
+    token_scores,
+)
 
 from fastkl.bench import GPU_SHAPES, Shape, peak_mib, run_bench
 from fastkl.kernels import reference
@@ -103,6 +110,13 @@ def step(function, heads, targets, keywords):
     return scores, torch.autograd.grad(loss, leaves)
 
 
+def detached(scores: TokenScores) -> TokenScores:
+    """The scores as constants."""
+    return TokenScores(
+        *(None if x is None else x.detach() for x in [getattr(scores, f) for f in TokenScores.__slots__])
+    )
+
+
 def double(x):
     """Floats as float64, everything else as it is."""
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -120,6 +134,7 @@ def check_operators() -> list[str]:
                 {k: double(v) for k, v in keywords.items()},
             )  # fmt: skip
             got, grads = step(linear_token_scores, heads, targets, keywords)
+            got, truth = detached(got), detached(truth)
             for field in got.__slots__:
                 if getattr(got, field) is None:
                     continue
@@ -149,6 +164,7 @@ def check_logits_in() -> list[str]:
     truth = reference.token_scores(exact, r.double(), targets)
     (true_grad,) = torch.autograd.grad((truth.kl + truth.policy_logprobs - truth.entropy).sum(), exact)
     wrong = []
+    out, truth = detached(out), detached(truth)
     if not float((out.kl - truth.kl).abs().max()) <= 1e-4 * SIZES.slack:
         wrong.append("logits in: kl")
     if not float((grad.double() - true_grad).norm() / true_grad.norm()) <= 4e-3 * SIZES.slack:
@@ -173,7 +189,7 @@ def check_loss_and_independence() -> list[str]:
         return wrong
     for some in (slice(rows - 1, rows), slice(7, rows * 2 // 3)):
         part = linear_token_scores(heads[0][some], heads[1], heads[2][some], heads[3], targets[some])
-        if not torch.equal(part.kl, scores.kl[some]):
+        if not torch.equal(part.kl.detach(), scores.kl.detach()[some]):
             wrong.append(f"scores of rows {some} depend on their neighbours")
     return wrong
 
@@ -231,11 +247,11 @@ def main() -> None:
     if wrong:
         sys.exit("wrong results, nothing was timed:\n  " + "\n  ".join(wrong))
     torch.cuda.empty_cache()
-    shapes = GPU_SHAPES[1:3] if options.quick else GPU_SHAPES
+    shapes = SIZES.shapes[1:3] if options.quick else SIZES.shapes
     left = 480 - (time.perf_counter() - started)
-    run_bench(options.output, device=DEVICE, shapes=shapes, jobs="BCDFHGAEI", budget_s=left)
+    run_bench(options.output, device=DEVICE, shapes=shapes, jobs="BCDFHGAEI", repeats=SIZES.repeats, budget_s=left)
     torch.cuda.empty_cache()
-    print("memory at N 65536, V 151936", flush=True)
+    print("memory at N {}, H {}, V {}".format(*SIZES.memory), flush=True)
     Path(options.output, "memory_target.json").write_text(json.dumps(memory_target()))
     print(f"all of it took {time.perf_counter() - started:.0f} s")
 

@@ -21,7 +21,7 @@ import torch
 
 from .bench_jobs import CPU_SHAPES, GPU_SHAPES, Problem, Row, Shape, rows_of
 from .bench_peers import missing_peers, peer_rows
-from .bench_pictures import bars
+from .bench_pictures import memory, roofline
 
 JOBS = "ABCDEFGHI"
 
@@ -41,6 +41,7 @@ class Result:
     p80_ms: float
     floor_ms: float
     percent_of_floor: float
+    bound: str  # which ceiling makes the floor: "matmul" or "bandwidth"
     flops: float
     bytes: float
     peak_mib: float | None
@@ -130,12 +131,13 @@ def measure(row: Row, ceiling: dict[str, float], device: str, repeats: int) -> R
     logits_bytes = row.logit_passes * s.rows * s.vocab * s.dtype.itemsize
     head_bytes = min(row.head_products, 2) * (s.rows + s.vocab) * s.hidden * s.dtype.itemsize
     moved = logits_bytes + head_bytes
-    floor = max(flops / ceiling["matmul_flops_per_s"], moved / ceiling["copy_bytes_per_s"]) * 1e3
+    product, traffic = flops / ceiling["matmul_flops_per_s"], moved / ceiling["copy_bytes_per_s"]
+    floor, bound = max(product, traffic) * 1e3, "matmul" if product > traffic else "bandwidth"
     median = statistics.median(times)
     low, high = _quantile(times, 0.2), _quantile(times, 0.8)
-    memory = peak_mib(row.call, device)
+    peak = peak_mib(row.call, device)
     return Result(
-        row.job, row.name, s.name, median, low, high, floor, 100 * floor / median, flops, moved, memory, error
+        row.job, row.name, s.name, median, low, high, floor, 100 * floor / median, bound, flops, moved, peak, error
     )
 
 
@@ -190,9 +192,9 @@ def run_bench(
                 left_out.append(f"{label} ({type(error).__name__}: {str(error)[:100]})")
                 continue
             results.append(result)
-            memory = "-" if result.peak_mib is None else f"{result.peak_mib:.0f}"
+            peak = "-" if result.peak_mib is None else f"{result.peak_mib:.0f}"
             say(f"{result.job:<4}{result.name:<34}{result.median_ms:>11.2f}{result.p20_ms:>9.2f}{result.p80_ms:>9.2f}"
-                f"{result.percent_of_floor:>9.0f}{memory:>10}{result.max_error:>10.1e}")  # fmt: skip
+                f"{result.percent_of_floor:>9.0f}{peak:>10}{result.max_error:>10.1e}")  # fmt: skip
     if left_out:
         say(f"left out (the budget is {budget_s:.0f} s): " + "; ".join(left_out))
     folder = Path(output)
@@ -200,8 +202,8 @@ def run_bench(
     rows = [asdict(r) for r in results]
     record = {"machine": machine(device), "ceilings": measured, "left_out": left_out, "rows": rows}
     (folder / "bench.json").write_text(json.dumps(record, indent=1))
-    (folder / "roofline.svg").write_text(bars(results, "percent_of_floor", "% of the measured floor (100 is perfect)"))
-    (folder / "memory.svg").write_text(bars(results, "peak_mib", "peak memory beyond inputs, MiB (less is better)"))
+    (folder / "roofline.svg").write_text(roofline(results))
+    (folder / "memory.svg").write_text(memory(results))
     say(f"written: {folder}/bench.json, roofline.svg, memory.svg")
     return results
 
