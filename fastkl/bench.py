@@ -125,7 +125,7 @@ def measure(row: Row, ceiling: dict[str, float], device: str, repeats: int) -> R
     error = error_of(row)
     if not error <= TOLERANCE[row.shape.dtype]:
         raise AssertionError(f"job {row.job}, {row.name}: error {error:.2e} against float64, not timed")
-    times = timed(row.call, device, repeats)
+    times = timed(row.call, device, repeats, warmups=3 if device == "cuda" else 1)
     s = row.shape
     flops = row.head_products * 2 * s.rows * s.hidden * s.vocab
     logits_bytes = row.logit_passes * s.rows * s.vocab * s.dtype.itemsize
