@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastkl.configfile import load_config
-from fastkl.report import write_report
+from fastkl.report import ASSETS, write_report
 from fastkl.view import View
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -53,21 +53,27 @@ def terminal(run: Path) -> None:
 def frontier(sweep: Path) -> None:
     """The first chart of the comparison page, as a PNG of its own."""
     page = write_report(sorted(path.parent for path in sweep.glob("*/metrics.jsonl"))).read_text()
-    style = "".join(re.findall(r"<style>.*?</style>", page, flags=re.DOTALL))
     figure = re.search(r"<figure.*?</figure>", page, flags=re.DOTALL)
     if figure is None:
         sys.exit("the report holds no chart")
+    screenshot(figure.group(), DOCS / "frontier.png", height=435)
+
+
+def screenshot(figure: str, output: Path, *, height: int) -> None:
+    """A figure of the report page as a PNG, 900 x `height` CSS pixels, two dots each; drawn by headless Chromium."""
     browser = shutil.which("chromium") or shutil.which("google-chrome") or sys.exit("needs chromium")
+    style = (ASSETS / "style.css").read_text()
     with tempfile.TemporaryDirectory() as folder:
         html = Path(folder) / "chart.html"
         html.write_text(
-            f"<!doctype html><meta charset=utf-8>{style}<body style='width:860px;margin:12px'>{figure.group()}"
+            f"<!doctype html><meta charset=utf-8><style>{style}</style><body style='width:860px;margin:12px'>{figure}"
         )
         subprocess.run(
             [
-                browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=900,435",
-                f"--user-data-dir={folder}/profile", "--disable-background-networking", "--force-device-scale-factor=2",
-                f"--screenshot={DOCS / 'frontier.png'}", html.as_uri(),
+                browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                f"--window-size=900,{height}", f"--user-data-dir={folder}/profile",
+                "--disable-background-networking", "--force-device-scale-factor=2", f"--screenshot={output}",
+                html.as_uri(),
             ],
             check=True, capture_output=True,
         )  # fmt: skip
