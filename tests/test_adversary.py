@@ -147,7 +147,12 @@ def test_the_adversary_ends_at_the_reference_and_its_estimate_is_never_below_zer
     mean, error = mean_and_error(trainer_estimates(policy, ref, sampling, drawn(policy, sampling)))
     assert mean > -4 * error - 1e-9
     start = tables(case)[0].detach()
-    mean, error = mean_and_error(trainer_estimates(start, ref, sampling, drawn(start, sampling)))
+    completions = drawn(start, sampling)
+    estimates = trainer_estimates(start, ref, sampling, completions)
+    _, k1 = position_values(start, ref, sampling, naive=False)
+    by_hand = [float(sum(k1[t, y] for t, y in enumerate(c.token_ids))) for c in completions]
+    assert estimates == pytest.approx(by_hand, abs=1e-5), "every token of every completion, and nothing else"
+    mean, error = mean_and_error(estimates)
     assert mean > 4 * error > 0, "and the estimate does see the KL that was there at the start"
     assert mean == pytest.approx(course[0], abs=4 * error), "the trainer's packing and scoring agree with the sum"
 

@@ -8,6 +8,7 @@ does the same with the storyteller.
 from __future__ import annotations
 
 import functools
+import json
 from unittest import mock
 
 import pytest
@@ -17,6 +18,7 @@ from toy import STOP, ToyTokenizer, prompt, toy_config, toy_model
 
 from fastkl import sync, train
 from fastkl.alarm import KlAlarm, mean_and_error
+from fastkl.config import TrainConfig
 from fastkl.metrics import Stopwatch
 from fastkl.rollout_transformers import TransformersGenerator
 from fastkl.setup import sampling_of
@@ -85,3 +87,17 @@ def test_the_trainer_refuses_to_learn_from_naive_scores():
     """What stops a run at its first step, were the support forgotten: generator and trainer disagree."""
     with mock.patch.object(train, "support_of", lambda *_: None), pytest.raises(sync.StaleEngineError, match="step 1"):
         course.__wrapped__(False, 0)
+
+
+def test_a_run_whose_estimate_is_negative_says_so_once_and_logs_it_at_every_step(tmp_path, monkeypatch, capsys):
+    samples = StepReport.samples
+    negative = functools.partialmethod(lambda self: [s | {"kl": -1 - 0.1 * i} for i, s in enumerate(samples(self))])
+    monkeypatch.setattr(StepReport, "samples", negative)
+    config = TrainConfig(
+        output=str(tmp_path), generator="transformers", steps=2, prompts_per_step=2, num_samples=4, max_new_tokens=8,
+        report_to=(),
+    )  # fmt: skip
+    train.train(config)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["kl/alarm"] for row in rows] == [1, 1]
+    assert capsys.readouterr().out.count("below zero") == 1
