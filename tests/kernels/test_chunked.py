@@ -82,7 +82,7 @@ def test_chunk_size_changes_nothing_but_the_order_of_the_weight_gradients_sum(ch
     torch.testing.assert_close(grads["weight"], whole_grads["weight"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)  # the bound is one run of the line, which may be lucky
 @given(
     num_rows=st.integers(0, 20),
     hidden=st.integers(1, 9),
@@ -126,6 +126,10 @@ def test_valid_vocab_ignores_the_padding_rows_of_the_head():
     )
     assert torch.equal(got.kl, cut.kl)
     assert torch.equal(got.policy_logprobs, cut.policy_logprobs)
+    logits, ref_logits = case.policy_hidden @ weight.t(), case.ref_hidden @ case.ref_weight.t()
+    by_logits = operators.token_scores(logits, ref_logits, targets, valid_vocab=33)
+    torch.testing.assert_close(by_logits.kl, cut.kl)
+    torch.testing.assert_close(by_logits.entropy, cut.entropy)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
