@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .types import Support
 
-FIRST_LARGEST = 64
+FIRST_LARGEST = 32
 """How many of the largest logits of a row are looked at first where top_k does not say how many may be needed."""
 
 STRIDE = 8
@@ -166,7 +166,7 @@ def _largest_pairs(support: Support, z: Tensor) -> tuple[Tensor, Tensor]:
         rows.append(pending[kept_rows])
         ids.append(columns[kept_rows, kept])
         unclear.append(pending[is_unclear])
-        pending, count = pending[~complete & ~is_unclear], 8 * count
+        pending, count = pending[~complete & ~is_unclear], 4 * count
     rest = torch.cat([*unclear, pending])
     if len(rest):
         kept_rows, kept = keep_mask(support.select(rest), z[rest]).nonzero().unbind(1)
