@@ -77,6 +77,20 @@ def test_import_loads_nothing_heavy_and_scoring_torch_alone(tmp_path):
     assert python(code, cwd=tmp_path) == "True"
 
 
+def test_integrations_import_their_hosts_only_when_used(tmp_path):
+    hosts = ["transformers", "trl", "verl", "openrlhf", "vllm", "datasets", "peft", "accelerate"]
+    folder = ROOT / "fastkl" / "integrations"
+    modules = sorted(f"fastkl.integrations.{path.stem}" for path in folder.iterdir() if path.stem[0] != "_")
+    assert {f"fastkl.integrations.{name}" for name in ("openrlhf", "transformers", "trl", "verl")} <= set(modules)
+    code = (
+        f"import importlib\nsys.modules.update(dict.fromkeys({hosts}, None))\n"
+        f"for module in {modules}:\n    importlib.import_module(module)\n"
+        "import torch\nfrom fastkl.integrations.verl import logprobs_from_logits\n"
+        "print(logprobs_from_logits(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)).exp().tolist())"
+    )
+    assert python(code, cwd=tmp_path) == "[0.25]"
+
+
 def test_a_module_called_kernels_stays_free_for_others(tmp_path):
     code = "import importlib.util, fastkl.kernels\nprint(getattr(importlib.util.find_spec('kernels'), 'origin', None))"
     assert python(code, cwd=tmp_path) == "None"
