@@ -1,0 +1,42 @@
+"""docs/drop-in.md: its examples are those that are run, its numbers those measured, its links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from fastkl.integrations import transformers
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "drop-in.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_loop_is_the_one_of_the_module_that_its_tests_run():
+    assert textwrap.indent(EXAMPLES[0], "    ").rstrip() in transformers.__doc__
+
+
+def test_the_example_with_hidden_states_runs():
+    names: dict = {}
+    exec(EXAMPLES[1], names)
+    assert names["hidden"].grad.abs().sum() > 0
+    assert names["scores"].ref_logprobs.shape == (64,)
+
+
+def test_the_tables_are_those_of_the_recorded_run(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    from drop_in import table
+
+    record = json.loads((ROOT / "bench" / "results" / "drop_in.json").read_text())
+    for text in (table(record).strip(), record["machine"]["command"], record["machine"]["device"].split(" ")[0]):
+        assert text in PAGE
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)", PAGE))))
+def test_links_lead_to_files(link):
+    assert (ROOT / "docs" / link).resolve().is_file()
