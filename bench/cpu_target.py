@@ -41,7 +41,7 @@ SETTINGS = {
     "recycled": {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"},
     "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},
 }
-TRL_TILES = {"TRL": (4096, 32768), "TRL, tiles of 256": (256, 32768), "TRL, tiles of 1024 x 4096": (1024, 4096)}
+TRL_TILES = {"TRL": (4096, 32768), "TRL, tiles of 1024 x 4096": (1024, 4096)}
 CONTENDERS = ("materialised", "fastkl, autograd", "fastkl, gradient in the forward", *TRL_TILES)
 TOLERANCE = 2e-4
 

@@ -6,7 +6,7 @@ logits again. (Where the loss's coefficients are known, loss.py takes the gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -20,6 +20,9 @@ from .epilogue import RowStats
 from .linear import Head, LinearSource, LogitOptions, LogitsSource
 from .listed import as_record
 from .types import TokenCoefficients, TokenScores
+
+GAP_ROWS = 64
+"""Runs of rows with a gradient are taken together if fewer rows than this lie between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,13 @@ class Call:
             return False
         triton_linear.linear_score(policy, self.reference, self.rows.target_ids, self.row_ids, self.options, stats)
         return True
+
+    @property
+    def keeps_last_chunk(self) -> bool:
+        """Whether the last chunk's logits wait for the backward. Not on a GPU, whose chunks are large; not where the
+        backward writes over the caller's logits, rows without a gradient included.
+        """
+        return not self.use_triton and self.rows.target_ids.device.type == "cpu" and not self.inplace
 
     def empty_stats(self) -> tuple[RowStats, RowStats | None]:
         """Room for the statistics of all scored rows: full vocabulary, and support."""
@@ -164,15 +174,19 @@ class ScoreFunction(torch.autograd.Function):
     def forward(ctx, call: Call, *inputs: Tensor | None):
         """inputs: hidden, weight, bias; or logits."""
         stats, support_stats = call.empty_stats()
+        ctx.kept = None
         if not call.score_without_logits(policy_of(inputs), stats):
             chunks = call.chunks(call.source(policy_of(inputs)), stats, support_stats)
             lists = []
             for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
-                chunks.score(lo, hi)
+                last = Kept(chunks, lo, *chunks.score(lo, hi))
                 lists.append(chunks.listed)
             if call.rows.support is not None and call.rows.support.is_recomputed and None not in lists:
                 # the backward need not find these ids again
                 call = replace(call, rows=replace(call.rows, support=as_record(lists, call.rows.target_ids)))
+                chunks.rows = call.rows
+            if lists and call.keeps_last_chunk and any(ctx.needs_input_grad[1:]):
+                ctx.kept = last
         ctx.save_for_backward(*inputs)
         ctx.call, ctx.stats, ctx.support_stats = call, stats, support_stats
         ctx.set_materialize_grads(False)
@@ -184,7 +198,7 @@ class ScoreFunction(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx, *grads: Tensor | None):
-        """Computes the logits of the rows that matter again and turns them into gradients in place."""
+        """The gradient of the chunk that is still there; then the logits of the other rows that matter once more."""
         inputs = ctx.saved_tensors
         grad = TokenScores(*grads)
         coefficients = TokenCoefficients(
@@ -194,19 +208,47 @@ class ScoreFunction(torch.autograd.Function):
         if call.row_ids is not None:
             coefficients = coefficients.select(call.row_ids)
         active = active_rows(coefficients, len(call.rows))
+        kept, ctx.kept = ctx.kept, None  # the gradient overwrites it: a second backward has to compute it again
+        if kept is not None:
+            collect(kept.chunks.source, ctx.needs_input_grad[1:])
+            kept.gradient(coefficients)
+            active = active[active < kept.first]
+            if not len(active):
+                return None, *gradients_of(kept.chunks.source, inputs)
         # a recomputed support must see the very logits of the forward, whatever the BLAS does with other row counts
         if len(active) < len(call.rows) and not (call.rows.support is not None and call.rows.support.is_recomputed):
             call, stats, coefficients = call.select(active), stats[active], coefficients.select(active)
             support_stats = None if support_stats is None else support_stats[active]
 
         source = call.source(policy_of(inputs))
-        collect(source, ctx.needs_input_grad[1:], call.inplace)
+        if kept is None:
+            collect(source, ctx.needs_input_grad[1:], call.inplace)
+        else:
+            source.take_over(kept.chunks.source)
         chunks = call.chunks(source, stats, support_stats)
         need_gap = coefficients.kl is not None or coefficients.kl_support is not None
         for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
             z, gap = chunks.reload(lo, hi, need_gap)
             chunks.gradient_(lo, hi, z, gap, coefficients.select(slice(lo, hi)))
         return None, *gradients_of(source, inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The last chunk of a forward as Chunks.score left it: its rows need no second product in the backward."""
+
+    chunks: Chunks
+    first: int
+    z: Tensor
+    gap: Tensor | None
+
+    def gradient(self, coefficients: TokenCoefficients) -> None:
+        """Takes the gradient of its rows; coefficients: of all rows of the call."""
+        coefficients = coefficients.select(slice(self.first, self.first + len(self.z)))
+        for i, j in active_runs(coefficients, len(self.z)):
+            gap = None if self.gap is None else self.gap[i:j]
+            first = self.first + i
+            self.chunks.gradient_(first, self.first + j, self.z[i:j], gap, coefficients.select(slice(i, j)))
 
 
 def active_rows(coefficients: TokenCoefficients, num_rows: int) -> Tensor:
@@ -218,3 +260,17 @@ def active_rows(coefficients: TokenCoefficients, num_rows: int) -> Tensor:
     for c in given:
         active |= c != 0
     return active.nonzero()[:, 0]
+
+
+def active_runs(coefficients: TokenCoefficients, num_rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges that together hold all rows with a coefficient, without the long stretches that have none."""
+    active = active_rows(coefficients, num_rows).tolist()
+    if not active:
+        return
+    start = end = active[0]
+    for row in active:
+        if row - end > GAP_ROWS:
+            yield start, end + 1
+            start = row
+        end = row
+    yield start, end + 1

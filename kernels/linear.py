@@ -113,17 +113,17 @@ class LinearSource:
         self.buffer_rows = -(-chunk_rows // ROW_MULTIPLE) * ROW_MULTIPLE
         new = policy.hidden.new_zeros
         self.hidden_buffer = new(sides, self.buffer_rows, self.hidden_size, dtype=dtype)
-        self.logits_buffers = self._new_logits_buffers(dtype)
+        self.logits_buffers: Tensor | list[Tensor] | None = None  # made by the first load
         self.grad_hidden = self.grad_weight = self.grad_bias = None
         self.loaded_from = 0
 
-    def _new_logits_buffers(self, dtype: torch.dtype) -> Tensor | list[Tensor]:
+    def _new_logits_buffers(self) -> Tensor | list[Tensor]:
         """[sides, rows, V] where one product fills both sides; else two tensors, which the allocator finds easier."""
         sides, rows = self.hidden_buffer.shape[:2]
         device = self.hidden_buffer.device
         if self.shared:
-            return torch.empty(sides, rows, self.vocab, dtype=dtype, device=device)
-        return [torch.empty(rows, self.vocab, dtype=dtype, device=device) for _ in range(sides)]
+            return torch.empty(sides, rows, self.vocab, dtype=self.dtype, device=device)
+        return [torch.empty(rows, self.vocab, dtype=self.dtype, device=device) for _ in range(sides)]
 
     def collect_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
         """Asks `store` to accumulate these gradients, starting from zero."""
@@ -133,9 +133,19 @@ class LinearSource:
         self.grad_weight = None  # the first chunk creates it, which saves a pass over zeros
         self.grad_bias = torch.zeros_like(policy.bias) if bias else None
 
+    def take_over(self, other: LinearSource) -> None:
+        """Goes on with the buffers and the gradients of a source of other rows of the same call."""
+        self.hidden_buffer, self.logits_buffers, self.buffer_rows = (
+            other.hidden_buffer, other.logits_buffers, other.buffer_rows,
+        )  # fmt: skip
+        self.needs_weight_grad = other.needs_weight_grad
+        self.grad_hidden, self.grad_weight, self.grad_bias = other.grad_hidden, other.grad_weight, other.grad_bias
+
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
         """See chunked.LogitsSource."""
         self.loaded_from = lo
+        if self.logits_buffers is None:
+            self.logits_buffers = self._new_logits_buffers()
         sides = [self.policy] if self.reference is None or not need_ref else [self.policy, self.reference]
         n = -(-(hi - lo) // ROW_MULTIPLE) * ROW_MULTIPLE
         for side, head in enumerate(sides):
@@ -217,6 +227,10 @@ class LogitsSource:
     def collect_gradients(self, inplace: bool = False) -> None:
         """Asks for the gradient; rows that are never stored are zero in it."""
         self.grad_logits = room_for_gradient(self.logits[0], self.row_ids, inplace)
+
+    def take_over(self, other: LogitsSource) -> None:
+        """Goes on with the buffers and the gradient of a source of other rows of the same call."""
+        self.buffers, self.grad_logits = other.buffers, other.grad_logits
 
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
         """See chunked.LogitsSource. -inf becomes a finite, hopeless logit, so that 0 * -inf never arises."""

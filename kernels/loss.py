@@ -16,12 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
-from .autograd import Call, active_rows, collect, flat_scores, gradients_of, policy_of, without_autocast
+from .autograd import Call, active_rows, active_runs, collect, flat_scores, gradients_of, policy_of, without_autocast
 from .chunked import chunk_ranges
 from .types import CoefficientsFunction, TokenCoefficients, TokenScores
-
-GAP_ROWS = 64
-"""Runs of rows with a gradient are taken together if fewer rows than this lie between them."""
 
 
 class LossFunction(torch.autograd.Function):
@@ -120,7 +117,7 @@ def _with_function(call: Call, function: CoefficientsFunction, row_splits: list[
         loss += _linear_loss(coefficients, scores)
         if any(needs_grad):
             rows_only = coefficients if row_ids is None else coefficients.select(row_ids)
-            for i, j in _active_runs(rows_only, last - first):
+            for i, j in active_runs(rows_only, last - first):
                 gap_run = None if gap is None else gap[i:j]
                 chunks.gradient_(first + i, first + j, z[i:j], gap_run, rows_only.select(slice(i, j)))
     return loss, call.scores(stats, support_stats), source
@@ -135,20 +132,6 @@ def _pack(row_splits: list[int], chunk_rows: int) -> Iterator[tuple[int, int]]:
             start = previous
     if row_splits[-1] > start:
         yield start, row_splits[-1]
-
-
-def _active_runs(coefficients: TokenCoefficients, num_rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges that together hold all rows with a coefficient, without the long stretches that have none."""
-    active = active_rows(coefficients, num_rows).tolist()
-    if not active:
-        return
-    start = end = active[0]
-    for row in active:
-        if row - end > GAP_ROWS:
-            yield start, end + 1
-            start = row
-        end = row
-    yield start, end + 1
 
 
 def _linear_loss(coefficients: TokenCoefficients, scores: TokenScores) -> Tensor:

@@ -34,7 +34,13 @@ __all__ = [
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 2 << 30}
 """Default size of one chunk's policy and reference logits together. On a GPU chunks must be long, or accumulating the
 head's gradient costs as much as computing it. On a CPU each of the two buffers should stay below 32 MiB: glibc returns
-larger ones to the system after every call, and touching fresh pages costs more than all arithmetic on them."""
+larger ones to the system after every call, and touching fresh pages costs as much as the arithmetic on them."""
+
+LONG_CHUNK_BYTES = 128 << 20
+"""The same on a CPU where longer chunks save more than that: where the backward finds the last chunk still there, and
+where the head's gradient, which every chunk reads and writes, is larger than CACHED_BYTES."""
+
+CACHED_BYTES = 16 << 20
 
 
 @one_graph_break
@@ -109,12 +115,14 @@ def linear_token_scores(
     (FSDP2): they are gathered, and their gradient is averaged and scattered. Other arguments: token_scores.
 
     Returns TokenScores, differentiable towards policy_hidden, policy_weight and policy_bias; the backward computes the
-    logits again, chunk_tokens rows at a time, only for rows with a gradient. Where the loss's coefficients are known,
+    logits again, chunk_tokens rows at a time, only for rows with a gradient (on a CPU, not for the last chunk, whose
+    logits wait for it). Where the loss's coefficients are known,
     linear_token_loss is cheaper. Raises UserError for inputs that do not fit. Definition: reference.py.
     """
     inputs, call, check = _linear_call(
         policy_hidden, policy_weight, ref_hidden, ref_weight, target_ids, mask, temperature, support, policy_bias,
         ref_bias, softcap, logit_scale, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values,
+        keeps_last_chunk=True,
     )  # fmt: skip
     return _checked(TokenScores(*ScoreFunction.apply(call, *inputs)), check)
 
@@ -157,6 +165,7 @@ def linear_token_loss(
     inputs, call, check = _linear_call(
         policy_hidden, policy_weight, ref_hidden, ref_weight, target_ids, mask, temperature, support, policy_bias,
         ref_bias, softcap, logit_scale, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values,
+        keeps_last_chunk=False,
     )  # fmt: skip
     num_rows = call.num_rows
     splits = [0, num_rows] if row_splits is None else [int(s) for s in row_splits]
@@ -168,7 +177,8 @@ def linear_token_loss(
 
 def _linear_call(
     policy_hidden, policy_weight, ref_hidden, ref_weight, target_ids, mask, temperature, support, policy_bias,
-    ref_bias, softcap, logit_scale, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values,
+    ref_bias, softcap, logit_scale, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values, *,
+    keeps_last_chunk,
 ) -> tuple[tuple[Tensor | None, ...], Call, bool]:  # fmt: skip
     """The checked call, and the policy's inputs cut to the vocabulary that exists."""
     policy_weight, ref_weight, policy_bias, ref_bias = whole(policy_weight, ref_weight, policy_bias, ref_bias)
@@ -180,6 +190,11 @@ def _linear_call(
     call, check = _call(
         policy_hidden, target_ids, mask, temperature, support, valid, outputs, chunk_tokens, check_values, options
     )
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (policy_hidden, policy_weight))
+    keeps = keeps_last_chunk or policy_weight.requires_grad and policy_weight.numel() * 4 > CACHED_BYTES
+    if chunk_tokens is None and policy_hidden.device.type == "cpu" and needs_grad and keeps:
+        long = _default_chunk_rows(policy_hidden, valid, call.dtype, LONG_CHUNK_BYTES)
+        call = replace(call, chunk_rows=long)
     reference = None
     if ref_hidden is not None:
         reference = Head(ref_hidden, _cut(ref_weight, valid), None if ref_bias is None else _cut(ref_bias, valid))
@@ -219,7 +234,7 @@ def _call(
         options=replace(options, temperature=temperature),
         reference=None,
         outputs=frozenset(outputs),
-        chunk_rows=chunk_tokens or _default_chunk_rows(policy, vocab, dtype),
+        chunk_rows=chunk_tokens or _default_chunk_rows(policy, vocab, dtype, CHUNK_BYTES.get(policy.device.type)),
         dtype=dtype,
         use_triton=dtype == torch.float32 and uses_triton(policy),
     )
@@ -230,9 +245,9 @@ def _call(
     return call, check
 
 
-def _default_chunk_rows(policy: Tensor, vocab: int, dtype: torch.dtype) -> int:
-    """As many rows as CHUNK_BYTES hold, in whole units of matrix-product rows."""
-    budget = CHUNK_BYTES.get(policy.device.type, CHUNK_BYTES["cpu"])
+def _default_chunk_rows(policy: Tensor, vocab: int, dtype: torch.dtype, num_bytes: int | None) -> int:
+    """As many rows as `num_bytes` (None: those of a CPU) hold, in whole units of matrix-product rows."""
+    budget = CHUNK_BYTES["cpu"] if num_bytes is None else num_bytes
     return max(16, budget // (2 * dtype.itemsize * max(1, vocab)) // 16 * 16)
 
 

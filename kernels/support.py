@@ -21,6 +21,9 @@ FIRST_LARGEST = 32
 STRIDE = 8
 """Logits per group in `largest`."""
 
+BISECTIONS = 22
+"""They leave an interval of a millionth of the range of logits, in which one id should lie."""
+
 MARGIN = 1e-5
 """A row whose cumulative probability comes this close to top_p is left to the definition: rounding decides there."""
 
@@ -158,8 +161,15 @@ def _largest_pairs(support: Support, z: Tensor) -> tuple[Tensor, Tensor]:
     count = _first_count(support, z.shape[1])
     pending = torch.arange(len(z), device=z.device)
     rows, ids, unclear = [pending[:0]], [pending[:0]], [pending[:0]]
+    alone = support.top_p is not None and support.top_k is None and support.min_p is None
     while len(pending) and 4 * count <= z.shape[1]:
         logits = z if len(pending) == len(z) else z[pending]
+        if alone and count > FIRST_LARGEST:  # flat rows: a threshold is found faster than the largest hundreds
+            kept_rows, kept, is_unclear = _above_threshold(support.select(pending), logits)
+            rows.append(pending[kept_rows])
+            ids.append(kept)
+            pending = pending[is_unclear]
+            break
         values, columns = largest(logits, count)
         keep, complete, is_unclear = _decide(support.select(pending), values, logits)
         kept_rows, kept = (keep & (complete & ~is_unclear)[:, None]).nonzero().unbind(1)
@@ -199,6 +209,31 @@ def largest(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
         columns = torch.cat([columns, tail], dim=1)
     values, places = z.gather(1, columns).topk(count, dim=1)
     return values, columns.gather(1, places)
+
+
+def _above_threshold(support: Support, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, id) of what top_p alone keeps of logits [n, V], by bisection of the least logit that is kept; and the rows
+    without a clear one, bool [n], of which no pairs come back.
+    """
+    z = logits - logits.amax(1, keepdim=True)
+    e = z.exp()
+    wanted = _column(support.top_p, z.device, torch.float64) * e.sum(1, keepdim=True, dtype=torch.float64)
+    lowest = torch.where(z > -torch.inf, z, 0).amin(1, keepdim=True)
+    highest = torch.full_like(lowest, 1e-6)
+
+    def mass_from(threshold: Tensor) -> Tensor:
+        return torch.where(z >= threshold, e, 0).sum(1, keepdim=True).double()
+
+    for _ in range(BISECTIONS):
+        middle = (lowest + highest) / 2
+        enough = mass_from(middle) >= wanted
+        lowest, highest = torch.where(enough, middle, lowest), torch.where(enough, highest, middle)
+    inside = z >= lowest
+    last = inside & (z < highest)  # all but one of these would have to be told apart
+    near = (mass_from(highest) - wanted).abs().minimum((mass_from(lowest) - wanted).abs()) < MARGIN * wanted
+    unclear = (last.sum(1) != 1) | near[:, 0]
+    rows, ids = (inside & ~unclear[:, None]).nonzero().unbind(1)
+    return rows, ids, unclear
 
 
 def _decide(support: Support, values: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,9 +31,7 @@ class GpuLinearSource(LinearSource):
     def __init__(self, policy: Head, reference: Head | None, row_ids, options: LogitOptions, chunk_rows: int) -> None:
         dtype = policy.hidden.dtype
         super().__init__(policy, reference, row_ids, options, chunk_rows, dtype, raw=True)
-        self.dtype = torch.float32
-        if dtype != torch.float32:
-            self.logits_buffers = self._new_logits_buffers(torch.float32)
+        self.dtype = torch.float32  # of the logits
         self.dlogits_buffer = None
 
     def _product(self, head: Head, hidden: Tensor, out: Tensor) -> None:

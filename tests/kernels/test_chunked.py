@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastkl.kernels.linear import LinearSource
 from fastkl.kernels.operators import Support
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -242,3 +243,43 @@ def test_inplace_backward_writes_the_same_gradient_over_the_logits(mask):
         gradients.append(leaf.grad)
         assert (places == [logits.data_ptr()]) == inplace
     assert torch.equal(*gradients)
+
+
+def test_the_backward_loads_no_chunk_that_is_still_there(monkeypatch):
+    loads = []
+    load = LinearSource.load
+    monkeypatch.setattr(
+        LinearSource, "load", lambda self, lo, hi, **k: (loads.append((lo, hi)), load(self, lo, hi, **k))[1]
+    )
+    case = make_case(num_rows=10).to(torch.float32)
+    hidden = case.policy_hidden.requires_grad_()
+    scores = operators.linear_token_scores(hidden, *case.args()[1:], chunk_tokens=4)
+    assert loads == [(0, 4), (4, 8), (8, 10)]
+    loads.clear()
+    scores.kl.sum().backward()
+    assert loads == [(0, 4), (4, 8)]
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(7, 10), slice(0, 3), slice(2, 9, 3)])
+@pytest.mark.parametrize("support", [None, Support(top_k=4), Support(banned_ids=torch.tensor([1, 2]))])
+def test_a_second_backward_gives_the_same_gradient(rows, support):
+    """The first one has used the kept chunk up."""
+    case = make_case(num_rows=10, support=support, bias=True)
+    leaves = [x.clone().requires_grad_() for x in (case.policy_hidden, case.policy_weight, case.options["policy_bias"])]
+    options = {**case.options, "policy_bias": leaves[2]}
+    scores = operators.linear_token_scores(*leaves[:2], *case.args()[2:], chunk_tokens=4, **options)
+    other = operators.linear_token_scores(*leaves[:2], *case.args()[2:], chunk_tokens=4, **options)
+    loss = (scores.kl + scores.policy_logprobs)[rows].sum()
+    if support is not None:
+        loss = loss + scores.kl_support[rows].sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b)
+    assert float(first[0].abs().max()) > 0
+    torch.testing.assert_close(
+        torch.autograd.grad(other.kl.sum(), leaves[0]),
+        torch.autograd.grad(
+            operators.linear_token_scores(*leaves[:2], *case.args()[2:], **options).kl.sum(), leaves[0]
+        ),
+    )
