@@ -2,7 +2,7 @@
 
     python bench/trl_switch.py [--steps 5] [--rounds 2] [--output bench/results/trl_switch.json] [--only NAME ...]
 
-The job: 8 prompts x 8 samples x 64 new tokens, beta 0.05, SGD, float32, no checkpointing of activations, on a random
+The job: 4 prompts x 8 samples x 64 new tokens, beta 0.05, SGD, float32, no checkpointing of activations, on a random
 Llama with 3 layers of width 256 and 32,000 tokens, made here. "x1" is one micro-batch per step; "x4" four, which TRL
 generates at once and then scores one by one. Every contender runs in a process of its own, in turn, `--rounds` times.
 
@@ -26,7 +26,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-B, K, T, VOCAB = 8, 8, 64, 32_000
+B, K, T, VOCAB = 4, 8, 64, 32_000
 WARM_UP_STEPS = 2
 CONTENDERS: dict[str, tuple[int, bool, bool | None]] = {  # name -> (micro-batches, switch, reuse_forward)
     "trl x1": (1, False, None),
@@ -135,6 +135,14 @@ def run_alone(name: str, model: Path, steps: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def summary(name: str, found: list[dict[str, Any]]) -> str:
+    """Medians over the steps so far, and the highest peak."""
+    cells = []
+    for part in ("step_s", "generation_s", "scoring_and_update_s"):
+        cells.append(f"{part} {statistics.median(second for f in found for second in f[part]):.2f}")
+    return f"{name:26} {'  '.join(cells)}  peak {max(f['peak_bytes'] for f in found) / 2**20:.0f} MiB"
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were measured on and with."""
     from training import machine as training_machine
@@ -150,11 +158,7 @@ def compare(names: list[str], steps: int, rounds: int, output: Path) -> None:
         for _ in range(rounds):
             for name in names:
                 results[name].append(run_alone(name, Path(folder), steps))
-    for name, found in results.items():
-        cells = []
-        for part in ("step_s", "generation_s", "scoring_and_update_s"):
-            cells.append(f"{part} {statistics.median(second for f in found for second in f[part]):.2f}")
-        print(f"{name:26} {'  '.join(cells)}  peak {max(f['peak_bytes'] for f in found) / 2**20:.0f} MiB")
+                print(summary(name, results[name]), flush=True)
     job = {"B": B, "K": K, "T": T, "vocab": VOCAB}
     output.write_text(json.dumps({"machine": machine(), "job": job, "results": results}, indent=1))
     print(f"written to {output}")

@@ -27,6 +27,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.generation import (
     LogitsProcessorList,
@@ -67,7 +69,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, **ids,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
-    for name, kind, config in (("llama", LlamaForCausalLM, llama), ("gpt2", GPT2LMHeadModel, gpt2)):
+    moe = Qwen3MoeConfig(
+        hidden_size=16, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=8, num_experts=4, num_experts_per_tok=2, initializer_range=0.3, router_aux_loss_coef=0.5, **ids,
+    )  # fmt: skip
+    for name, kind, config in (
+        ("llama", LlamaForCausalLM, llama),
+        ("gpt2", GPT2LMHeadModel, gpt2),
+        ("moe", Qwen3MoeForCausalLM, moe),
+    ):
         torch.manual_seed(0)
         kind(config).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -163,6 +173,20 @@ def test_without_truncation_the_trained_weights_and_metrics_are_trls_own(case: s
         torch.testing.assert_close(weights(ours)[name], p, rtol=1e-4, atol=1e-4 * moved + 1e-6, msg=name)
     for name in ("entropy", "reward", "loss", "grad_norm", *(["kl"] if own.beta else [])):
         assert metric(ours, name) == pytest.approx(metric(own, name), rel=1e-3, abs=2e-5), name
+
+
+@pytest.mark.parametrize("reuse", [None, False])
+def test_a_mixture_of_experts_keeps_its_auxiliary_loss(reuse: bool | None, folder: Path, tmp_path: Path):
+    own = make_trainer("rloo", folder / "moe", tmp_path, max_steps=3)
+    before = weights(own)
+    own.train()
+    ours = make_trainer("rloo", folder / "moe", tmp_path, max_steps=3)
+    with fastkl_scoring(ours, reuse_forward=reuse):
+        ours.train()
+    assert metric(ours, "aux_loss") == pytest.approx(metric(own, "aux_loss"), rel=1e-4)
+    for name, p in weights(own).items():
+        moved = float((p - before[name]).abs().max())
+        torch.testing.assert_close(weights(ours)[name], p, rtol=1e-4, atol=1e-4 * moved + 1e-6, msg=name)
 
 
 def test_rloo_runs_two_forwards_where_trl_runs_three(folder: Path, tmp_path: Path):

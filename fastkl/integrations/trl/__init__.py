@@ -24,9 +24,9 @@ sampling the trained weights are TRL's own up to rounding. What differs:
   vocabulary, which sees what a KL on S or a sampled estimate cannot.
 
 Refused by name: other versions of TRL, subclasses with a scoring of their own, images, FSDP, DeepSpeed, torch.compile,
-Liger layers, continuous batching, rollout functions, prompt-learning adapters, the auxiliary loss of mixtures of
-experts, active dropout, and models whose head is not known to `fastkl.models.head_of`. Its vLLM mode is supported in
-code and by the same table of parameters as fastkl's own, but has not been run (TRL's needs a GPU).
+Liger layers, continuous batching, rollout functions, prompt-learning adapters, active dropout, and models whose head is
+not known to `fastkl.models.head_of`. Its vLLM mode is supported in code and by the same table of parameters as fastkl's
+own, but has not been run (TRL's needs a GPU).
 """
 
 from __future__ import annotations

@@ -57,8 +57,6 @@ def unsupported(trainer: Any) -> Iterator[tuple[str, str]]:
         yield "use_liger_kernel True", "set it False"
     if trainer.use_transformers_continuous_batching:
         yield "use_transformers_continuous_batching True", "set it False"
-    if trainer.aux_loss_enabled:
-        yield "the auxiliary loss of mixtures of experts", "set router_aux_loss_coef to 0"
     if getattr(trainer, "rollout_func", None) is not None:
         yield "rollout_func, which may draw tokens in any way", "let the trainer generate"
     if getattr(trainer, "tools", None) and (args.generation_kwargs or {}).keys() & {"min_tokens", "min_new_tokens"}:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fastkl.errors import UserError
 from fastkl.models import Head, check_head, head_of
 
-Task = Callable[[Tensor, Head], dict[str, Tensor]]
-"""(last hidden states [b, L, H], the model's head) -> tensors; what `model(..., fastkl_task=task)` returns."""
+Task = Callable[[Any, Head], dict[str, Tensor]]
+"""(the trunk's outputs with last_hidden_state [b, L, H], the model's head) -> tensors, which the forward returns."""
 
 
 def base_model_of(trainer: Any, model: nn.Module) -> nn.Module:
@@ -42,8 +42,7 @@ def forward_task(model: nn.Module) -> Iterator[None]:
         inputs = {name: value for name, value in inputs.items() if value is not None}  # PEFT names every argument
         if takes_positions:
             inputs["position_ids"] = position_ids(inputs["attention_mask"])
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-        return fastkl_task(hidden, head_of(model))
+        return fastkl_task(model.base_model(**inputs, use_cache=False), head_of(model))
 
     had_own = "forward" in vars(model)
     model.forward = forward
@@ -60,6 +59,15 @@ def forward_task(model: nn.Module) -> Iterator[None]:
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Each token's place in its row, padding not counted, as in generation. attention_mask i64 [b, L]."""
     return (attention_mask.cumsum(1) - 1).clamp_(min=0)
+
+
+def balancing_loss(model: nn.Module, router_logits: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
+    """The auxiliary loss of a mixture of experts, as transformers' and TRL's own forwards take it."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    num_experts = getattr(config, "num_experts", None) or model.num_experts
+    return load_balancing_loss_func(router_logits, num_experts, config.num_experts_per_tok, attention_mask)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ class RowScores:
     kl: Tensor | None  # exact, over the whole vocabulary
     mask: Tensor  # bool [b, T]
     kept: list[KeptIds] | None  # of each row, where recorded
+    balancing_loss: Tensor | None  # of the b rows, a scalar; for mixtures of experts whose auxiliary loss is on
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,9 @@ class Completions:
         """Of hidden states [b, L, H] those [N, H] that predict the tokens."""
         return hidden[:, -self.mask.shape[1] - 1 : -1][self.mask]
 
-    def reference_task(self, hidden: Tensor, head: Head) -> dict[str, Any]:
+    def reference_task(self, trunk: Any, head: Head) -> dict[str, Any]:
         """What a forward of the reference hands over."""
-        return {"hidden": self.predicting(hidden), "head": head}
+        return {"hidden": self.predicting(trunk.last_hidden_state), "head": head}
 
     def score(
         self,

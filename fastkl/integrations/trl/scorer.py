@@ -27,6 +27,7 @@ from fastkl.contract import Sampling, support_of
 from fastkl.errors import UserError
 from fastkl.estimators import sampled_logprobs, sampled_ref_logprobs
 from fastkl.integrations.trl.checks import REPLACED
+from fastkl.integrations.trl.forward import balancing_loss, base_model_of
 from fastkl.integrations.trl.rows import KEPT, ROW, Completions, RowScores, in_rollout_order
 from fastkl.integrations.trl.support import KeptIds, kept_support, record
 from fastkl.models import Head
@@ -46,13 +47,14 @@ class Scorer:
         corrects_engine = trainer.use_vllm and getattr(trainer, "vllm_importance_sampling_correction", False)
         self.aligned = aligned
         self.scores_at_rollout = not (isinstance(trainer, GRPOTrainer) and aligned and not corrects_engine)
-        costs_no_memory = args.steps_per_generation == 1
+        one_micro_batch = args.steps_per_generation == 1  # its activations are held for the loss anyway
         self.reuse = reuse_forward is not False
         self.reuse_in_training = (
             aligned
             and args.num_iterations == 1
             and trainer.accelerator.num_processes == 1
-            and (costs_no_memory if reuse_forward is None else reuse_forward)
+            and (one_micro_batch if reuse_forward is None else reuse_forward)
+            and (one_micro_batch or not trainer.aux_loss_enabled)  # that loss depends on which rows are together
         )
         self.rollout: list[RowScores] = []  # of the rollout under way, one per chunk of rows
         self.for_loss: dict[int, RowScores] = {}  # chunk -> its scores, kept for the loss
@@ -108,12 +110,12 @@ class Scorer:
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
         **multimodal: Any,
-    ) -> tuple[Tensor, Tensor | None, None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Answers TRL's calls: in the loss the policy's scores; in the rollout the policy's, then the reference's."""
-        if compute_aux_loss or any(value is not None for value in multimodal.values()):
-            raise UserError("fastkl_scoring does not support images or the auxiliary loss of mixtures of experts.")
+        if any(value is not None for value in multimodal.values()):
+            raise UserError("fastkl_scoring does not support images; train without it.")
         if self.loss is not None:
-            return self.loss.policy, self.loss.entropy, None
+            return self.loss.policy, self.loss.entropy, self.loss.balancing_loss
         if not self.scores_at_rollout:  # the loss will score the reference along with the policy
             return torch.zeros_like(input_ids[:, -logits_to_keep:], dtype=torch.float32), None, None
         if self.rollout:
@@ -162,7 +164,7 @@ class Scorer:
                     num_tokens,
                     reference=self.trainer.beta != 0.0,
                     record_kept=training and not self.aligned,
-                    entropy=keep,
+                    for_loss=keep,
                 )
                 for rows in chunks
             ]
@@ -181,20 +183,22 @@ class Scorer:
         reference: bool,
         kept: Sequence[KeptIds] | None = None,
         record_kept: bool = False,
-        entropy: bool = True,
+        for_loss: bool = True,
     ) -> RowScores:
         """One forward of the policy, one of the reference if wanted, and one pass over the vocabulary for both.
 
         kept: what could be drawn, as recorded earlier. record_kept: whether to record it, where the logits tell.
+        for_loss: whether TRL will ask for what only its loss needs, entropy and auxiliary loss.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        balances = for_loss and self.trainer.aux_loss_enabled
         completions = Completions.of(input_ids, attention_mask, num_tokens)
-        outputs = [name for name, wanted in (("entropy", entropy), ("kl", reference)) if wanted]
+        outputs = [name for name, wanted in (("entropy", for_loss), ("kl", reference)) if wanted]
         ref, recorded = None, kept
 
-        def policy_task(hidden: Tensor, head: Head) -> dict[str, Tensor]:
+        def policy_task(trunk: Any, head: Head) -> dict[str, Tensor]:
             nonlocal recorded
-            hidden = completions.predicting(hidden)
+            hidden = completions.predicting(trunk.last_hidden_state)
             support = support_of(self.sampling, completions.positions, len(head.weight))
             if record_kept and support is not None and support.is_recomputed:
                 lengths = completions.mask.sum(1)
@@ -208,13 +212,17 @@ class Scorer:
                 "entropy": scores.entropy,
                 "kl": scores.kl,
             }
-            return {name: completions.in_rows(x) for name, x in found.items() if x is not None}
+            found = {name: completions.in_rows(x) for name, x in found.items() if x is not None}
+            if balances:
+                base = base_model_of(self.trainer, self.trainer.model)
+                found["balancing_loss"] = balancing_loss(base, trunk.router_logits, attention_mask)
+            return found
 
         with self.trainer.accelerator.autocast():
             if reference:
                 with self.reference_model() as ref_model, torch.no_grad():
                     ref = ref_model(**inputs, fastkl_task=completions.reference_task)
-            found = model(**inputs, fastkl_task=policy_task)
+            found = model(**inputs, **({"output_router_logits": True} if balances else {}), fastkl_task=policy_task)
         kl = found["kl"].detach() if reference else None
         return RowScores(
             found["policy"],
@@ -223,6 +231,7 @@ class Scorer:
             kl,
             completions.mask,
             recorded if record_kept else None,
+            found.get("balancing_loss"),
         )
 
     @contextmanager
