@@ -212,7 +212,9 @@ def versions() -> dict[str, str]:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    cpu = next((x.split(":")[1].strip() for x in cpu_lines() if x.startswith("model name")), platform.processor())
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor())
     return {
         "device": f"{cpu}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "threads": str(torch.get_num_threads()),
@@ -224,24 +226,33 @@ def versions() -> dict[str, str]:
     }
 
 
-def cpu_lines() -> list[str]:
-    """/proc/cpuinfo, where there is one."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+def verdicts(results: list[dict]) -> dict[str, float]:
+    """The ratios that the targets are about: times of others over ours, each at its best and with the allocator's
+    defaults; the materialised line's memory over ours."""
+    ratios = {}
+    for label, settings in (("best", [*SETTINGS]), ("default", ["default"])):
+        times: dict[str, float] = {}
+        for row in results:
+            if row["setting"] in settings:
+                rival = "TRL" if row["name"] in TRL_TILES else row["name"]
+                times[rival] = min(times.get(rival, row["median_s"]), row["median_s"])
+        for ours in ("fastkl, autograd", "fastkl, gradient in the forward"):
+            for rival in ("materialised", "TRL"):
+                if ours in times and rival in times:
+                    ratios[f"{label}: {rival} / {ours}"] = round(times[rival] / times[ours], 2)
+    peaks = {row["name"]: row.get("peak_mib") for row in results if row["setting"] == "default"}
+    for ours in ("fastkl, autograd", "fastkl, gradient in the forward"):
+        if peaks.get(ours) and peaks.get("materialised"):
+            ratios[f"memory: materialised / {ours}"] = round(peaks["materialised"] / peaks[ours], 1)
+    return ratios
 
 
-def verdicts(best: dict[str, float], peaks: dict[str, float]) -> dict[str, float]:
-    """The ratios that the targets are about: times of others over ours; the materialised line's memory over ours."""
-    result = {}
-    rivals = {"materialised": best.get("materialised")}
-    rivals["TRL at its best"] = min((t for name, t in best.items() if name in TRL_TILES), default=None)
-    for name in ("fastkl, autograd", "fastkl, gradient in the forward"):
-        for rival, seconds in rivals.items():
-            if name in best and seconds is not None:
-                result[f"{rival} / {name}"] = round(seconds / best[name], 3)
-        if peaks.get(name) and peaks.get("materialised"):
-            result[f"memory: materialised / {name}"] = round(peaks["materialised"] / peaks[name], 1)
-    return result
+def write(output: Path, shape: tuple[int, int, int], results: list[dict]) -> None:
+    """The file so far: after every contender, so that an interrupted run is not lost."""
+    names = dict(zip(("rows", "hidden", "vocab"), shape, strict=True))
+    record = {**versions(), "shape": names, "dtype": "float32", "ratios": verdicts(results), "results": results}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
@@ -253,7 +264,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--settings", nargs="*", default=[*SETTINGS], choices=[*SETTINGS])
     parser.add_argument("--contenders", nargs="*", default=[*CONTENDERS], choices=[*CONTENDERS])
-    parser.add_argument("--output", default="bench/results/cpu_target.json")
+    parser.add_argument("--output", type=Path, default=Path("bench/results/cpu_target.json"))
+    parser.add_argument("--append", action="store_true", help="keep what the output has of other settings")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a contender's name: measure it in this process
     parser.add_argument("--truth", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -265,7 +277,10 @@ def main() -> None:
     if not importlib.util.find_spec("trl"):
         print("TRL is not installed: no rows of it")
         contenders = [name for name in contenders if name not in TRL_TILES]
-    results, best, peaks = [], {}, {}
+    results = []
+    if options.append and options.output.exists():
+        earlier = json.loads(options.output.read_text())["results"]
+        results = [row for row in earlier if row["setting"] not in options.settings]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "truth.npz"
         truth(*shape, path)
@@ -275,25 +290,15 @@ def main() -> None:
         for setting in options.settings:
             for name in contenders:
                 row = json.loads(in_own_process(["--one", name, *common], SETTINGS[setting]))
-                median = statistics.median(row["seconds"])
-                results.append({"setting": setting, "median_s": median, **row})
-                best[name] = min(best.get(name, median), median)
-                peak = row.get("peak_mib")
-                if setting == "default":
-                    peaks[name] = peak
+                row = {"setting": setting, "median_s": statistics.median(row["seconds"]), **row}
+                results.append(row)
+                write(options.output, shape, results)
+                peak = f"{row['peak_mib']:.0f}" if row.get("peak_mib") is not None else ""
+                low, high, median = min(row["seconds"]), max(row["seconds"]), row["median_s"]
                 errors = " ".join(f"{x:.0e}" for x in row.get("errors", {}).values())
-                shown = "" if peak is None else f"{peak:.0f}"
-                print(
-                    f"{setting:<12}{name:<34}{median:>10.3f}{min(row['seconds']):>8.3f}{max(row['seconds']):>8.3f}"
-                    f"{shown:>10}  {errors}",
-                    flush=True,
-                )
-    ratios = verdicts(best, peaks)
-    for what, ratio in ratios.items():
+                print(f"{setting:<12}{name:<34}{median:>10.3f}{low:>8.3f}{high:>8.3f}{peak:>10}  {errors}", flush=True)
+    for what, ratio in verdicts(results).items():
         print(f"{what}: {ratio}")
-    record = {**versions(), "shape": dict(zip(("rows", "hidden", "vocab"), shape, strict=True)), "dtype": "float32"}
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.output).write_text(json.dumps({**record, "ratios": ratios, "results": results}, indent=1) + "\n")
     print(f"written: {options.output}")
 
 
