@@ -62,7 +62,8 @@ def run(models, tmp_path, capsys):
         path = tmp_path / "in.jsonl"
         path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
         references = ("--reference", str(models / "reference")) if reference else ()
-        code = cli.main(["score", "--model", str(models / "policy"), *references, str(path), *options])
+        dtype = ("--dtype", "float32")  # "auto" is bfloat16 on processors that are fast at it
+        code = cli.main(["score", "--model", str(models / "policy"), *references, str(path), *dtype, *options])
         output, found = tmp_path / "in.scores.jsonl", []
         if output.exists():
             found = [json.loads(line) for line in output.read_text().splitlines()[1:]]
@@ -128,7 +129,8 @@ def test_storyteller_end_to_end_with_its_own_tokenizer(tmp_path, capsys):
     from fastkl.storyteller import model_path
 
     (tmp_path / "s.jsonl").write_text('{"prompt": "Once upon a time", "completion": ", a brave bear ran."}\n' * 3)
-    assert cli.main(["score", "--model", "storyteller", str(tmp_path / "s.jsonl"), "--output", "-"]) == 0
+    path = str(tmp_path / "s.jsonl")
+    assert cli.main(["score", "--model", "storyteller", path, "--output", "-", "--dtype", "float32"]) == 0
     header, *records = map(json.loads, capsys.readouterr().out.splitlines())
     assert header["settings"]["model"] == "storyteller" and len(records) == 3
     tokenizer = AutoTokenizer.from_pretrained(model_path())
