@@ -97,7 +97,7 @@ class Chunks:
         z, r = self.source.load(lo, hi, need_ref=need_gap)
         lists: list[tuple[int, Listed]] = []
         for first, last, z_block, r_block in self._scaled_blocks(lo, hi, z, r, lists):
-            exponentials_again_(z_block, r_block, self.rows.target_ids[first:last], self.base[first:last])
+            exponentials_again_(z_block, r_block, self.base[first:last])
         self.listed = concatenated(lists)
         return z, r
 

@@ -183,12 +183,12 @@ def gather(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids[:, None])[:, 0]
 
 
-def exponentials_again_(z: Tensor, r: Tensor | None, target_ids: Tensor, stats: RowStats) -> None:
-    """What row_sums_ left in z and r, from the known maxima."""
+def exponentials_again_(z: Tensor, r: Tensor | None, stats: RowStats) -> None:
+    """What row_sums_ left in z and r, from the known maxima; but for the target's entry, which the gradient sets."""
     z.sub_(stats.max.to(z.dtype)[:, None])
     if r is not None:
         torch.sub(z, r.sub_(stats.ref_max.to(r.dtype)[:, None]), out=r)
-    z.exp_().scatter_(1, target_ids[:, None], 0)
+    z.exp_()
 
 
 @dataclass(frozen=True, slots=True)

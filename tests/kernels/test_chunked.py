@@ -283,3 +283,33 @@ def test_a_second_backward_gives_the_same_gradient(rows, support):
             operators.linear_token_scores(*leaves[:2], *case.args()[2:], **options).kl.sum(), leaves[0]
         ),
     )
+
+
+@pytest.mark.parametrize("bias", [2.0, 9.0])
+def test_a_banned_id_may_have_the_largest_logit(bias):
+    """Then the full-vocabulary sums have another maximum than those on the support, from which they are made."""
+    case = make_case(num_rows=12, bias=True, support=Support(banned_ids=torch.tensor([3, 4])))
+    case.options["policy_bias"][3] += bias
+    case.options["ref_bias"][4] += bias
+    check(case)
+
+
+def test_heads_with_one_weight_but_two_biases_are_two_heads():
+    case = make_case(bias=True).to(torch.float32)
+    weight = case.policy_weight
+    args = case.policy_hidden, weight, case.ref_hidden
+    one = operators.linear_token_scores(*args, weight, case.target_ids, **case.options)
+    two = operators.linear_token_scores(*args, weight.clone(), case.target_ids, **case.options)
+    torch.testing.assert_close(one.kl, two.kl)
+    torch.testing.assert_close(one.ref_logprobs, two.ref_logprobs)
+
+
+def test_a_bias_of_minus_infinity_removes_an_id_from_the_vocabulary():
+    case = make_case(bias=True)
+    for name in ("policy_bias", "ref_bias"):
+        case.options[name][36] = -torch.inf
+    targets = case.target_ids.clamp(max=35)
+    got = operators.linear_token_scores(*case.args()[:4], targets, **case.options)
+    cut = operators.linear_token_scores(*case.args()[:4], targets, valid_vocab=36, **case.options)
+    torch.testing.assert_close(got.kl, cut.kl)
+    torch.testing.assert_close(got.entropy, cut.entropy)

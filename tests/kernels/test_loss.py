@@ -8,7 +8,7 @@ from fastkl.kernels.operators import Support, TokenCoefficients
 from kernel_cases import POLICY_SCORES, make_case
 
 from fastkl.errors import UserError
-from fastkl.kernels import operators
+from fastkl.kernels import operators, reference
 
 
 def leaves_of(case):
@@ -122,6 +122,25 @@ def test_rows_without_a_coefficient_cost_no_gradient_work(monkeypatch):
     stored.clear()
     operators.linear_token_scores(hidden, weight, *case.args()[2:]).policy_logprobs.mul(a).sum().backward()
     assert sum(stored) == 4
+
+
+def test_rows_with_a_coefficient_may_lie_far_apart():
+    case = make_case(num_rows=200)
+    a = torch.zeros(200, dtype=torch.float64)
+    a[[10, 11, 12, 13, 150, 151]] = torch.arange(1.0, 7.0, dtype=torch.float64)
+    hidden, weight = leaves_of(case)
+    operators.linear_token_scores(hidden, weight, *case.args()[2:]).policy_logprobs.mul(a).sum().backward()
+    hidden2, weight2 = leaves_of(case)
+    loss, _ = operators.linear_token_loss(
+        hidden2, weight2, *case.args()[2:], lambda rows, s: TokenCoefficients(policy_logprobs=a[rows])
+    )
+    loss.backward()
+    expected = torch.autograd.grad(
+        reference.linear_token_scores(hidden, weight, *case.args()[2:]).policy_logprobs.mul(a).sum(), (hidden, weight)
+    )
+    for got in ((hidden.grad, weight.grad), (hidden2.grad, weight2.grad)):
+        torch.testing.assert_close(got[0], expected[0])
+        torch.testing.assert_close(got[1], expected[1])
 
 
 def test_without_gradients_the_loss_is_only_a_number():
