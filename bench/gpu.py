@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,33 +124,53 @@ def double(x):
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def check_operators() -> list[str]:
-    """Every option in three dtypes; returns what is wrong."""
+BOUNDS = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (1e-4, 1e-2), torch.float16: (1e-4, 4e-3)}
+"""Largest error of a score in nats, and of a gradient by its relative norm."""
+
+
+def check_option(dtype: torch.dtype, name: str) -> list[str]:
+    """One option in one dtype; returns what is wrong."""
     wrong = []
-    bounds = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (1e-4, 1e-2), torch.float16: (1e-4, 4e-3)}
-    for dtype, (score_bound, gradient_bound) in bounds.items():
-        for name, options in OPTIONS.items():
-            heads, targets, keywords = problem(dtype, options)
-            truth, true_grads = step(
-                reference.linear_token_scores, [x.double() for x in heads], targets,
-                {k: double(v) for k, v in keywords.items()},
-            )  # fmt: skip
-            got, grads = step(linear_token_scores, heads, targets, keywords)
-            got, truth = detached(got), detached(truth)
-            for field in got.__slots__:
-                if getattr(got, field) is None:
-                    continue
-                # a borderline id may fall on either side of a recomputed threshold in another precision
-                error = (getattr(got, field) - getattr(truth, field)).abs()
-                value = error.quantile(0.98) if "support" in field else error.max()
-                if not float(value) <= score_bound * SIZES.slack:
-                    wrong.append(f"{dtype} {name}: {field} off by {float(value):.2e}")
-            if "support" not in keywords or name == "banned ids":
-                for x, y, what in zip(grads, true_grads, ("hidden", "head"), strict=True):
-                    error = float((x.double() - y).norm() / y.norm())
-                    if not error <= gradient_bound * SIZES.slack:
-                        wrong.append(f"{dtype} {name}: {what} gradient off by {error:.2e} (relative norm)")
-            print(f"  {dtype!s:<16}{name:<26}{'ok' if not wrong else 'WRONG'}", flush=True)
+    score_bound, gradient_bound = BOUNDS[dtype]
+    heads, targets, keywords = problem(dtype, OPTIONS[name])
+    truth, true_grads = step(
+        reference.linear_token_scores, [x.double() for x in heads], targets,
+        {k: double(v) for k, v in keywords.items()},
+    )  # fmt: skip
+    got, grads = step(linear_token_scores, heads, targets, keywords)
+    with torch.no_grad():  # another kernel, which stores no logits
+        scored = linear_token_scores(*heads, targets, **keywords)
+    truth = detached(truth)
+    for ours in (detached(got), scored):
+        for field in truth.__slots__:
+            if getattr(truth, field) is None:
+                continue
+            # a borderline id may fall on either side of a recomputed threshold in another precision
+            error = (getattr(ours, field) - getattr(truth, field)).abs()
+            value = error.quantile(0.98) if "support" in field else error.max()
+            if not float(value) <= score_bound * SIZES.slack:
+                wrong.append(f"{dtype} {name}: {field} off by {float(value):.2e}")
+    if "support" not in keywords or name == "banned ids":
+        for x, y, what in zip(grads, true_grads, ("hidden", "head"), strict=True):
+            error = float((x.double() - y).norm() / y.norm())
+            if not error <= gradient_bound * SIZES.slack:
+                wrong.append(f"{dtype} {name}: {what} gradient off by {error:.2e} (relative norm)")
+    return wrong
+
+
+def check_operators() -> list[str]:
+    """Every option in three dtypes, in parallel processes, since most of the time is Triton's compiler's."""
+    cases = [(dtype, name) for dtype in BOUNDS for name in OPTIONS]
+    wrong = []
+    with ProcessPoolExecutor(1 if DRY_RUN else 12, multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(check_option, *case) for case in cases]
+        for (dtype, name), job in zip(cases, jobs, strict=True):
+            try:
+                found = job.result()
+            except Exception as error:  # a kernel that does not compile or launch: say which, and go on
+                found = [f"{dtype} {name}: {type(error).__name__}: {str(error)[:300]}"]
+            wrong += found
+            print(f"  {dtype!s:<16}{name:<26}{'WRONG' if found else 'ok'}", flush=True)
     return wrong
 
 
