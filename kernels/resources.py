@@ -66,7 +66,8 @@ class Resources:
 
 def _rowwise(name: str, kernel: object, flags: tuple[str, ...], logits: str, block: int, warps: int) -> Configuration:
     signature = {**ROWWISE, "z_ptr": f"*{logits}", "r_ptr": f"*{logits}"}
-    return Configuration(name, kernel, signature, flags, {"BLOCK": block}, warps)
+    constants = {"BLOCK": block, "LANES": triton_chunks.FORWARD_LANES, "STAGES": triton_chunks.FORWARD_STAGES}
+    return Configuration(name, kernel, signature, flags, constants, warps)
 
 
 def _linear(name: str, flags: tuple[str, ...], architecture: int) -> Configuration:
@@ -83,7 +84,7 @@ def _linear(name: str, flags: tuple[str, ...], architecture: int) -> Configurati
         "sums_stride": "i64", "num_rows": "i32", "vocab": "i32", "hidden": "i32", "num_row_blocks": "i32",
         "num_splits": "i32", "temperature": "fp32", "softcap": "fp32", "logit_scale": "fp32",
     }  # fmt: skip
-    blocks = {"BLOCK_ROWS": rows, "BLOCK_VOCAB": block_vocab, "BLOCK_HIDDEN": hidden}
+    blocks = {"BLOCK_ROWS": rows, "BLOCK_VOCAB": block_vocab, "BLOCK_HIDDEN": hidden, "GROUP": triton_linear.GROUP}
     kernel = triton_linear.linear_score_kernel
     return Configuration(name, kernel, signature, flags, blocks, triton_linear.NUM_WARPS, stages)
 
@@ -97,7 +98,9 @@ def configurations(architecture: int) -> list[Configuration]:
         _rowwise("score: policy, bf16 logits", score, (), "bf16", *forward),
         _rowwise("score: policy + reference, bf16 logits", score, ("HAS_REF", "HAS_ROW_IDS"), "bf16", *forward),
         _rowwise("score: policy + reference, fp32 logits", score, ("HAS_REF",), "fp32", *forward),
-        _rowwise("score: + support", score, ("HAS_REF", "HAS_KEEP"), "fp32", *forward),
+        _rowwise(
+            "score: + support", score, ("HAS_REF", "HAS_KEEP"), "fp32", triton_chunks.FORWARD_LANES, forward[1],
+        ),
         _rowwise(
             "score: + bias, softcap, row temperature", score,
             ("HAS_REF", "HAS_BIAS", "HAS_REF_BIAS", "HAS_SOFTCAP", "ROW_TEMPERATURE"), "fp32", *forward,

@@ -16,8 +16,8 @@ from .support import keep_mask
 from .triton_epilogue import gradient_kernel, score_kernel
 from .types import TokenCoefficients
 
-FORWARD_BLOCK, FORWARD_WARPS = 2048, 8
-GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 8
+FORWARD_BLOCK, FORWARD_LANES, FORWARD_WARPS, FORWARD_STAGES = 2048, 1024, 4, 1
+GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
 FIELDS = len(TokenCoefficients.__slots__)
 
 
@@ -146,7 +146,8 @@ class TritonChunks(Chunks):
                 **self._flags(keep), HAS_REF=r is not None, WRITE_GRADIENT=coefficients is not None,
                 HAS_B=coefficients is not None and coefficients.entropy is not None,
                 HAS_C=coefficients is not None and coefficients.kl is not None,
-                BLOCK=FORWARD_BLOCK, num_warps=FORWARD_WARPS,
+                BLOCK=FORWARD_BLOCK if keep is None else FORWARD_LANES, LANES=FORWARD_LANES, STAGES=FORWARD_STAGES,
+                num_warps=FORWARD_WARPS,
             )  # fmt: skip
 
     def _common(self, lo: int, hi: int, z: Tensor, r: Tensor | None, keep: Tensor | None) -> tuple:

@@ -46,23 +46,34 @@ def log_of_sum(others, exp_target, at_maximum):
 
 
 @triton.jit
-def fold_block(z, r, m, s, a, mr, sr, g, HAS_REF: tl.constexpr):
-    """Adds a block of logits [BLOCK] to the online sums. m, mr: scalars; s, a, sr, g: one partial sum per lane."""
-    m_new = tl.maximum(m, tl.max(z, 0))
+def fold(z, r, m, s, a, mr, sr, g, HAS_REF: tl.constexpr, AXIS: tl.constexpr):
+    """Adds a tile of logits along AXIS to the online sums, of which there is one set per index of its other axis."""
+    m_new = tl.maximum(m, tl.max(z, AXIS))
     rescale = tl.exp2((m - m_new) * LOG2E)
-    if HAS_REF:
-        mr_new = tl.maximum(mr, tl.max(r, 0))
-        sr = sr * tl.exp2((mr - mr_new) * LOG2E) + tl.exp2((r - mr_new) * LOG2E)
-        g = rescale * (g + s * ((m - m_new) - (mr - mr_new)))
-        mr = mr_new
-    a = rescale * (a + s * (m - m_new))
-    z = z - m_new
+    z = z - tl.expand_dims(m_new, AXIS)
     e = tl.exp2(z * LOG2E)
-    s = s * rescale + e
-    a += e * z
     if HAS_REF:
-        g += e * (z - (r - mr))
+        mr_new = tl.maximum(mr, tl.max(r, AXIS))
+        r = r - tl.expand_dims(mr_new, AXIS)
+        sr = sr * tl.exp2((mr - mr_new) * LOG2E) + tl.sum(tl.exp2(r * LOG2E), AXIS)
+        g = rescale * (g + s * ((m - m_new) - (mr - mr_new))) + tl.sum(e * (z - r), AXIS)
+        mr = mr_new
+    a = rescale * (a + s * (m - m_new)) + tl.sum(e * z, AXIS)
+    s = s * rescale + tl.sum(e, AXIS)
     return m_new, s, a, mr, sr, g
+
+
+@triton.jit
+def merge_lanes(m, s, a, mr, sr, g, HAS_REF: tl.constexpr):
+    """The lanes' online sums [LANES] as one set of scalars."""
+    top = tl.max(m, 0)
+    weight = tl.exp2((m - top) * LOG2E)
+    ref_top = tl.max(mr, 0)
+    if HAS_REF:
+        g = weight * (g + s * ((m - top) - (mr - ref_top)))
+        sr = sr * tl.exp2((mr - ref_top) * LOG2E)
+    a = weight * (a + s * (m - top))
+    return top, tl.sum(s * weight, 0), tl.sum(a, 0), ref_top, tl.sum(sr, 0), tl.sum(g, 0)
 
 
 @triton.jit
@@ -134,7 +145,8 @@ def score_kernel(
     vocab, temperature, softcap, logit_scale,
     HAS_REF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr,
     HAS_ROW_IDS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROUND_BF16: tl.constexpr,
-    WRITE_GRADIENT: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr, BLOCK: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one row over the full vocabulary and on the support; with WRITE_GRADIENT its gradient too."""
     i = tl.program_id(0).to(tl.int64)
@@ -148,22 +160,23 @@ def score_kernel(
     if ROW_TEMPERATURE:
         temperature = tl.load(temperature_ptr + i)
     inverse_temperature = 1.0 / temperature
-    lanes = tl.arange(0, BLOCK)
+    block = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
-    m = EXCLUDED * 1.0
-    mr = EXCLUDED * 1.0
-    s = tl.zeros([BLOCK], tl.float32)
-    a = tl.zeros([BLOCK], tl.float32)
-    sr = tl.zeros([BLOCK], tl.float32)
-    g = tl.zeros([BLOCK], tl.float32)
-    m_k = EXCLUDED * 1.0
-    mr_k = EXCLUDED * 1.0
-    s_k = tl.zeros([BLOCK], tl.float32)
-    a_k = tl.zeros([BLOCK], tl.float32)
-    sr_k = tl.zeros([BLOCK], tl.float32)
-    g_k = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
-        cols = start + lanes
+    # every lane keeps sums of its own, so that no thread waits for another before the end of the row
+    m = tl.zeros([LANES], tl.float32) + EXCLUDED
+    mr = tl.zeros([LANES], tl.float32) + EXCLUDED
+    s = tl.zeros([LANES], tl.float32)
+    a = tl.zeros([LANES], tl.float32)
+    sr = tl.zeros([LANES], tl.float32)
+    g = tl.zeros([LANES], tl.float32)
+    m_k = tl.zeros([LANES], tl.float32) + EXCLUDED
+    mr_k = tl.zeros([LANES], tl.float32) + EXCLUDED
+    s_k = tl.zeros([LANES], tl.float32)
+    a_k = tl.zeros([LANES], tl.float32)
+    sr_k = tl.zeros([LANES], tl.float32)
+    g_k = tl.zeros([LANES], tl.float32)
+    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
+        cols = start + block
         inside = cols < vocab
         z = tl.load(z_ptr + cols, mask=inside, other=-float("inf")).to(tl.float32)
         if HAS_BIAS:
@@ -180,12 +193,13 @@ def score_kernel(
             r = process_logits(r, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
             if HAS_SOFTCAP:
                 r = tl.where(inside, r, EXCLUDED)
-        m, s, a, mr, sr, g = fold_block(z, r, m, s, a, mr, sr, g, HAS_REF)
+        m, s, a, mr, sr, g = fold(z, r, m, s, a, mr, sr, g, HAS_REF, 0)
         if HAS_KEEP:
-            keep = tl.load(keep_ptr + cols, mask=inside, other=0) != 0
+            narrow = tl.max_contiguous(cols, [1, 8])  # as wide as the logits' loads: else every block changes layouts
+            keep = tl.load(keep_ptr + narrow, mask=inside, other=0) != 0
             z = tl.where(keep, z, EXCLUDED)
             r = tl.where(keep, r, EXCLUDED)
-            m_k, s_k, a_k, mr_k, sr_k, g_k = fold_block(z, r, m_k, s_k, a_k, mr_k, sr_k, g_k, HAS_REF)
+            m_k, s_k, a_k, mr_k, sr_k, g_k = fold(z, r, m_k, s_k, a_k, mr_k, sr_k, g_k, HAS_REF, 0)
 
     z_t = tl.load(z_ptr + target).to(tl.float32)
     if HAS_BIAS:
@@ -197,15 +211,17 @@ def score_kernel(
         if HAS_REF_BIAS:
             r_t += tl.load(ref_bias_ptr + target)
         r_t = process_logits(r_t, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+    m, s, a, mr, sr, g = merge_lanes(m, s, a, mr, sr, g, HAS_REF)
     top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap = finish(
-        z_t, r_t, m, tl.sum(s, 0), tl.sum(a, 0), mr, tl.sum(sr, 0), tl.sum(g, 0), HAS_REF
+        z_t, r_t, m, s, a, mr, sr, g, HAS_REF
     )
     store_stats(
         stats_ptr, stats_stride, i, True, top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap
     )
     if HAS_KEEP:
+        m_k, s_k, a_k, mr_k, sr_k, g_k = merge_lanes(m_k, s_k, a_k, mr_k, sr_k, g_k, HAS_REF)
         top_k, log_sum_k, mean_logit_k, logprob_k, mr_k, ref_log_sum_k, ref_logprob_k, mean_gap_k = finish(
-            z_t, r_t, m_k, tl.sum(s_k, 0), tl.sum(a_k, 0), mr_k, tl.sum(sr_k, 0), tl.sum(g_k, 0), HAS_REF
+            z_t, r_t, m_k, s_k, a_k, mr_k, sr_k, g_k, HAS_REF
         )
         store_stats(
             support_stats_ptr, stats_stride, i, True, top_k, log_sum_k, mean_logit_k, logprob_k, mr_k, ref_log_sum_k,
@@ -217,8 +233,8 @@ def score_kernel(
         fa = tl.load(factors_ptr + i)
         fb = load_factor(factors_ptr, factors_stride, 1, i, HAS_B)
         fc = load_factor(factors_ptr, factors_stride, 2, i, HAS_C)
-        for start in range(0, vocab, BLOCK):
-            cols = start + lanes
+        for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
+            cols = start + block
             inside = cols < vocab
             z = tl.load(z_ptr + cols, mask=inside, other=0.0).to(tl.float32)
             if HAS_BIAS:

@@ -17,32 +17,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import RowStats
 from .linear import Head, LogitOptions
-from .triton_epilogue import EXCLUDED, LOG2E, finish, process_logits, store_stats
+from .triton_epilogue import EXCLUDED, LOG2E, finish, fold, process_logits, store_stats
 
 BLOCK_ROWS, NUM_WARPS = 128, 8
+GROUP = 16
 OLDEST_ARCHITECTURE = 80
 DESCRIPTOR_ARCHITECTURE = 90  # before it, loads through descriptors are not pipelined, and registers spill
 MAX_SPLITS = 16
 SUMS = 8  # m, s, a, mr, sr, g, target's logit, target's reference logit
 MERGE_ROWS = 128
-
-
-@triton.jit
-def fold_tile(z, r, m, s, a, mr, sr, g, HAS_REF: tl.constexpr):
-    """triton_epilogue.fold_block for a tile [rows, ids]: every sum is a number per row."""
-    m_new = tl.maximum(m, tl.max(z, 1))
-    rescale = tl.exp2((m - m_new) * LOG2E)
-    z = z - m_new[:, None]
-    e = tl.exp2(z * LOG2E)
-    if HAS_REF:
-        mr_new = tl.maximum(mr, tl.max(r, 1))
-        r = r - mr_new[:, None]
-        sr = sr * tl.exp2((mr - mr_new) * LOG2E) + tl.sum(tl.exp2(r * LOG2E), 1)
-        g = rescale * (g + s * ((m - m_new) - (mr - mr_new))) + tl.sum(e * (z - r), 1)
-        mr = mr_new
-    a = rescale * (a + s * (m - m_new)) + tl.sum(e * z, 1)
-    s = s * rescale + tl.sum(e, 1)
-    return m_new, s, a, mr, sr, g
 
 
 @triton.jit
@@ -65,12 +48,16 @@ def linear_score_kernel(
     sums_ptr, sums_stride, num_rows, vocab, hidden, num_row_blocks, num_splits, temperature, softcap, logit_scale,
     HAS_REF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, ROUND_BF16: tl.constexpr, IEEE: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Running sums of one block of rows over one share of the vocabulary, into sums [SUMS, splits, rows]."""
+    # programs that run at once: GROUP blocks of rows, whose states stay in the L2 cache, times all shares
     pid = tl.program_id(0)
-    first_row = (pid % num_row_blocks) * BLOCK_ROWS  # neighbours share the weights, which stay in the L2 cache
-    split = pid // num_row_blocks
+    first_block = pid // (GROUP * num_splits) * GROUP
+    group_size = tl.minimum(num_row_blocks - first_block, GROUP)
+    pid %= GROUP * num_splits
+    first_row = (first_block + pid % group_size) * BLOCK_ROWS
+    split = pid // group_size
     precision: tl.constexpr = "ieee" if IEEE else "tf32"  # only float32 inputs look at it
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < num_rows
@@ -116,7 +103,7 @@ def linear_score_kernel(
             r = process_logits(r, softcap, logit_scale, inverse_temperature[:, None], HAS_SOFTCAP, ROUND_BF16)
             r_t += tl.sum(tl.where(is_target, r, 0.0), 1)
             r = tl.where(inside, r, EXCLUDED)
-        m, s, a, mr, sr, g = fold_tile(z, r, m, s, a, mr, sr, g, HAS_REF)
+        m, s, a, mr, sr, g = fold(z, r, m, s, a, mr, sr, g, HAS_REF, 1)
 
     field = sums_stride
     sums_ptr += split.to(tl.int64) * num_rows + rows
@@ -261,7 +248,7 @@ def linear_score(
         ROW_TEMPERATURE=row_temperature, HAS_SOFTCAP=options.softcap is not None,
         ROUND_BF16=options.logits_dtype == "bfloat16", IEEE=policy.hidden.dtype == torch.float32,
         DESCRIPTORS=with_descriptors, BLOCK_ROWS=BLOCK_ROWS, BLOCK_VOCAB=block_vocab, BLOCK_HIDDEN=block_hidden,
-        num_warps=NUM_WARPS, num_stages=num_stages,
+        GROUP=GROUP, num_warps=NUM_WARPS, num_stages=num_stages,
     )  # fmt: skip
     merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
         sums, sums.stride(0), stats.max, stats.log_sum.storage_offset() - stats.max.storage_offset(),

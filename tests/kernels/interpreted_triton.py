@@ -20,9 +20,11 @@ launches: list[str] = []
 def small_blocks(monkeypatch):
     """Several blocks per row, tiles per share and shares per vocabulary, even for tiny sizes; and a log of launches."""
     monkeypatch.setattr(triton_chunks, "FORWARD_BLOCK", 16)
+    monkeypatch.setattr(triton_chunks, "FORWARD_LANES", 4)
     monkeypatch.setattr(triton_chunks, "GRADIENT_BLOCK", 16)
     monkeypatch.setattr(triton_linear, "BLOCK_ROWS", 16)
     monkeypatch.setattr(triton_linear, "MAX_SPLITS", 3)
+    monkeypatch.setattr(triton_linear, "GROUP", 2)
     monkeypatch.setattr(triton_linear, "tile_shape", lambda *_: (16, 16, 1))
     launches.clear()
     for module, name in (

@@ -46,11 +46,11 @@ def test_shared_memory_stays_within_the_chips_limit(resources):
         assert r["shared_bytes"] <= limits[r["architecture"]], r
 
 
-def test_row_kernels_leave_room_for_two_blocks_of_eight_warps(resources):
-    """65536 registers per multiprocessor / (2 blocks x 256 threads) = 128 per thread."""
+def test_row_kernels_leave_room_for_twelve_warps(resources):
+    """65536 registers per multiprocessor / (12 warps x 32 threads) = 170 per thread."""
     for r in resources:
         if not r["name"].startswith("linear"):
-            assert r["registers"] <= 128, r
+            assert r["registers"] <= 170, r
 
 
 def test_the_matrix_kernels_use_the_newest_tensor_core_instructions(resources):
