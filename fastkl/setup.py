@@ -77,10 +77,10 @@ def set_up(config: TrainConfig) -> Run:
     policy = models.load_model(str(resumed.folder) if resumed else inputs.source, device)
     check_same_shape(policy, reference, resumed)
     models.check_head(reference, list(inputs.prompts[0].token_ids))
-    layout, layout_reason = trunk.choose_layout(reference, probe_batch(inputs.prompts[0], device))
+    dtype = compute_dtype(config.dtype, device)
+    layout, layout_reason = trunk.choose_layout(reference, probe_batch(inputs.prompts[0], device), dtype)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
-    dtype = compute_dtype(config.dtype, device)
     view.note(f"generator: {inputs.generator} ({inputs.generator_reason})")
     view.note(f"trunk: {layout} ({layout_reason}), {str(dtype).removeprefix('torch.')} on {device.type}")
     generator = start_generator(inputs, config, policy, dtype)

@@ -3,19 +3,19 @@
 In: a Hugging Face causal language model and a PackedBatch. Out: hidden states [N, H] that predict the scored tokens.
 
 "packed": the M tokens are one row, so that no matrix product is spent on padding; only attention knows where sequences
-begin. It is registered with transformers as the attention implementation `fastkl_packed` and lays the sequences side by
-side, right-padded, for one causal scaled_dot_product_attention: a pad lies to the right of every token that counts, so
-none is ever attended to.
+begin. It is registered with transformers as the attention implementation `fastkl_packed`. In half precision on a GPU it
+is PyTorch's variable-length attention (torch.nn.attention.varlen); elsewhere it lays the sequences side by side,
+right-padded, for one causal scaled_dot_product_attention: a pad lies to the right of every token that counts, so none
+is ever attended to.
 "padded": right-padded rows through the model's own attention, for architectures that do not take an attention
 implementation from outside. `choose_layout` compares with one-at-a-time forwards before the first step and decides.
-
-Left out: variable-length kernels for long ragged batches on a GPU; they would take the place of `_padded_attention`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,25 +26,30 @@ from torch.nn import functional as F
 from fastkl.types import PackedBatch
 
 ATTENTION = "fastkl_packed"
+HALF_TOLERANCE = 0.05
+"""How far half-precision layouts may differ, relative to the largest hidden value: rounding in another order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Where packed tokens stand once the s sequences are laid side by side in rows of `width` tokens."""
+    """Where the s sequences of a packed row begin, and where its tokens stand in `num_rows` rows side by side."""
 
     num_rows: int
     width: int
     cells: torch.Tensor | None  # i64 [M]: row * width + column of every packed token; None: all rows are full
+    cu_seqlens: torch.Tensor  # i32 [s + 1]
 
 
 def rows_of(lengths: tuple[int, ...], device: torch.device) -> Rows:
     """Rows for sequences of the given lengths; empty ones get none."""
     filled = torch.tensor([length for length in lengths if length], dtype=torch.int64)
     width = int(filled.max())
+    ends = filled.cumsum(0)
+    cu_seqlens = F.pad(ends, (1, 0)).to(device=device, dtype=torch.int32)
     if bool((filled == width).all()):
-        return Rows(len(filled), width, None)
-    start = torch.repeat_interleave(torch.arange(len(filled)) * width - (filled.cumsum(0) - filled), filled)
-    return Rows(len(filled), width, (torch.arange(int(filled.sum())) + start).to(device))
+        return Rows(len(filled), width, None, cu_seqlens)
+    start = torch.repeat_interleave(torch.arange(len(filled)) * width - (ends - filled), filled)
+    return Rows(len(filled), width, (torch.arange(int(filled.sum())) + start).to(device), cu_seqlens)
 
 
 def _to_rows(packed: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -63,7 +68,7 @@ def _from_rows(padded: torch.Tensor, rows: Rows) -> torch.Tensor:
     return flat if rows.cells is None else flat.index_select(0, rows.cells)
 
 
-def _padded_attention(
+def _packed_attention(
     module: nn.Module,
     query: torch.Tensor,  # [1, heads, M, d]
     key: torch.Tensor,  # [1, kv_heads, M, d]
@@ -80,24 +85,48 @@ def _padded_attention(
     """Causal attention inside each sequence, in the form transformers expects: ([1, M, heads, d], None)."""
     if attention_mask is not None or softcap is not None or s_aux is not None:
         raise NotImplementedError("packed attention knows neither masks nor soft-capped scores nor attention sinks")
-    query, key, value = (_to_rows(x[0], packed_rows) for x in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    varlen = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+    attend = _varlen_attention if varlen else _padded_attention
+    out = attend(query[0], key[0], value[0], packed_rows, scaling, sliding_window)
+    return out.unsqueeze(0), None
+
+
+def _varlen_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scale: float | None, window: int | None
+) -> torch.Tensor:
+    """[heads, M, d] three times -> [M, heads, d], on a GPU, without a pad; window: as in _padded_attention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    left = -1 if window is None else window - 1
+    cu_seqlens, width = rows.cu_seqlens, rows.width
+    return varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, width, width, scale=scale, window_size=(left, 0)
+    )  # fmt: skip
+
+
+def _padded_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scale: float | None, window: int | None
+) -> torch.Tensor:
+    """[heads, M, d] three times -> [M, heads, d]; window: how many tokens a token sees, itself included (None: all)."""
+    query, key, value = (_to_rows(x, rows) for x in (query, key, value))
     mask = None
-    if sliding_window is not None and sliding_window < packed_rows.width:
-        distance = torch.arange(packed_rows.width, device=query.device)
+    if window is not None and window < rows.width:
+        distance = torch.arange(rows.width, device=query.device)
         distance = distance[:, None] - distance[None, :]
-        mask = (distance >= 0) & (distance < sliding_window)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
-    return _from_rows(out, packed_rows).unsqueeze(0), None
+        mask = (distance >= 0) & (distance < window)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return _from_rows(out, rows)
 
 
 def register_packed_attention() -> None:
     """Makes `fastkl_packed` known to transformers. Harmless when repeated."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(ATTENTION, _padded_attention)
+    AttentionInterface.register(ATTENTION, _packed_attention)
 
 
 @contextmanager
@@ -156,31 +185,45 @@ def hidden_states(model: nn.Module, batch: PackedBatch, layout: str) -> torch.Te
 
 @torch.no_grad()
 def choose_layout(
-    model: nn.Module, probe: PackedBatch, tolerance: float = 1e-3, layouts: Sequence[str] = ("packed", "padded")
+    model: nn.Module,
+    probe: PackedBatch,
+    dtype: torch.dtype = torch.float32,
+    *,
+    tolerance: float = 1e-3,
+    layouts: Sequence[str] = ("packed", "padded"),
 ) -> tuple[str, str]:
     """("packed" | "padded", reason): the first of `layouts` that agrees with separate forwards on `probe`.
 
     probe: a small batch of sequences of different lengths. The tolerance is relative to the largest hidden value.
-    Raises RuntimeError when neither agrees: such a model would be mis-scored.
+    dtype: that of the run's matrix products; in half precision, whose attention may be another one, the layout has to
+    agree under autocast too (HALF_TOLERANCE). Raises RuntimeError when none agrees: such a model would be mis-scored.
     """
     register_packed_attention()
-    separate = _separate_hidden_states(model, probe)
-    scale = separate.abs().max()
+    checks = [(nullcontext, tolerance)]
+    if dtype != torch.float32:
+        checks.append((lambda: torch.autocast(probe.input_ids.device.type, dtype=dtype), HALF_TOLERANCE))
     reasons = []
     for layout in layouts:
-        try:
-            with scoring(model, layout):
-                error = float((hidden_states(model, probe, layout) - separate).abs().max() / scale)
-        except (RuntimeError, TypeError, ValueError, KeyError) as failure:  # NotImplementedError is a RuntimeError
-            reasons.append(f"{layout} does not work ({str(failure).splitlines()[0][:120]})")
-            continue
-        if error <= tolerance:
-            return layout, "; ".join([*reasons, f"{layout} agrees with separate forwards to {error:.1e}"])
-        reasons.append(f"{layout} differs from separate forwards by {error:.1e}")
+        errors = []
+        for context, bound in checks:
+            try:
+                with context():
+                    errors.append(_difference(model, probe, layout))
+            except (RuntimeError, TypeError, ValueError, KeyError) as failure:  # NotImplementedError is a RuntimeError
+                reasons.append(f"{layout} does not work ({str(failure).splitlines()[0][:120]})")
+                break
+            if errors[-1] > bound or math.isnan(errors[-1]):
+                reasons.append(f"{layout} differs from separate forwards by {errors[-1]:.1e}")
+                break
+        else:
+            return layout, "; ".join([*reasons, f"{layout} agrees with separate forwards to {errors[0]:.1e}"])
     raise RuntimeError("no way of batching agrees with one-at-a-time forwards (" + "; ".join(reasons) + ")")
 
 
-def _separate_hidden_states(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
+def _difference(model: nn.Module, batch: PackedBatch, layout: str) -> float:
+    """Largest difference of the layout's hidden states from those of separate forwards, relative to the largest."""
     rows = batch.input_ids.split([length for length in batch.lengths if length])
     states = [model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
-    return torch.cat(states).index_select(0, batch.score_positions)
+    separate = torch.cat(states).index_select(0, batch.score_positions)
+    with scoring(model, layout):
+        return float((hidden_states(model, batch, layout) - separate).abs().max() / separate.abs().max())
