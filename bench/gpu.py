@@ -1,7 +1,7 @@
 """One command for the owner of a GPU: checks every operator on the device against float64, then measures, then writes
 the table. Less than nine minutes.
 
-    python bench/gpu.py [--output bench/results/gpu] [--quick]
+    python bench/gpu.py [--output bench/results/gpu] [--quick] [--checks-only]
     python bench/gpu.py --dry-run       the same lines on tiny sizes without a GPU, through Triton's interpreter
 
 First the correctness part: hidden in and logits in, forward and gradient, every kind of support, masks, bias, softcap,
@@ -257,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", default="bench/results/gpu")
     parser.add_argument("--quick", action="store_true", help="two shapes instead of four")
+    parser.add_argument("--checks-only", action="store_true", help="time nothing")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, without a GPU; the numbers mean nothing")
     options = parser.parse_args()
     if options.dry_run and not DRY_RUN:  # Triton reads this when it is imported, which may have happened by now
@@ -268,6 +269,9 @@ def main() -> None:
     wrong = check_operators() + check_logits_in() + check_loss_and_independence() + check_large_offsets()
     if wrong:
         sys.exit("wrong results, nothing was timed:\n  " + "\n  ".join(wrong))
+    print(f"all right, after {time.perf_counter() - started:.0f} s", flush=True)
+    if options.checks_only:
+        return
     torch.cuda.empty_cache()
     shapes = SIZES.shapes[1:3] if options.quick else SIZES.shapes
     left = 480 - (time.perf_counter() - started)

@@ -7,6 +7,9 @@ Llamas made here: 3.2 million parameters (vLLM generates) and 0.26 million with 
 (transformers generates). Every contender runs in a process of its own, one after another, `--rounds` times in turn; the
 time of a step is the wall time between the ends of two steps, logging included; the first two steps do not count.
 
+On a GPU: 256 new tokens, bfloat16, a Llama with the sizes and the vocabulary of Qwen2.5-0.5B, vLLM on both sides
+(TRL's "colocate" mode).
+
 "parts" measures the unavoidable parts of a fastkl step alone, in one process: the engine's bare generation of as many
 tokens, one reference trunk forward, one policy trunk forward and backward, and the head's four matrix products.
 
@@ -31,10 +34,14 @@ from pathlib import Path
 from typing import Any
 
 B, K, T = 16, 8, 96
-SIZES = {
+SIZES: dict[str, dict[str, int]] = {
     "3.2M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8},
     "0.26M": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 8},
-}
+    "0.5B": {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "vocab_size": 151936,
+    },
+}  # fmt: skip
 PROMPT = "Once upon a time"
 WARM_UP_STEPS = 2
 
@@ -48,15 +55,14 @@ def make_model(folder: Path, size: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     torch.manual_seed(0)
+    heads = SIZES[size]["num_attention_heads"]
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        num_key_value_heads=SIZES[size]["num_attention_heads"],
+        **({"vocab_size": len(tokenizer), "num_key_value_heads": heads} | SIZES[size]),
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **SIZES[size],
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -72,7 +78,7 @@ def step_times(ends: list[float]) -> list[float]:
     return [b - a for a, b in zip(ends, ends[1:], strict=False)][WARM_UP_STEPS - 1 :]
 
 
-def fastkl_steps(model: Path, steps: int, generator: str, dtype: str) -> dict[str, Any]:
+def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens: int = T) -> dict[str, Any]:
     """fastkl's training loop as `fastkl train` runs it."""
     from fastkl import run
     from fastkl.config import TrainConfig
@@ -90,8 +96,9 @@ def fastkl_steps(model: Path, steps: int, generator: str, dtype: str) -> dict[st
         train(
             TrainConfig(
                 model=str(model), prompts=PROMPT, reward=(f"{__file__}:vowels",), kl_coef=0.05, lr=1e-6, warmup_steps=0,
-                lr_decay="constant", steps=steps + WARM_UP_STEPS, prompts_per_step=B, num_samples=K, max_new_tokens=T,
-                generator=generator, dtype=dtype, save_every=0, sample_every=0, report_to=(), output=f"{folder}/run",
+                lr_decay="constant", steps=steps + WARM_UP_STEPS, prompts_per_step=B, num_samples=K,
+                max_new_tokens=new_tokens, generator=generator, dtype=dtype, save_every=0, sample_every=0,
+                report_to=(), output=f"{folder}/run",
             )
         )  # fmt: skip
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
@@ -101,8 +108,10 @@ def fastkl_steps(model: Path, steps: int, generator: str, dtype: str) -> dict[st
     return {"step_s": step_times(ends), "tokens_per_step": tokens, "stages": stages}
 
 
-def trl_steps(model: Path, steps: int, dtype: str) -> dict[str, Any]:
-    """TRL's RLOOTrainer on the same job; its generation is transformers' generate (its vLLM mode needs a GPU)."""
+def trl_steps(
+    model: Path, steps: int, dtype: str, new_tokens: int = T, batch: int = B * K, **options: Any
+) -> dict[str, Any]:
+    """TRL's RLOOTrainer on the same job; generation is transformers' generate (its vLLM mode needs a GPU)."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -116,17 +125,18 @@ def trl_steps(model: Path, steps: int, dtype: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         config = RLOOConfig(
-            output_dir=folder, per_device_train_batch_size=B * K, gradient_accumulation_steps=1, num_generations=K,
-            max_completion_length=T, max_steps=steps + WARM_UP_STEPS, learning_rate=1e-6, beta=0.05, temperature=1.0,
+            output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=B * K // batch,
+            num_generations=K, max_completion_length=new_tokens, max_steps=steps + WARM_UP_STEPS, learning_rate=1e-6,
+            beta=0.05, temperature=1.0,
             bf16=dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
             save_strategy="no", report_to=[], logging_strategy="no", disable_tqdm=True,
-            model_init_kwargs={"dtype": "float32"},
+            model_init_kwargs={"dtype": "float32"}, **options,
         )  # fmt: skip
         prompts = Dataset.from_dict({"prompt": [PROMPT] * 1024})
         RLOOTrainer(
             model=str(model), reward_funcs=vowels, args=config, train_dataset=prompts, callbacks=[Clock()]
         ).train()
-    return {"step_s": step_times(ends), "tokens_per_step": B * K * T}
+    return {"step_s": step_times(ends), "tokens_per_step": B * K * new_tokens}
 
 
 def one_text_at_a_time(model: Path, steps: int) -> dict[str, Any]:
@@ -156,7 +166,7 @@ def one_text_at_a_time(model: Path, steps: int) -> dict[str, Any]:
     return {"step_s": times[1:], "tokens_per_step": statistics.median(tokens[1:])}
 
 
-def parts(model: Path, steps: int, generator: str, dtype: str) -> dict[str, Any]:
+def parts(model: Path, steps: int, generator: str, dtype: str, new_tokens: int = T) -> dict[str, Any]:
     """The unavoidable parts of a step, each measured alone; seconds, medians over `steps` repeats."""
     import torch
 
@@ -170,7 +180,7 @@ def parts(model: Path, steps: int, generator: str, dtype: str) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             model=str(model), prompts=PROMPT, reward=(f"{__file__}:vowels",), prompts_per_step=B, num_samples=K,
-            max_new_tokens=T, generator=generator, dtype=dtype, report_to=(), output=f"{folder}/run",
+            max_new_tokens=new_tokens, generator=generator, dtype=dtype, report_to=(), output=f"{folder}/run",
         )  # fmt: skip
         run = set_up(config)
         prompts = run.prompts.take(B)
@@ -193,13 +203,13 @@ def parts(model: Path, steps: int, generator: str, dtype: str) -> dict[str, Any]
                     hidden.backward(torch.ones_like(hidden))
             run.policy.zero_grad(set_to_none=True)
 
-        hidden = torch.randn(2048, weight.shape[1])
-        logits = torch.randn(2048, weight.shape[0])
+        head = weight.detach().to(run.compute_dtype if run.device.type == "cuda" else torch.float32)
+        hidden, logits = (torch.randn(2048, size, device=run.device).to(head.dtype) for size in head.shape[::-1])
 
         @torch.no_grad()
         def head_products() -> None:
             for _ in range(-(-sum(m.target_ids.numel() for m in micros) // 2048)):
-                hidden @ weight.T, hidden @ weight.T, logits @ weight, logits.T @ hidden
+                hidden @ head.T, hidden @ head.T, logits @ head, logits.T @ hidden
 
         measured = {
             "generation": median_seconds(bare_generation(run, batch), steps),
@@ -224,15 +234,19 @@ def bare_generation(run: Any, batch: Any) -> Callable[[], Any]:
 
 def median_seconds(action: Callable[[], Any], repeats: int) -> float:
     """Median wall seconds of `action` after two warm-up calls."""
+    import torch
+
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
         action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 
 
-CONTENDERS: dict[str, tuple[str, Callable[..., dict[str, Any]], dict[str, str]]] = {
+CONTENDERS: dict[str, tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]] = {
     "fastkl-3.2M": ("3.2M", fastkl_steps, {"generator": "vllm", "dtype": "float32"}),
     "trl-3.2M": ("3.2M", trl_steps, {"dtype": "float32"}),
     "parts-3.2M": ("3.2M", parts, {"generator": "vllm", "dtype": "float32"}),
@@ -242,6 +256,16 @@ CONTENDERS: dict[str, tuple[str, Callable[..., dict[str, Any]], dict[str, str]]]
     "fastkl-3.2M-bf16": ("3.2M", fastkl_steps, {"generator": "vllm", "dtype": "bfloat16"}),
     "trl-3.2M-bf16": ("3.2M", trl_steps, {"dtype": "bfloat16"}),
 }
+ON_GPU = {"dtype": "bfloat16", "new_tokens": 256}
+GPU_CONTENDERS: dict[str, tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]] = {
+    "fastkl-0.5B": ("0.5B", fastkl_steps, {"generator": "vllm", **ON_GPU}),
+    "parts-0.5B": ("0.5B", parts, {"generator": "vllm", **ON_GPU}),
+    "trl-0.5B": (
+        "0.5B", trl_steps,
+        {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3, "batch": 32, **ON_GPU},
+    ),
+}  # fmt: skip
+CONTENDERS |= GPU_CONTENDERS
 
 
 def run_alone(name: str, model: Path, steps: int) -> dict[str, Any]:
@@ -259,7 +283,7 @@ def default_contenders() -> list[str]:
 
     from fastkl.models import bfloat16_is_fast
 
-    names = list(CONTENDERS)
+    names = [name for name in CONTENDERS if (name in GPU_CONTENDERS) == torch.cuda.is_available()]
     if importlib.util.find_spec("trl") is None:
         print("trl is not installed: its rows are left out")
         names = [name for name in names if not name.startswith("trl")]
@@ -278,6 +302,7 @@ def machine() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "cpu": cpu.group(1) if cpu else platform.processor(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
