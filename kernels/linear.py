@@ -26,6 +26,16 @@ class LogitOptions:
     logit_scale: float = 1.0
     logits_dtype: str = "float32"
 
+    @property
+    def scale(self) -> float:
+        """logit_scale / temperature, but for a temperature of each row, which is left to the reader."""
+        return float(self.logit_scale if isinstance(self.temperature, Tensor) else self.logit_scale / self.temperature)
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether logits change by scale and temperature."""
+        return isinstance(self.temperature, Tensor) or self.scale != 1.0
+
     def apply_(self, logits: Tensor) -> None:
         """Rounds and caps the head's output [n, V] in place: what comes before scale and temperature."""
         if self.logits_dtype == "bfloat16":
@@ -49,7 +59,7 @@ class LogitOptions:
 
     def factor(self, lo: int, hi: int, device: torch.device) -> Tensor | None:
         """What scale_ multiplies with, logit_scale / temperature, f64 [hi - lo]; None if it is one."""
-        if not isinstance(self.temperature, Tensor) and self.temperature == self.logit_scale:
+        if not self.has_scale:
             return None
         ones = torch.ones(hi - lo, dtype=torch.float64, device=device)
         return ones * self.logit_scale / self.temperature_of(lo, hi)

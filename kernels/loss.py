@@ -40,6 +40,7 @@ class LossFunction(torch.autograd.Function):
         else:
             loss, scores, source = _with_constants(call, coefficients, inputs, needs_grad)
         ctx.gradients = gradients_of(source, inputs) if any(needs_grad) else None
+        ctx.use_triton = call.use_triton
         ctx.mark_non_differentiable(*(x for x in flat_scores(scores) if x is not None))
         ctx.set_materialize_grads(False)
         return loss.to(call.dtype), *flat_scores(scores)
@@ -53,11 +54,20 @@ class LossFunction(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("linear_token_loss keeps its gradient for one backward: call it again for another one")
         gradients, ctx.gradients = ctx.gradients, None
-        if grad_loss.device.type != "cpu" or grad_loss != 1:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(grad_loss)
+        for gradient in gradients:
+            if gradient is not None:
+                scale_(gradient, grad_loss, ctx.use_triton)
         return None, None, None, *gradients
+
+
+def scale_(x: Tensor, factor: Tensor, use_triton: bool) -> None:
+    """x *= factor, a number on the same device. Mostly it is 1, and then there is nothing to do."""
+    if use_triton:
+        from . import triton_chunks
+
+        triton_chunks.scale_(x, factor)
+    elif factor.device.type != "cpu" or factor != 1:
+        x.mul_(factor)
 
 
 def _with_constants(call: Call, coefficients: TokenCoefficients, inputs: tuple, needs_grad: tuple):

@@ -246,9 +246,11 @@ def _call(
 
 
 def _default_chunk_rows(policy: Tensor, vocab: int, dtype: torch.dtype, num_bytes: int | None) -> int:
-    """As many rows as `num_bytes` (None: those of a CPU) hold, in whole units of matrix-product rows."""
+    """As many rows as `num_bytes` (None: those of a CPU) hold, in whole units (on a GPU: tiles) of the products."""
     budget = CHUNK_BYTES["cpu"] if num_bytes is None else num_bytes
-    return max(16, budget // (2 * dtype.itemsize * max(1, vocab)) // 16 * 16)
+    rows = budget // (2 * dtype.itemsize * max(1, vocab))
+    unit = 128 if policy.is_cuda and rows >= 1024 else 16
+    return max(16, rows // unit * unit)
 
 
 def _cut(x: Tensor, valid: int) -> Tensor:

@@ -32,7 +32,7 @@ ROWWISE = {
     "ref_bias_ptr": "*fp32", "keep_ptr": "*u8", "target_ptr": "*i64", "row_ids_ptr": "*i64",
     "temperature_ptr": "*fp32", "stats_ptr": "*fp32", "support_stats_ptr": "*fp32", "stats_stride": "i64",
     "factors_ptr": "*fp32", "factors_stride": "i64", "grad_ptr": "*bf16", "grad_stride": "i64", "vocab": "i32",
-    "temperature": "fp32", "softcap": "fp32", "logit_scale": "fp32",
+    "softcap": "fp32", "scale": "fp32",
 }  # fmt: skip
 ALIGNED = ("_ptr", "h", "w", "hr", "wr", "h_stride", "w_stride", "hr_stride", "wr_stride", "z_stride", "r_stride",
            "grad_stride", "vocab", "hidden")  # fmt: skip
@@ -64,10 +64,13 @@ class Resources:
     tensor_cores: str  # the instruction of the matrix product, or ""
 
 
-def _rowwise(name: str, kernel: object, flags: tuple[str, ...], logits: str, block: int, warps: int) -> Configuration:
+def _rowwise(name: str, kernel: object, flags: tuple[str, ...], logits: str) -> Configuration:
     signature = {**ROWWISE, "z_ptr": f"*{logits}", "r_ptr": f"*{logits}"}
-    constants = {"BLOCK": block, "LANES": triton_chunks.FORWARD_LANES, "STAGES": triton_chunks.FORWARD_STAGES}
-    return Configuration(name, kernel, signature, flags, constants, warps)
+    if kernel is triton_epilogue.score_kernel:
+        blocks = {"BLOCK": triton_chunks.FORWARD_BLOCK, "LANES": triton_chunks.FORWARD_LANES}
+        return Configuration(name, kernel, signature, flags, blocks, triton_chunks.FORWARD_WARPS)
+    blocks = {"BLOCK": triton_chunks.GRADIENT_BLOCK}
+    return Configuration(name, kernel, signature, flags, blocks, triton_chunks.GRADIENT_WARPS)
 
 
 def _linear(name: str, flags: tuple[str, ...], architecture: int) -> Configuration:
@@ -82,7 +85,7 @@ def _linear(name: str, flags: tuple[str, ...], architecture: int) -> Configurati
         "hr_stride": "i64", "wr_stride": "i64", "bias_ptr": "*fp32",
         "ref_bias_ptr": "*fp32", "target_ptr": "*i64", "temperature_ptr": "*fp32", "sums_ptr": "*fp32",
         "sums_stride": "i64", "num_rows": "i32", "vocab": "i32", "hidden": "i32", "num_row_blocks": "i32",
-        "num_splits": "i32", "temperature": "fp32", "softcap": "fp32", "logit_scale": "fp32",
+        "num_splits": "i32", "softcap": "fp32", "scale": "fp32",
     }  # fmt: skip
     blocks = {"BLOCK_ROWS": rows, "BLOCK_VOCAB": block_vocab, "BLOCK_HIDDEN": hidden, "GROUP": triton_linear.GROUP}
     kernel = triton_linear.linear_score_kernel
@@ -92,38 +95,40 @@ def _linear(name: str, flags: tuple[str, ...], architecture: int) -> Configurati
 def configurations(architecture: int) -> list[Configuration]:
     """Everything that the operators launch on such a GPU, up to flags that only remove work."""
     score, gradient = triton_epilogue.score_kernel, triton_epilogue.gradient_kernel
-    forward = triton_chunks.FORWARD_BLOCK, triton_chunks.FORWARD_WARPS
-    backward = triton_chunks.GRADIENT_BLOCK, triton_chunks.GRADIENT_WARPS
     result = [
-        _rowwise("score: policy, bf16 logits", score, (), "bf16", *forward),
-        _rowwise("score: policy + reference, bf16 logits", score, ("HAS_REF", "HAS_ROW_IDS"), "bf16", *forward),
-        _rowwise("score: policy + reference, fp32 logits", score, ("HAS_REF",), "fp32", *forward),
-        _rowwise(
-            "score: + support", score, ("HAS_REF", "HAS_KEEP"), "fp32", triton_chunks.FORWARD_LANES, forward[1],
-        ),
+        _rowwise("score: policy, bf16 logits", score, (), "bf16"),
+        _rowwise("score: policy + reference, bf16 logits", score, ("HAS_REF", "HAS_ROW_IDS"), "bf16"),
+        _rowwise("score: policy + reference, fp32 logits", score, ("HAS_REF",), "fp32"),
+        _rowwise("score: + support", score, ("HAS_REF", "HAS_KEEP"), "fp32"),
         _rowwise(
             "score: + bias, softcap, row temperature", score,
-            ("HAS_REF", "HAS_BIAS", "HAS_REF_BIAS", "HAS_SOFTCAP", "ROW_TEMPERATURE"), "fp32", *forward,
+            ("HAS_REF", "HAS_BIAS", "HAS_REF_BIAS", "HAS_SOFTCAP", "HAS_SCALE", "ROW_TEMPERATURE"), "fp32",
         ),
-        _rowwise("score + gradient", score, ("HAS_REF", "WRITE_GRADIENT", "HAS_B", "HAS_C"), "fp32", *forward),
-        _rowwise("gradient: logp", gradient, (), "bf16", *backward),
-        _rowwise("gradient: logp + KL, bf16 logits", gradient, ("HAS_C", "HAS_ROW_IDS"), "bf16", *backward),
-        _rowwise("gradient: all", gradient, ("HAS_B", "HAS_C"), "fp32", *backward),
+        _rowwise("score + gradient", score, ("HAS_REF", "WRITE_GRADIENT", "HAS_B", "HAS_C"), "fp32"),
+        _rowwise("gradient: logp", gradient, (), "bf16"),
+        _rowwise("gradient: logp + KL, bf16 logits", gradient, ("HAS_C", "HAS_ROW_IDS"), "bf16"),
+        _rowwise("gradient: all", gradient, ("HAS_B", "HAS_C"), "fp32"),
         _rowwise(
-            "gradient: all + support", gradient, ("HAS_B", "HAS_C", "HAS_KEEP", "HAS_C_SUPPORT"), "fp32", *backward,
+            "gradient: all + support", gradient, ("HAS_B", "HAS_C", "HAS_KEEP", "HAS_C_SUPPORT"), "fp32",
         ),
     ]  # fmt: skip
     for name, flags in (
         ("linear score: policy", ()),
-        ("linear score: policy + bias, softcap", ("HAS_BIAS", "HAS_SOFTCAP", "ROW_TEMPERATURE")),
+        ("linear score: policy + bias, softcap", ("HAS_BIAS", "HAS_SOFTCAP", "HAS_SCALE", "ROW_TEMPERATURE")),
         ("linear score: policy + reference", ("HAS_REF",)),
-        ("linear score: + bias, softcap", ("HAS_REF", "HAS_BIAS", "HAS_REF_BIAS", "HAS_SOFTCAP", "ROW_TEMPERATURE")),
+        (
+            "linear score: + bias, softcap",
+            ("HAS_REF", "HAS_BIAS", "HAS_REF_BIAS", "HAS_SOFTCAP", "HAS_SCALE", "ROW_TEMPERATURE"),
+        ),
     ):
         result.append(_linear(name, flags, architecture))
     merge = {
         "sums_ptr": "*fp32", "sums_stride": "i64", "stats_ptr": "*fp32", "stats_stride": "i64", "num_rows": "i32",
         "num_splits": "i32",
     }  # fmt: skip
+    scale = {"x_ptr": "*bf16", "factor_ptr": "*fp32", "count": "i64"}
+    blocks = {"BLOCK": triton_chunks.SCALE_BLOCK}
+    result.append(Configuration("scale", triton_epilogue.scale_kernel, scale, (), blocks, 4))
     rows = {"MERGE_ROWS": triton_linear.MERGE_ROWS}
     result.append(Configuration("merge", triton_linear.merge_kernel, merge, ("HAS_REF",), rows, 4))
     return result

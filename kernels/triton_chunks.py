@@ -13,11 +13,12 @@ from torch import Tensor
 from .chunked import Chunks
 from .linear import Head, LinearSource, LogitOptions, room_for_gradient
 from .support import keep_mask
-from .triton_epilogue import gradient_kernel, score_kernel
+from .triton_epilogue import gradient_kernel, scale_kernel, score_kernel
 from .types import TokenCoefficients
 
-FORWARD_BLOCK, FORWARD_LANES, FORWARD_WARPS, FORWARD_STAGES = 2048, 1024, 4, 1
+FORWARD_BLOCK, FORWARD_LANES, FORWARD_WARPS = 2048, 512, 4
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
+SCALE_BLOCK = 4096
 FIELDS = len(TokenCoefficients.__slots__)
 
 
@@ -146,8 +147,7 @@ class TritonChunks(Chunks):
                 **self._flags(keep), HAS_REF=r is not None, WRITE_GRADIENT=coefficients is not None,
                 HAS_B=coefficients is not None and coefficients.entropy is not None,
                 HAS_C=coefficients is not None and coefficients.kl is not None,
-                BLOCK=FORWARD_BLOCK if keep is None else FORWARD_LANES, LANES=FORWARD_LANES, STAGES=FORWARD_STAGES,
-                num_warps=FORWARD_WARPS,
+                BLOCK=FORWARD_BLOCK, LANES=FORWARD_LANES, num_warps=FORWARD_WARPS,
             )  # fmt: skip
 
     def _common(self, lo: int, hi: int, z: Tensor, r: Tensor | None, keep: Tensor | None) -> tuple:
@@ -174,10 +174,9 @@ class TritonChunks(Chunks):
         biases = self.source.policy.bias, None if reference is None else reference.bias
         return tuple(None if b is None else b.float() for b in biases)
 
-    def _numbers(self) -> tuple[int, float, float, float]:
+    def _numbers(self) -> tuple[int, float, float]:
         options = self.source.options
-        temperature = 1.0 if isinstance(options.temperature, Tensor) else float(options.temperature)
-        return self.source.vocab, temperature, float(options.softcap or 1.0), float(options.logit_scale)
+        return self.source.vocab, float(options.softcap or 1.0), options.scale
 
     def _flags(self, keep: Tensor | None) -> dict[str, bool]:
         options = self.source.options
@@ -189,6 +188,7 @@ class TritonChunks(Chunks):
             "HAS_ROW_IDS": isinstance(self.source, DirectLogitsSource) and self.source.row_ids is not None,
             "ROW_TEMPERATURE": isinstance(options.temperature, Tensor),
             "HAS_SOFTCAP": options.softcap is not None,
+            "HAS_SCALE": options.has_scale,
             "ROUND_BF16": options.logits_dtype == "bfloat16",
         }
 
@@ -215,3 +215,11 @@ def _factors(coefficients: TokenCoefficients, num_rows: int, device: torch.devic
         if value is not None:
             out.copy_(value)
     return factors
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor (one float32), without waiting to learn whether it is 1 and without a pass over x if it is."""
+    if not (x.is_contiguous() and factor.dtype == torch.float32):
+        x.mul_(factor)
+    elif x.numel():
+        scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=4)

@@ -17,21 +17,46 @@ import triton.language as tl
 
 EXCLUDED = tl.constexpr(-1e30)  # as epilogue.EXCLUDED
 LOG2E = tl.constexpr(1.4426950408889634)
+VECTOR = tl.constexpr(4)
+"""How many logits a thread of score_kernel loads at once, of any dtype: else narrower ones would be laid out anew."""
 
 
 @triton.jit
 def process_logits(
-    x, softcap, logit_scale, inverse_temperature,
-    HAS_SOFTCAP: tl.constexpr, ROUND_BF16: tl.constexpr,
+    x, softcap, scale, HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, ROUND_BF16: tl.constexpr
 ):  # fmt: skip
-    """LogitOptions.apply_ of a block of float32 head outputs; -inf becomes EXCLUDED."""
+    """LogitOptions of a block of float32 head outputs, scale = logit_scale / temperature; -inf becomes EXCLUDED."""
     if ROUND_BF16:
         x = x.to(tl.bfloat16).to(tl.float32)
     if HAS_SOFTCAP:
         # tanh(y) = 1 - 2 / (exp(2 y) + 1): right at both ends, where exp is infinite or zero
         x = softcap * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E / softcap)) + 1.0))
+    if HAS_SCALE:
+        x *= scale
     # NaN must stay NaN: it is reported at the border
-    return tl.maximum(x * (logit_scale * inverse_temperature), EXCLUDED, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x, EXCLUDED, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_logits(
+    ptr, bias_ptr, cols, vocab, softcap, scale,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, ROUND_BF16: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Processed logits of some columns of a row, EXCLUDED beyond its end; MASKED: whether there may be such columns."""
+    if MASKED:
+        inside = cols < vocab
+        x = tl.load(ptr + cols, mask=inside, other=-float("inf")).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + cols, mask=inside, other=0.0)
+    else:
+        x = tl.load(ptr + cols).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + cols)
+    x = process_logits(x, softcap, scale, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16)
+    if MASKED and HAS_SOFTCAP:  # which maps -inf to -softcap
+        x = tl.where(inside, x, EXCLUDED)
+    return x
 
 
 @triton.jit
@@ -139,16 +164,46 @@ def gradient_block(
 
 
 @triton.jit
+def score_block(
+    z_ptr, r_ptr, bias_ptr, ref_bias_ptr, keep_ptr, start, block, target, vocab, softcap, scale,
+    m, s, a, mr, sr, g, m_k, s_k, a_k, mr_k, sr_k, g_k,
+    HAS_REF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, ROUND_BF16: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Folds columns start.. of a row, its target left out, into the lanes' sums: full vocabulary and support."""
+    cols = tl.max_contiguous(start + block, [1, VECTOR])
+    z = load_logits(z_ptr, bias_ptr, cols, vocab, softcap, scale, HAS_BIAS, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16, MASKED)
+    r = z
+    if HAS_REF:
+        r = load_logits(
+            r_ptr, ref_bias_ptr, cols, vocab, softcap, scale, HAS_REF_BIAS, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16, MASKED
+        )
+    if (target >= start) & (target < start + BLOCK):
+        z = tl.where(cols == target, EXCLUDED, z)
+    m, s, a, mr, sr, g = fold(z, r, m, s, a, mr, sr, g, HAS_REF, 0)
+    if HAS_KEEP:
+        keep = tl.load(keep_ptr + cols, mask=cols < vocab, other=0) != 0
+        z = tl.where(keep, z, EXCLUDED)
+        r = tl.where(keep, r, EXCLUDED)
+        m_k, s_k, a_k, mr_k, sr_k, g_k = fold(z, r, m_k, s_k, a_k, mr_k, sr_k, g_k, HAS_REF, 0)
+    return m, s, a, mr, sr, g, m_k, s_k, a_k, mr_k, sr_k, g_k
+
+
+@triton.jit
 def score_kernel(
     z_ptr, z_stride, r_ptr, r_stride, bias_ptr, ref_bias_ptr, keep_ptr, target_ptr, row_ids_ptr, temperature_ptr,
     stats_ptr, support_stats_ptr, stats_stride, factors_ptr, factors_stride, grad_ptr, grad_stride,
-    vocab, temperature, softcap, logit_scale,
+    vocab, softcap, scale,
     HAS_REF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr,
-    HAS_ROW_IDS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROUND_BF16: tl.constexpr,
-    WRITE_GRADIENT: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
-    STAGES: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr,
+    ROUND_BF16: tl.constexpr, WRITE_GRADIENT: tl.constexpr, HAS_B: tl.constexpr, HAS_C: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one row over the full vocabulary and on the support; with WRITE_GRADIENT its gradient too."""
+    """Statistics of one row over the full vocabulary and on the support; with WRITE_GRADIENT its gradient too.
+
+    LANES must be VECTOR times the number of threads: then a lane's sums and all its logits are in one thread.
+    """
     i = tl.program_id(0).to(tl.int64)
     row = i
     if HAS_ROW_IDS:
@@ -158,9 +213,9 @@ def score_kernel(
     keep_ptr += i * vocab
     target = tl.load(target_ptr + i)
     if ROW_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + i)
-    inverse_temperature = 1.0 / temperature
+        scale /= tl.load(temperature_ptr + i)
     block = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    whole = vocab // BLOCK * BLOCK
 
     # every lane keeps sums of its own, so that no thread waits for another before the end of the row
     m = tl.zeros([LANES], tl.float32) + EXCLUDED
@@ -175,42 +230,27 @@ def score_kernel(
     a_k = tl.zeros([LANES], tl.float32)
     sr_k = tl.zeros([LANES], tl.float32)
     g_k = tl.zeros([LANES], tl.float32)
-    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-        cols = start + block
-        inside = cols < vocab
-        z = tl.load(z_ptr + cols, mask=inside, other=-float("inf")).to(tl.float32)
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + cols, mask=inside, other=0.0)
-        z = process_logits(z, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
-        if HAS_SOFTCAP:  # which maps -inf to -softcap
-            z = tl.where(inside, z, EXCLUDED)
-        z = tl.where(cols == target, EXCLUDED, z)
-        r = z
-        if HAS_REF:
-            r = tl.load(r_ptr + cols, mask=inside, other=-float("inf")).to(tl.float32)
-            if HAS_REF_BIAS:
-                r += tl.load(ref_bias_ptr + cols, mask=inside, other=0.0)
-            r = process_logits(r, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
-            if HAS_SOFTCAP:
-                r = tl.where(inside, r, EXCLUDED)
-        m, s, a, mr, sr, g = fold(z, r, m, s, a, mr, sr, g, HAS_REF, 0)
-        if HAS_KEEP:
-            narrow = tl.max_contiguous(cols, [1, 8])  # as wide as the logits' loads: else every block changes layouts
-            keep = tl.load(keep_ptr + narrow, mask=inside, other=0) != 0
-            z = tl.where(keep, z, EXCLUDED)
-            r = tl.where(keep, r, EXCLUDED)
-            m_k, s_k, a_k, mr_k, sr_k, g_k = fold(z, r, m_k, s_k, a_k, mr_k, sr_k, g_k, HAS_REF, 0)
+    for start in range(0, whole, BLOCK):
+        m, s, a, mr, sr, g, m_k, s_k, a_k, mr_k, sr_k, g_k = score_block(
+            z_ptr, r_ptr, bias_ptr, ref_bias_ptr, keep_ptr, start, block, target, vocab, softcap, scale,
+            m, s, a, mr, sr, g, m_k, s_k, a_k, mr_k, sr_k, g_k,
+            HAS_REF, HAS_BIAS, HAS_REF_BIAS, HAS_KEEP, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16, BLOCK, False,
+        )  # fmt: skip
+    if whole < vocab:
+        m, s, a, mr, sr, g, m_k, s_k, a_k, mr_k, sr_k, g_k = score_block(
+            z_ptr, r_ptr, bias_ptr, ref_bias_ptr, keep_ptr, whole, block, target, vocab, softcap, scale,
+            m, s, a, mr, sr, g, m_k, s_k, a_k, mr_k, sr_k, g_k,
+            HAS_REF, HAS_BIAS, HAS_REF_BIAS, HAS_KEEP, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16, BLOCK, True,
+        )  # fmt: skip
 
-    z_t = tl.load(z_ptr + target).to(tl.float32)
-    if HAS_BIAS:
-        z_t += tl.load(bias_ptr + target)
-    z_t = process_logits(z_t, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+    z_t = load_logits(
+        z_ptr, bias_ptr, target, vocab, softcap, scale, HAS_BIAS, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16, False
+    )
     r_t = z_t
     if HAS_REF:
-        r_t = tl.load(r_ptr + target).to(tl.float32)
-        if HAS_REF_BIAS:
-            r_t += tl.load(ref_bias_ptr + target)
-        r_t = process_logits(r_t, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+        r_t = load_logits(
+            r_ptr, ref_bias_ptr, target, vocab, softcap, scale, HAS_REF_BIAS, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16, False
+        )
     m, s, a, mr, sr, g = merge_lanes(m, s, a, mr, sr, g, HAS_REF)
     top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap = finish(
         z_t, r_t, m, s, a, mr, sr, g, HAS_REF
@@ -233,36 +273,42 @@ def score_kernel(
         fa = tl.load(factors_ptr + i)
         fb = load_factor(factors_ptr, factors_stride, 1, i, HAS_B)
         fc = load_factor(factors_ptr, factors_stride, 2, i, HAS_C)
-        for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-            cols = start + block
-            inside = cols < vocab
-            z = tl.load(z_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-            if HAS_BIAS:
-                z += tl.load(bias_ptr + cols, mask=inside, other=0.0)
-            z = process_logits(z, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+        for start in range(0, vocab, BLOCK):
+            cols = tl.max_contiguous(start + block, [1, VECTOR])
+            z = load_logits(
+                z_ptr, bias_ptr, cols, vocab, softcap, scale, HAS_BIAS, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16, True
+            )
             r = z
             if HAS_C:
-                r = tl.load(r_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-                if HAS_REF_BIAS:
-                    r += tl.load(ref_bias_ptr + cols, mask=inside, other=0.0)
-                r = process_logits(r, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+                r = load_logits(
+                    r_ptr, ref_bias_ptr, cols, vocab, softcap, scale,
+                    HAS_REF_BIAS, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16, True,
+                )  # fmt: skip
             gradient = gradient_block(
                 z, r, cols == target, top, log_sum, mean_logit, logprob, mr, mean_gap, fa, fb, fc, HAS_B, HAS_C
             )
-            if HAS_SOFTCAP:
-                tanh = z * (temperature / (logit_scale * softcap))
-                gradient *= 1.0 - tanh * tanh
-            gradient *= logit_scale * inverse_temperature
-            tl.store(grad_ptr + cols, gradient.to(grad_ptr.dtype.element_ty), mask=inside)
+            gradient = before_processing(gradient, z, softcap, scale, HAS_SOFTCAP, HAS_SCALE)
+            tl.store(grad_ptr + cols, gradient.to(grad_ptr.dtype.element_ty), mask=cols < vocab)
+
+
+@triton.jit
+def before_processing(gradient, z, softcap, scale, HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """The gradient by the head's output, from the one by the processed logits z."""
+    if HAS_SOFTCAP:
+        tanh = z / (scale * softcap)
+        gradient *= 1.0 - tanh * tanh
+    if HAS_SCALE:
+        gradient *= scale
+    return gradient
 
 
 @triton.jit
 def gradient_kernel(
     z_ptr, z_stride, r_ptr, r_stride, bias_ptr, ref_bias_ptr, keep_ptr, target_ptr, row_ids_ptr, temperature_ptr,
     stats_ptr, support_stats_ptr, stats_stride, factors_ptr, factors_stride, grad_ptr, grad_stride,
-    vocab, temperature, softcap, logit_scale,
+    vocab, softcap, scale,
     HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_ROW_IDS: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROUND_BF16: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, ROUND_BF16: tl.constexpr,
     HAS_B: tl.constexpr, HAS_C: tl.constexpr, HAS_C_SUPPORT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block of one row from known statistics; grad_ptr may be z_ptr."""
@@ -271,22 +317,20 @@ def gradient_kernel(
     if HAS_ROW_IDS:
         row = tl.load(row_ids_ptr + i)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < vocab
     target = tl.load(target_ptr + i)
     if ROW_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + i)
-    inverse_temperature = 1.0 / temperature
+        scale /= tl.load(temperature_ptr + i)
 
-    z = tl.load(z_ptr + row * z_stride + cols, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + cols, mask=inside, other=0.0)
-    z = process_logits(z, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+    z = load_logits(
+        z_ptr + row * z_stride, bias_ptr, cols, vocab, softcap, scale,
+        HAS_BIAS, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16, True,
+    )  # fmt: skip
     r = z
     if HAS_C or HAS_C_SUPPORT:
-        r = tl.load(r_ptr + row * r_stride + cols, mask=inside, other=0.0).to(tl.float32)
-        if HAS_REF_BIAS:
-            r += tl.load(ref_bias_ptr + cols, mask=inside, other=0.0)
-        r = process_logits(r, softcap, logit_scale, inverse_temperature, HAS_SOFTCAP, ROUND_BF16)
+        r = load_logits(
+            r_ptr + row * r_stride, ref_bias_ptr, cols, vocab, softcap, scale,
+            HAS_REF_BIAS, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16, True,
+        )  # fmt: skip
     gradient = gradient_block(
         z, r, cols == target,
         tl.load(stats_ptr + i), tl.load(stats_ptr + stats_stride + i), tl.load(stats_ptr + 2 * stats_stride + i),
@@ -296,7 +340,7 @@ def gradient_kernel(
         load_factor(factors_ptr, factors_stride, 2, i, HAS_C), HAS_B, HAS_C,
     )  # fmt: skip
     if HAS_KEEP:
-        keep = tl.load(keep_ptr + i * vocab + cols, mask=inside, other=0) != 0
+        keep = tl.load(keep_ptr + i * vocab + cols, mask=cols < vocab, other=0) != 0
         on_support = gradient_block(
             z, r, cols == target,
             tl.load(support_stats_ptr + i), tl.load(support_stats_ptr + stats_stride + i),
@@ -306,8 +350,15 @@ def gradient_kernel(
             load_factor(factors_ptr, factors_stride, 4, i, HAS_C_SUPPORT), False, HAS_C_SUPPORT,
         )  # fmt: skip
         gradient += tl.where(keep, on_support, 0.0)
-    if HAS_SOFTCAP:
-        tanh = z * (temperature / (logit_scale * softcap))
-        gradient *= 1.0 - tanh * tanh
-    gradient *= logit_scale * inverse_temperature
-    tl.store(grad_ptr + row * grad_stride + cols, gradient.to(grad_ptr.dtype.element_ty), mask=inside)
+    gradient = before_processing(gradient, z, softcap, scale, HAS_SOFTCAP, HAS_SCALE)
+    tl.store(grad_ptr + row * grad_stride + cols, gradient.to(grad_ptr.dtype.element_ty), mask=cols < vocab)
+
+
+@triton.jit
+def scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+    """x *= factor, which only the device knows; if it is 1, x is not touched."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offsets, mask=offsets < count, other=0.0)
+        tl.store(x_ptr + offsets, (x.to(tl.float32) * factor).to(x.dtype), mask=offsets < count)

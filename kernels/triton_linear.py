@@ -45,9 +45,10 @@ def load_tile(
 @triton.jit
 def linear_score_kernel(
     h, w, hr, wr, h_stride, w_stride, hr_stride, wr_stride, bias_ptr, ref_bias_ptr, target_ptr, temperature_ptr,
-    sums_ptr, sums_stride, num_rows, vocab, hidden, num_row_blocks, num_splits, temperature, softcap, logit_scale,
+    sums_ptr, sums_stride, num_rows, vocab, hidden, num_row_blocks, num_splits, softcap, scale,
     HAS_REF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, ROUND_BF16: tl.constexpr, IEEE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, ROUND_BF16: tl.constexpr, IEEE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Running sums of one block of rows over one share of the vocabulary, into sums [SUMS, splits, rows]."""
@@ -62,9 +63,9 @@ def linear_score_kernel(
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < num_rows
     target = tl.load(target_ptr + rows, mask=in_rows, other=-1)
-    inverse_temperature = tl.zeros([BLOCK_ROWS], tl.float32) + 1.0 / temperature
+    scale += tl.zeros([BLOCK_ROWS, 1], tl.float32)
     if ROW_TEMPERATURE:
-        inverse_temperature = 1.0 / tl.load(temperature_ptr + rows, mask=in_rows, other=1.0)
+        scale /= tl.load(temperature_ptr + rows, mask=in_rows, other=1.0)[:, None]
 
     m = tl.zeros([BLOCK_ROWS], tl.float32) + EXCLUDED
     mr = tl.zeros([BLOCK_ROWS], tl.float32) + EXCLUDED
@@ -94,13 +95,13 @@ def linear_score_kernel(
         is_target = ids[None, :] == target[:, None]
         if HAS_BIAS:
             z += tl.load(bias_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
-        z = process_logits(z, softcap, logit_scale, inverse_temperature[:, None], HAS_SOFTCAP, ROUND_BF16)
+        z = process_logits(z, softcap, scale, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16)
         z_t += tl.sum(tl.where(is_target, z, 0.0), 1)
         z = tl.where(inside & (ids[None, :] != target[:, None]), z, EXCLUDED)
         if HAS_REF:
             if HAS_REF_BIAS:
                 r += tl.load(ref_bias_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
-            r = process_logits(r, softcap, logit_scale, inverse_temperature[:, None], HAS_SOFTCAP, ROUND_BF16)
+            r = process_logits(r, softcap, scale, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16)
             r_t += tl.sum(tl.where(is_target, r, 0.0), 1)
             r = tl.where(inside, r, EXCLUDED)
         m, s, a, mr, sr, g = fold(z, r, m, s, a, mr, sr, g, HAS_REF, 1)
@@ -242,10 +243,9 @@ def linear_score(
         *tiles, *strides, *(sums if b is None else b for b in biases), target_ids,
         options.temperature if row_temperature else sums, sums, sums.stride(0),
         num_rows, vocab, hidden, num_row_blocks, num_splits,
-        1.0 if row_temperature else float(options.temperature), float(options.softcap or 1.0),
-        float(options.logit_scale),
+        float(options.softcap or 1.0), options.scale,
         HAS_REF=reference is not None, HAS_BIAS=biases[0] is not None, HAS_REF_BIAS=biases[1] is not None,
-        ROW_TEMPERATURE=row_temperature, HAS_SOFTCAP=options.softcap is not None,
+        ROW_TEMPERATURE=row_temperature, HAS_SOFTCAP=options.softcap is not None, HAS_SCALE=options.has_scale,
         ROUND_BF16=options.logits_dtype == "bfloat16", IEEE=policy.hidden.dtype == torch.float32,
         DESCRIPTORS=with_descriptors, BLOCK_ROWS=BLOCK_ROWS, BLOCK_VOCAB=block_vocab, BLOCK_HIDDEN=block_hidden,
         GROUP=GROUP, num_warps=NUM_WARPS, num_stages=num_stages,

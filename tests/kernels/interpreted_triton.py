@@ -28,7 +28,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(triton_linear, "tile_shape", lambda *_: (16, 16, 1))
     launches.clear()
     for module, name in (
-        (triton_chunks, "score_kernel"), (triton_chunks, "gradient_kernel"), (triton_linear, "linear_score_kernel"),
+        (triton_chunks, "score_kernel"), (triton_chunks, "gradient_kernel"), (triton_chunks, "scale_kernel"),
+        (triton_linear, "linear_score_kernel"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, Logged(name, getattr(module, name)))
 
@@ -202,6 +203,19 @@ def test_known_coefficients_give_the_gradient_of_autograd(mask, support):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     if support is None:
         assert launches[0] == "score_kernel" and "gradient_kernel" not in launches
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.3])
+def test_the_gradient_of_the_forward_is_scaled_by_what_the_backward_brings(factor):
+    case = make_case(num_rows=6, vocab=53).to(torch.float32)
+    leaves = [case.policy_hidden.requires_grad_(), case.policy_weight.requires_grad_()]
+    coefficients = TokenCoefficients(kl=torch.ones(6))
+    expected = torch.autograd.grad(factor * operators.linear_token_scores(*case.args()).kl.sum(), leaves)
+    launches.clear()
+    loss, _ = operators.linear_token_loss(*case.args(), coefficients)
+    for a, b in zip(torch.autograd.grad(loss * factor, leaves), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert launches[-2:] == ["scale_kernel", "scale_kernel"]
 
 
 def test_a_rows_scores_do_not_depend_on_its_neighbours_bit_for_bit():
