@@ -1,7 +1,7 @@
 """One command for the owner of a GPU: checks every operator on the device against float64, then measures, then writes
 the table. Less than nine minutes.
 
-    python bench/gpu.py [--output bench/results/gpu] [--quick] [--checks-only]
+    python bench/gpu.py [--output bench/results/gpu] [--quick] [--checks-only] [--budget 480]
     python bench/gpu.py --dry-run       the same lines on tiny sizes without a GPU, through Triton's interpreter
 
 First the correctness part: hidden in and logits in, forward and gradient, every kind of support, masks, bias, softcap,
@@ -35,7 +35,7 @@ from fastkl.kernels.operators import (
     token_scores,
 )
 
-from fastkl.bench import GPU_SHAPES, Shape, peak_mib, run_bench
+from fastkl.bench import GPU_SHAPES, Shape, peak_mib, provenance, run_bench
 from fastkl.kernels import reference
 
 DRY_RUN = interpreting()
@@ -257,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", default="bench/results/gpu")
     parser.add_argument("--quick", action="store_true", help="two shapes instead of four")
+    parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="start no row after that")
     parser.add_argument("--checks-only", action="store_true", help="time nothing")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, without a GPU; the numbers mean nothing")
     options = parser.parse_args()
@@ -273,12 +274,14 @@ def main() -> None:
     if options.checks_only:
         return
     torch.cuda.empty_cache()
-    shapes = SIZES.shapes[1:3] if options.quick else SIZES.shapes
-    left = 480 - (time.perf_counter() - started)
-    run_bench(options.output, device=DEVICE, shapes=shapes, jobs="BCDFHGAEI", repeats=SIZES.repeats, budget_s=left)
-    torch.cuda.empty_cache()
     print("memory at N {}, H {}, V {}".format(*SIZES.memory), flush=True)
-    Path(options.output, "memory_target.json").write_text(json.dumps(memory_target()))
+    peaks = {**provenance(DEVICE), "rows_hidden_vocab": SIZES.memory, **memory_target()}
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    Path(options.output, "memory_target.json").write_text(json.dumps(peaks, indent=1))
+    torch.cuda.empty_cache()
+    shapes = SIZES.shapes[:2] if options.quick else SIZES.shapes
+    left = options.budget - (time.perf_counter() - started)
+    run_bench(options.output, device=DEVICE, shapes=shapes, repeats=SIZES.repeats, budget_s=left)
     print(f"all of it took {time.perf_counter() - started:.0f} s")
 
 

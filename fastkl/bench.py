@@ -7,11 +7,16 @@ a row's floor is its minimal work over those ceilings. Left out: whole training 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +29,8 @@ from .bench_peers import missing_peers, peer_rows
 from .bench_pictures import memory, roofline
 
 JOBS = "ABCDEFGHI"
+GPU_JOBS = "DFB,CEA,HI,G"
+"""In groups: each group runs for every shape before the next begins, so that what time cuts off matters least."""
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
 """Largest error of a score, in nats, and of a gradient, as a part of its largest entry."""
@@ -46,6 +53,7 @@ class Result:
     bytes: float
     peak_mib: float | None
     max_error: float
+    repeats: int
 
 
 def error_of(row: Row) -> float:
@@ -137,13 +145,14 @@ def measure(row: Row, ceiling: dict[str, float], device: str, repeats: int) -> R
     low, high = _quantile(times, 0.2), _quantile(times, 0.8)
     peak = peak_mib(row.call, device)
     return Result(
-        row.job, row.name, s.name, median, low, high, floor, 100 * floor / median, bound, flops, moved, peak, error
-    )
+        row.job, row.name, s.name, median, low, high, floor, 100 * floor / median, bound, flops, moved, peak, error,
+        repeats,
+    )  # fmt: skip
 
 
-def all_rows(problem: Problem, jobs: str = JOBS) -> list[Row]:
-    """Our rows, plain PyTorch's and the peers', in the order of `jobs`."""
-    rows = [row for row in (*rows_of(problem), *peer_rows(problem)) if row.job in jobs]
+def all_rows(problem: Problem, jobs: str = JOBS, compiled: bool = False) -> list[Row]:
+    """Our rows, plain PyTorch's and the peers', in the order of `jobs`; or those that torch.compile serves."""
+    rows = [row for row in (*rows_of(problem), *peer_rows(problem)) if row.job in jobs and row.compiled == compiled]
     return sorted(rows, key=lambda row: jobs.index(row.job))
 
 
@@ -157,7 +166,7 @@ def run_bench(
     *,
     device: str | None = None,
     shapes: tuple[Shape, ...] | None = None,
-    jobs: str = JOBS,
+    jobs: str | None = None,
     repeats: int | None = None,
     budget_s: float = 150.0,
     say: Callable[[str], None] = print,
@@ -169,17 +178,23 @@ def run_bench(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     shapes = shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES)
+    jobs = jobs or (GPU_JOBS if device == "cuda" else JOBS)
     repeats = repeats or (20 if device == "cuda" else 5)
     started, results, measured, left_out = time.perf_counter(), [], {}, []
     say(machine(device))
     for line in missing_peers(device):
         say(f"no rows of {line}")
     say(f"{'job':<4}{'implementation':<34}{'median ms':>11}{'p20':>9}{'p80':>9}{'% floor':>9}{'peak MiB':>10}  error")
-    for shape in shapes:
-        measured[shape.name] = ceilings(shape, device)
+    groups = [(group, False) for group in jobs.split(",")] + [(jobs.replace(",", ""), True)]
+    for (group, compiled), shape in itertools.product(groups, shapes):
+        rows = all_rows(Problem(shape, device), group, compiled)
+        if not rows:
+            continue
+        if shape.name not in measured:
+            measured[shape.name] = ceilings(shape, device)
         say(f"-- {shape.name}: N {shape.rows}, H {shape.hidden}, V {shape.vocab}; "
             f"head product {measured[shape.name]['head_product_ms']:.1f} ms")  # fmt: skip
-        for row in all_rows(Problem(shape, device), jobs):
+        for row in rows:
             label = f"{shape.name} {row.job} {row.name}"
             if time.perf_counter() - started > budget_s:
                 left_out.append(f"{label} (time)")
@@ -200,12 +215,27 @@ def run_bench(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [asdict(r) for r in results]
-    record = {"machine": machine(device), "ceilings": measured, "left_out": left_out, "rows": rows}
+    record = {**provenance(device), "ceilings": measured, "left_out": left_out, "rows": rows}
     (folder / "bench.json").write_text(json.dumps(record, indent=1))
     (folder / "roofline.svg").write_text(roofline(results))
     (folder / "memory.svg").write_text(memory(results))
     say(f"written: {folder}/bench.json, roofline.svg, memory.svg")
     return results
+
+
+def provenance(device: str) -> dict[str, object]:
+    """Where numbers come from: machine, versions, command, commit."""
+    packages = "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels"
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    commit = ""
+    with contextlib.suppress(OSError):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    command = " ".join(["python", *(os.path.relpath(a) if os.path.isabs(a) else a for a in sys.argv)])
+    return {"machine": machine(device), "versions": versions, "command": command, "commit": commit}
 
 
 def machine(device: str) -> str:
