@@ -1,12 +1,14 @@
 """TRL's own RLOO tests, with fastkl's scoring and without: what passes without it has to pass with it.
 
-    python bench/trl_suite.py --trl-tests PATH/TO/trl/tests/test_rloo_trainer.py [--output FILE.json] [-k EXPRESSION]
+    python bench/trl_suite.py --trl-tests PATH/TO/trl/tests/test_rloo_trainer.py [--output FILE.json] [--source TEXT]
+                              [-k EXPRESSION]
 
 Runs a test file of a TRL checkout (same version as the installed one; the file imports testing_utils.py beside it)
 twice, in processes of their own, and compares test by test. In the second run RLOOTrainer.train and .evaluate run
-inside `fastkl_scoring`. The tests' hub models and data sets are stood in for by tiny local ones, made here from their
-names, so that nothing is downloaded; weights are random, so a test that needs the real ones may fail in both runs. The
-checkout's conftest.py is not loaded, and the tests see none of the caller's environment variables.
+inside `fastkl_scoring`; tests that call neither have nothing to do with the switch and are counted apart. The tests'
+hub models and data sets are stood in for by tiny local ones, made here from their names, so that nothing is downloaded;
+weights are random, so a test that needs the real ones may fail in both runs. The checkout's conftest.py is not loaded,
+and the tests see none of the caller's environment variables.
 
 Exit code 1 if any test passes without the switch and fails with it in another way than by a UserError, which is how
 the switch refuses what it cannot score (those are listed).
@@ -15,15 +17,19 @@ the switch refuses what it cannot score (those are listed).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -31,9 +37,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SWITCH = "FASTKL_TRL_SWITCH"
 VOCAB, PAD, EOS = 151_680, 151_643, 151_645  # the tests write Qwen's ids
-TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <|im_end|> ' }}{% endfor %}"
-NUM_PROMPTS = 2  # three epochs of them, six steps, make a test
-WORDS = ["better", "beautiful", "is", "than", "ugly", "simple", "complex", "flat", "sparse", "errors", "never"]
+UNK, RIGHT_PAD, IMAGE, IMAGE_BEGIN, IMAGE_END = PAD + 1, *range(EOS + 1, EOS + 5)
+TEMPLATE = """{% for m in messages %}{{ m['role'] + ' ' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}\
+{% for part in m['content'] %}{{ '<image_begin>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}\
+{{ ' <|im_end|> ' }}{% endfor %}"""
+IMAGE_SIZE, PATCH_SIZE, NUM_PATCHES = 28, 14, 4
+scored_tests: set[str] = set()  # ids of the tests that ran a trainer under the switch
 
 
 def pytest_configure(config: Any) -> None:
@@ -69,31 +78,42 @@ def switched(method: Callable[..., Any]) -> Callable[..., Any]:
         if "_compute_loss" in vars(trainer):
             return method(trainer, *args, **options)
         with fastkl_scoring(trainer):
+            scored_tests.add(os.environ["PYTEST_CURRENT_TEST"].removesuffix(" (call)"))
             return method(trainer, *args, **options)
 
     return run
 
 
+def pytest_runtest_teardown(item: Any) -> None:
+    """Reports whether the test ran a trainer under the switch."""
+    if item.nodeid in scored_tests:
+        item.user_properties.append(("scored", True))
+
+
 # Stand-ins for the hub
 
 
-def make_tokenizer(folder: Path) -> None:
-    """A byte tokenizer with as many ids as Qwen's, and its special ones."""
+def make_tokenizer(folder: Path) -> Any:
+    """A byte tokenizer with as many ids as Qwen's, and its special ones, and a few for images."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = {"<|endoftext|>": PAD, "<|im_end|>": EOS, "<unk>": PAD + 1, "<|finetune_right_pad_id|>": EOS + 1}
+    special = {"<|endoftext|>": PAD, "<|im_end|>": EOS, "<unk>": UNK, "<|finetune_right_pad_id|>": RIGHT_PAD}
+    special |= {"<image>": IMAGE, "<image_begin>": IMAGE_BEGIN, "<image_end>": IMAGE_END}
     ids = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     ids |= {f"w{i}": i for i in range(len(ids), VOCAB) if i not in special.values()} | special
     backend = Tokenizer(models.BPE(ids, merges=[], unk_token="<unk>"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>", "boi_token": "<image_begin>", "eoi_token": "<image_end>"},
         chat_template=TEMPLATE,
-    ).save_pretrained(folder)
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def make_model(folder: Path, name: str) -> None:
@@ -101,37 +121,58 @@ def make_model(folder: Path, name: str) -> None:
     import torch
     import transformers
 
-    kind = re.fullmatch(r"tiny-(\w+?)(-.*)?", name).group(1)
-    if not kind.endswith(("ForCausalLM", "ForSequenceClassification")):
-        raise NotImplementedError(f"no stand-in is made for {kind}")
-    cls = getattr(transformers, kind)
-    sizes = {
-        **{"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 16},
-        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4},
+    named = re.fullmatch(r"tiny-(\w+?)(-.*)?", name)
+    kind = named.group(1) if named else name
+    ids = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": PAD}
+    sizes: dict[str, Any] = {
+        **{"vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 32, "moe_intermediate_size": 16},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 2},
         **{"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
-        **{"max_position_embeddings": 512, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": PAD},
+        **{"max_position_embeddings": 512, **ids},
     }
-    if kind.endswith("ForSequenceClassification"):
+    if kind == "Gemma3ForConditionalGeneration":
+        sizes = {
+            **{"text_config": sizes, "vision_config": vision_sizes(), "mm_tokens_per_image": NUM_PATCHES, **ids},
+            **{"image_token_index": IMAGE, "boi_token_index": IMAGE_BEGIN, "eoi_token_index": IMAGE_END},
+        }
+    elif kind.endswith("ForSequenceClassification"):
         sizes["num_labels"] = 1
+    elif not kind.endswith("ForCausalLM") or not hasattr(transformers, kind):
+        raise NotImplementedError("nothing here makes one")
+    cls = getattr(transformers, kind)
     torch.manual_seed(0)
     cls(cls.config_class(**sizes)).save_pretrained(folder)
-    make_tokenizer(folder)
+    tokenizer = make_tokenizer(folder)
+    if kind == "Gemma3ForConditionalGeneration":
+        images = transformers.Gemma3ImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+        transformers.Gemma3Processor(images, tokenizer, TEMPLATE, image_seq_length=NUM_PATCHES).save_pretrained(folder)
 
 
-def make_dataset(folder: Path) -> None:
-    """Prompts as text and as messages, under the names of the configurations that the tests ask for."""
+def vision_sizes() -> dict[str, Any]:
+    """A vision tower to match; without the pooling head, which image-text models leave unused."""
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 16}
+    return layers | {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "vision_use_head": False}
+
+
+def make_dataset(folder: Path, tests: str) -> None:
+    """The prompts that the tests name, as text and as messages, under the configurations that they ask for."""
+    from datasets import Dataset
+    from PIL import Image
+
     folder.mkdir(parents=True)
-    texts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(2 + i % 4)) for i in range(NUM_PROMPTS)]
-    rows = {
-        "standard_prompt_only": [{"prompt": text} for text in texts],
-        "conversational_prompt_only": [{"prompt": [{"role": "user", "content": text}]} for text in texts],
-    }
+    texts = list(dict.fromkeys(re.findall(r'{"prompt": "([^"]+)"}', tests))) or ["Beautiful is better than", "Complex"]
+    chats = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
+    rows = {"standard_prompt_only": [{"prompt": text} for text in texts], "conversational_prompt_only": chats}
+    if folder.name == "zen-image":
+        pictures = [Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), color) for color in ("red", "green")]
+        with_image = [chat | {"image": picture} for chat, picture in zip(chats, pictures, strict=False)]
+        rows = {"conversational_prompt_only": with_image}
     header = ["---", "configs:"]
     for name, lines in rows.items():
         header += [f"- config_name: {name}", "  data_files:"]
-        for split, part in (("train", lines), ("test", lines[:4])):
-            (folder / f"{name}-{split}.jsonl").write_text("\n".join(json.dumps(line) for line in part))
-            header += [f"  - split: {split}", f"    path: {name}-{split}.jsonl"]
+        for split, part in (("train", lines), ("test", lines[:2])):
+            Dataset.from_list(part).to_parquet(folder / f"{name}-{split}.parquet")
+            header += [f"  - split: {split}", f"    path: {name}-{split}.parquet"]
     (folder / "README.md").write_text("\n".join([*header, "---", ""]))
 
 
@@ -141,7 +182,7 @@ def make_stand_ins(root: Path, tests: str) -> dict[str, str]:
     for name in sorted(set(re.findall(r"trl-internal-testing/([\w.-]+)", tests))):
         folder = root / "trl-internal-testing" / name
         try:
-            make_dataset(folder) if name == "zen" else make_model(folder, name)
+            make_dataset(folder, tests) if name in ("zen", "zen-image") else make_model(folder, name)
         except Exception as failure:  # any: the tests that need it will fail in both runs, and the report says why
             failed[name] = str(failure).splitlines()[0]
     return failed
@@ -150,8 +191,17 @@ def make_stand_ins(root: Path, tests: str) -> dict[str, str]:
 # The two runs
 
 
-def run_tests(file: Path, root: Path, switch: bool, expression: str) -> dict[str, tuple[str, str]]:
-    """Test name -> (passed | failed | skipped, message), from a process that sees little of this one's environment."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one test."""
+
+    state: str  # passed, failed, skipped or missing
+    message: str = ""
+    scored: bool = False  # whether fastkl scored a trainer's tokens in it
+
+
+def run_tests(file: Path, root: Path, switch: bool, expression: str) -> dict[str, Outcome]:
+    """Test name -> outcome, from a process that sees little of this one's environment."""
     report = root / f"report-{int(switch)}.xml"
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "OMP_NUM_THREADS") if name in os.environ}
     paths = [str(ROOT), str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -162,36 +212,57 @@ def run_tests(file: Path, root: Path, switch: bool, expression: str) -> dict[str
     command = [sys.executable, "-m", "pytest", str(file), "--noconftest", "-p", Path(__file__).stem, "-q", "--tb=line"]
     command += ["-p", "no:cacheprovider", f"--junitxml={report}", *(["-k", expression] if expression else [])]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
-    if not report.exists():
-        sys.exit(f"pytest wrote no report:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    if done.returncode not in (0, 1):  # tests ran, and some of them may have failed
+        sys.exit(f"pytest could not run the tests:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
         problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        outcome = "passed" if problem is None else "skipped" if problem.tag == "skipped" else "failed"
-        found[case.get("name")] = (outcome, "" if problem is None else (problem.get("message") or "").splitlines()[0])
+        state = "passed" if problem is None else "skipped" if problem.tag == "skipped" else "failed"
+        lines = [] if problem is None else (problem.get("message") or "").splitlines()
+        scored = case.find("properties/property[@name='scored']") is not None
+        found[case.get("name")] = Outcome(state, lines[0] if lines else "", scored)
     return found
 
 
-def compare(without: dict[str, tuple[str, str]], with_switch: dict[str, tuple[str, str]]) -> dict[str, Any]:
+def compare(without: dict[str, Outcome], with_switch: dict[str, Outcome]) -> dict[str, Any]:
     """The tests by what the switch changed."""
-    groups: dict[str, Any] = {"passed_both": [], "refused": {}, "broken": {}, "not_run": {}}
-    for name, (outcome, message) in without.items():
-        ours, our_message = with_switch.get(name, ("missing", ""))
-        if outcome != "passed":
-            groups["not_run"][name] = f"{outcome}: {message[:160]}"
-        elif ours == "passed":
-            groups["passed_both"].append(name)
-        elif "UserError" in our_message:
-            groups["refused"][name] = our_message[:300]
+    groups: dict[str, Any] = {"passed_scored": [], "passed_unscored": [], "refused": {}, "broken": {}, "not_run": {}}
+    for name, before in without.items():
+        after = with_switch.get(name, Outcome("missing"))
+        if before.state != "passed":
+            groups["not_run"][name] = f"{before.state}: {before.message[:160]}"
+        elif after.state == "passed":
+            groups["passed_scored" if after.scored else "passed_unscored"].append(name)
+        elif "UserError" in after.message:
+            groups["refused"][name] = after.message[:300]
         else:
-            groups["broken"][name] = our_message[:300]
+            groups["broken"][name] = f"{after.state}: {after.message[:300]}"
     return groups
+
+
+def about(file: Path, source: str, expression: str) -> dict[str, Any]:
+    """What was run, where and with what."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    text = file.read_bytes()
+    command = ["python", "bench/trl_suite.py", "--trl-tests", "/".join(file.parts[-3:])]
+    return {
+        "command": " ".join(command + (["-k", repr(expression)] if expression else [])),
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu.group(1) if cpu else platform.processor(),
+        "versions": {name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers", "peft")},
+        "test_file": {
+            "source": source,
+            "characters": len(text.decode()),
+            "sha256": hashlib.sha256(text).hexdigest(),
+        },
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-tests", type=Path, required=True, metavar="FILE", help="a checkout's RLOO test file")
     parser.add_argument("--output", type=Path, help="write the comparison as JSON")
+    parser.add_argument("--source", default="", help="where the test file is from, for the record")
     parser.add_argument("-k", dest="expression", default="", help="run these tests only (pytest's -k)")
     args = parser.parse_args()
     file = args.trl_tests.resolve()
@@ -199,9 +270,14 @@ def main() -> None:
         parser.error(f"there is no file {args.trl_tests}")
     with tempfile.TemporaryDirectory() as folder:
         missing = make_stand_ins(Path(folder), file.read_text())
-        runs = [run_tests(file, Path(folder), switch, args.expression) for switch in (False, True)]
+        runs, seconds = [], []
+        for switch in (False, True):
+            start = time.monotonic()
+            runs.append(run_tests(file, Path(folder), switch, args.expression))
+            seconds.append(round(time.monotonic() - start, 1))
     groups = compare(*runs)
-    print(f"{len(groups['passed_both'])} tests pass without the switch and with it")
+    print(f"{len(groups['passed_scored'])} tests that train or evaluate pass without the switch and with it")
+    print(f"{len(groups['passed_unscored'])} pass, too, and never score a token")
     for title, key in (
         ("refused by the switch, by name", "refused"),
         ("not comparable: not passed without the switch either", "not_run"),
@@ -213,8 +289,9 @@ def main() -> None:
     for name, reason in missing.items():
         print(f"no stand-in for {name}: {reason}")
     if args.output:
-        versions = {name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers")}
-        args.output.write_text(json.dumps({"versions": versions, "no_stand_in": missing, **groups}, indent=1))
+        record = about(file, args.source, args.expression)
+        record |= {"seconds": dict(zip(("without", "with_switch"), seconds, strict=True)), "no_stand_in": missing}
+        args.output.write_text(json.dumps(record | groups, indent=1) + "\n")
     sys.exit(1 if groups["broken"] else 0)
 
 
