@@ -180,7 +180,7 @@ def run_bench(
     shapes = shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES)
     jobs = jobs or (GPU_JOBS if device == "cuda" else JOBS)
     repeats = repeats or (20 if device == "cuda" else 5)
-    started, results, measured, left_out = time.perf_counter(), [], {}, []
+    started, results, measured, left_out, origin = time.perf_counter(), [], {}, [], provenance(device)
     say(machine(device))
     for line in missing_peers(device):
         say(f"no rows of {line}")
@@ -210,17 +210,19 @@ def run_bench(
             peak = "-" if result.peak_mib is None else f"{result.peak_mib:.0f}"
             say(f"{result.job:<4}{result.name:<34}{result.median_ms:>11.2f}{result.p20_ms:>9.2f}{result.p80_ms:>9.2f}"
                 f"{result.percent_of_floor:>9.0f}{peak:>10}{result.max_error:>10.1e}")  # fmt: skip
+        _write(Path(output), {**origin, "ceilings": measured, "left_out": left_out}, results)
     if left_out:
         say(f"left out (the budget is {budget_s:.0f} s): " + "; ".join(left_out))
-    folder = Path(output)
+    say(f"written: {output}/bench.json, roofline.svg, memory.svg")
+    return results
+
+
+def _write(folder: Path, record: dict[str, object], results: list[Result]) -> None:
+    """The files, complete as far as it went."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(r) for r in results]
-    record = {**provenance(device), "ceilings": measured, "left_out": left_out, "rows": rows}
-    (folder / "bench.json").write_text(json.dumps(record, indent=1))
+    (folder / "bench.json").write_text(json.dumps({**record, "rows": [asdict(r) for r in results]}, indent=1))
     (folder / "roofline.svg").write_text(roofline(results))
     (folder / "memory.svg").write_text(memory(results))
-    say(f"written: {folder}/bench.json, roofline.svg, memory.svg")
-    return results
 
 
 def provenance(device: str) -> dict[str, object]:
