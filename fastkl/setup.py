@@ -6,6 +6,7 @@ weight is read, and the models are checked before an engine starts. Every user's
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ def set_up(config: TrainConfig) -> Run:
     """Checks everything, loads everything, and resumes if asked. Raises UserError for a user's mistake."""
     inputs = check_inputs(config)
     device, resumed = inputs.device, inputs.resumed
+    if device.type == "cpu":
+        keep_freed_memory()
     title = f"{config.model} → {', '.join(config.reward)}, β {config.kl_coef:g}"
     view = View(title, total_steps=config.steps, first_step=resumed.step + 1 if resumed else 1)
     reference = models.load_model(inputs.source, device).requires_grad_(False)
@@ -173,6 +176,15 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if models.bfloat16_is_fast(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what tensors give back: else every step takes 50,000 page faults, 2 to 5 % of its time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, (1 << 31) - 1)
+        mallopt(mmap_threshold, 32 << 20)  # the largest that it takes
 
 
 def room_for_prompt(config: TrainConfig, model_config: Any) -> int:

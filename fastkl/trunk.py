@@ -111,15 +111,22 @@ def _varlen_attention(
 def _padded_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scale: float | None, window: int | None
 ) -> torch.Tensor:
-    """[heads, M, d] three times -> [M, heads, d]; window: how many tokens a token sees, itself included (None: all)."""
+    """[heads, M, d] three times -> [M, heads, d]; window: how many tokens a token sees, itself included (None: all).
+
+    In float32 on a CPU whatever comes in: the bfloat16 backward of PyTorch's CPU kernel takes three times as long.
+    """
+    dtype = query.dtype
+    if query.device.type == "cpu":
+        query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     query, key, value = (_to_rows(x, rows) for x in (query, key, value))
     mask = None
     if window is not None and window < rows.width:
         distance = torch.arange(rows.width, device=query.device)
         distance = distance[:, None] - distance[None, :]
         mask = (distance >= 0) & (distance < window)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return _from_rows(out, rows)
+    with torch.autocast(query.device.type, enabled=False):  # which would cast back
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return _from_rows(out, rows).to(dtype)
 
 
 def register_packed_attention() -> None:

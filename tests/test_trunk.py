@@ -135,3 +135,36 @@ def test_the_packed_row_without_its_attention_would_leak():
         input_ids=micro.input_ids[None], position_ids=micro.position_ids[None], use_cache=True
     ).last_hidden_state[0][micro.score_positions]
     assert (leaking - separate_hidden_states(model, batch)).abs().max() > 0.1
+
+
+def test_half_precision_attention_is_checked_by_itself(monkeypatch):
+    """On a GPU it is another kernel than that of float32."""
+    model = toy_model(dtype=torch.float32)
+    micro = only_micro_batch(toy_batch(model))
+    right = trunk._padded_attention
+
+    def wrong_in_half_precision(query, *rest):
+        out = right(query, *rest)
+        return out.roll(1, 0) if query.dtype == torch.bfloat16 else out
+
+    assert trunk.choose_layout(model, micro, torch.bfloat16)[0] == "packed"
+    monkeypatch.setattr(trunk, "_padded_attention", wrong_in_half_precision)
+    assert trunk.choose_layout(model, micro)[0] == "packed"
+    layout, reason = trunk.choose_layout(model, micro, torch.bfloat16)
+    assert layout == "padded" and "packed differs from separate forwards by" in reason
+
+
+def test_attention_on_a_cpu_is_computed_in_float32_under_autocast(monkeypatch):
+    """The bfloat16 backward of PyTorch's CPU kernel takes three times as long."""
+    seen = set()
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def logged(query, *rest, **options):
+        seen.add((query.dtype, torch.is_autocast_enabled("cpu")))
+        return attend(query, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", logged)
+    model = toy_model(dtype=torch.float32)
+    with trunk.scoring(model, "packed"), torch.autocast("cpu", torch.bfloat16):
+        trunk.hidden_states(model, only_micro_batch(toy_batch(model)), "packed")
+    assert seen == {(torch.float32, False)}
