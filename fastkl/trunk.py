@@ -3,12 +3,13 @@
 In: a Hugging Face causal language model and a PackedBatch. Out: hidden states [N, H] that predict the scored tokens.
 
 "packed": the M tokens are one row, so that no matrix product is spent on padding; only attention knows where sequences
-begin. It is registered with transformers as the attention implementation `fastkl_packed`. In half precision on a GPU it
-is PyTorch's variable-length attention (torch.nn.attention.varlen); elsewhere it lays the sequences side by side,
-right-padded, for one causal scaled_dot_product_attention: a pad lies to the right of every token that counts, so none
-is ever attended to.
+begin. It is registered with transformers as the attention implementation `fastkl_packed` and lays the sequences side by
+side, right-padded, for one causal scaled_dot_product_attention: a pad lies to the right of every token that counts, so
+none is ever attended to.
 "padded": right-padded rows through the model's own attention, for architectures that do not take an attention
 implementation from outside. `choose_layout` compares with one-at-a-time forwards before the first step and decides.
+
+Left out: variable-length kernels for long ragged batches on a GPU; they would take the place of `_padded_attention`.
 """
 
 from __future__ import annotations
@@ -32,24 +33,21 @@ HALF_TOLERANCE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Where the s sequences of a packed row begin, and where its tokens stand in `num_rows` rows side by side."""
+    """Where packed tokens stand once the s sequences are laid side by side in rows of `width` tokens."""
 
     num_rows: int
     width: int
     cells: torch.Tensor | None  # i64 [M]: row * width + column of every packed token; None: all rows are full
-    cu_seqlens: torch.Tensor  # i32 [s + 1]
 
 
 def rows_of(lengths: tuple[int, ...], device: torch.device) -> Rows:
     """Rows for sequences of the given lengths; empty ones get none."""
     filled = torch.tensor([length for length in lengths if length], dtype=torch.int64)
     width = int(filled.max())
-    ends = filled.cumsum(0)
-    cu_seqlens = F.pad(ends, (1, 0)).to(device=device, dtype=torch.int32)
     if bool((filled == width).all()):
-        return Rows(len(filled), width, None, cu_seqlens)
-    start = torch.repeat_interleave(torch.arange(len(filled)) * width - (ends - filled), filled)
-    return Rows(len(filled), width, (torch.arange(int(filled.sum())) + start).to(device), cu_seqlens)
+        return Rows(len(filled), width, None)
+    start = torch.repeat_interleave(torch.arange(len(filled)) * width - (filled.cumsum(0) - filled), filled)
+    return Rows(len(filled), width, (torch.arange(int(filled.sum())) + start).to(device))
 
 
 def _to_rows(packed: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -88,24 +86,7 @@ def _packed_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    varlen = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
-    attend = _varlen_attention if varlen else _padded_attention
-    out = attend(query[0], key[0], value[0], packed_rows, scaling, sliding_window)
-    return out.unsqueeze(0), None
-
-
-def _varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scale: float | None, window: int | None
-) -> torch.Tensor:
-    """[heads, M, d] three times -> [M, heads, d], on a GPU, without a pad; window: as in _padded_attention."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    left = -1 if window is None else window - 1
-    cu_seqlens, width = rows.cu_seqlens, rows.width
-    return varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, width, width, scale=scale, window_size=(left, 0)
-    )  # fmt: skip
+    return _padded_attention(query[0], key[0], value[0], packed_rows, scaling, sliding_window).unsqueeze(0), None
 
 
 def _padded_attention(
@@ -115,7 +96,7 @@ def _padded_attention(
 
     In float32 on a CPU whatever comes in: the bfloat16 backward of PyTorch's CPU kernel takes three times as long.
     """
-    dtype = query.dtype
+    dtype = value.dtype  # under autocast rotary embeddings leave queries and keys in float32
     if query.device.type == "cpu":
         query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     query, key, value = (_to_rows(x, rows) for x in (query, key, value))

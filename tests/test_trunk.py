@@ -138,14 +138,14 @@ def test_the_packed_row_without_its_attention_would_leak():
 
 
 def test_half_precision_attention_is_checked_by_itself(monkeypatch):
-    """On a GPU it is another kernel than that of float32."""
+    """It may be another kernel than that of float32."""
     model = toy_model(dtype=torch.float32)
     micro = only_micro_batch(toy_batch(model))
     right = trunk._padded_attention
 
-    def wrong_in_half_precision(query, *rest):
-        out = right(query, *rest)
-        return out.roll(1, 0) if query.dtype == torch.bfloat16 else out
+    def wrong_in_half_precision(query, key, value, *rest):
+        out = right(query, key, value, *rest)
+        return out.roll(1, 0) if value.dtype == torch.bfloat16 else out
 
     assert trunk.choose_layout(model, micro, torch.bfloat16)[0] == "packed"
     monkeypatch.setattr(trunk, "_padded_attention", wrong_in_half_precision)
@@ -165,6 +165,8 @@ def test_attention_on_a_cpu_is_computed_in_float32_under_autocast(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", logged)
     model = toy_model(dtype=torch.float32)
+    micro = only_micro_batch(toy_batch(model))
+    seen.clear()
     with trunk.scoring(model, "packed"), torch.autocast("cpu", torch.bfloat16):
-        trunk.hidden_states(model, only_micro_batch(toy_batch(model)), "packed")
+        trunk.hidden_states(model, micro, "packed")
     assert seen == {(torch.float32, False)}
