@@ -95,11 +95,11 @@ def _padded_attention(
     """[heads, M, d] three times -> [M, heads, d]; window: how many tokens a token sees, itself included (None: all).
 
     In float32 on a CPU whatever comes in: the bfloat16 backward of PyTorch's CPU kernel takes three times as long.
+    Elsewhere in the values' dtype: under autocast rotary embeddings leave queries and keys in float32.
     """
-    dtype = value.dtype  # under autocast rotary embeddings leave queries and keys in float32
-    if query.device.type == "cpu":
-        query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
-    query, key, value = (_to_rows(x, rows) for x in (query, key, value))
+    dtype = value.dtype
+    inner = torch.promote_types(dtype, torch.float32) if query.device.type == "cpu" else dtype
+    query, key, value = (_to_rows(x.to(inner), rows) for x in (query, key, value))
     mask = None
     if window is not None and window < rows.width:
         distance = torch.arange(rows.width, device=query.device)

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_chunks, triton_epilogue, triton_linear
+from . import triton_chunks, triton_epilogue, triton_gradient, triton_linear
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -94,7 +94,7 @@ def _linear(name: str, flags: tuple[str, ...], architecture: int) -> Configurati
 
 def configurations(architecture: int) -> list[Configuration]:
     """Everything that the operators launch on such a GPU, up to flags that only remove work."""
-    score, gradient = triton_epilogue.score_kernel, triton_epilogue.gradient_kernel
+    score, gradient = triton_epilogue.score_kernel, triton_gradient.gradient_kernel
     result = [
         _rowwise("score: policy, bf16 logits", score, (), "bf16"),
         _rowwise("score: policy + reference, bf16 logits", score, ("HAS_REF", "HAS_ROW_IDS"), "bf16"),
@@ -128,7 +128,7 @@ def configurations(architecture: int) -> list[Configuration]:
     }  # fmt: skip
     scale = {"x_ptr": "*bf16", "factor_ptr": "*fp32", "count": "i64"}
     blocks = {"BLOCK": triton_chunks.SCALE_BLOCK}
-    result.append(Configuration("scale", triton_epilogue.scale_kernel, scale, (), blocks, 4))
+    result.append(Configuration("scale", triton_gradient.scale_kernel, scale, (), blocks, 4))
     rows = {"MERGE_ROWS": triton_linear.MERGE_ROWS}
     result.append(Configuration("merge", triton_linear.merge_kernel, merge, ("HAS_REF",), rows, 4))
     return result

@@ -13,7 +13,8 @@ from torch import Tensor
 from .chunked import Chunks
 from .linear import Head, LinearSource, LogitOptions, room_for_gradient
 from .support import keep_mask
-from .triton_epilogue import gradient_kernel, scale_kernel, score_kernel
+from .triton_epilogue import score_kernel
+from .triton_gradient import gradient_kernel, scale_kernel
 from .types import TokenCoefficients
 
 FORWARD_BLOCK, FORWARD_LANES, FORWARD_WARPS = 2048, 512, 4

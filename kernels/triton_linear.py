@@ -17,7 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import RowStats
 from .linear import Head, LogitOptions
-from .triton_epilogue import EXCLUDED, LOG2E, finish, fold, process_logits, store_stats
+from .triton_epilogue import finish, fold, store_stats
+from .triton_logits import EXCLUDED, LOG2E, process_logits
 
 BLOCK_ROWS, NUM_WARPS = 128, 8
 GROUP = 16
