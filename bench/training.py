@@ -313,27 +313,31 @@ def machine() -> dict[str, Any]:
     }
 
 
+def summary(name: str, found: list[dict[str, Any]]) -> str:
+    """A contender's line of the table, from its rounds so far."""
+    if "parts_s" in found[0]:
+        parts = {part: statistics.median(f["parts_s"][part] for f in found) for part in found[0]["parts_s"]}
+        cells = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items())
+        return f"{name:18} {sum(parts.values()):7.2f} s   {cells}"
+    times = sorted(second for f in found for second in f["step_s"])
+    median, tokens = statistics.median(times), found[0]["tokens_per_step"]
+    return f"{name:18} {median:7.2f} s/step ({times[0]:.2f} .. {times[-1]:.2f}) {tokens / median:9.0f} tokens/s"
+
+
 def compare(names: list[str], steps: int, rounds: int, output: Path) -> None:
-    """Runs the contenders in turn, prints the table, writes the JSON."""
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    """Runs the contenders in turn; prints and writes what is known after each."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    origin = {"machine": machine(), "job": {"B": B, "K": K, "T": T}}
+    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         models = {size: Path(folder) / size for size in {CONTENDERS[name][0] for name in names}}
         for size, path in models.items():
             make_model(path, size)
-        for _ in range(rounds):
-            for name in names:
-                results[name].append(run_alone(name, models[CONTENDERS[name][0]], steps))
-    for name, found in results.items():
-        if "parts_s" in found[0]:
-            cells = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in found[0]["parts_s"].items())
-            print(f"{name:18} {min(f['sum_s'] for f in found):7.2f} s   {cells}")
-            continue
-        times = sorted(second for f in found for second in f["step_s"])
-        median = statistics.median(times)
-        tokens = found[0]["tokens_per_step"]
-        print(f"{name:18} {median:7.2f} s/step ({times[0]:.2f} .. {times[-1]:.2f}) {tokens / median:9.0f} tokens/s")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"machine": machine(), "job": {"B": B, "K": K, "T": T}, "results": results}, indent=1))
+        for name in names * rounds:
+            found = results.setdefault(name, [])
+            found.append(run_alone(name, models[CONTENDERS[name][0]], steps))
+            print(summary(name, found), flush=True)
+            output.write_text(json.dumps({**origin, "results": results}, indent=1))
     print(f"written to {output}")
 
 
