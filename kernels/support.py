@@ -24,6 +24,9 @@ STRIDE = 8
 BISECTIONS = 22
 """They leave an interval of a millionth of the range of logits, in which one id should lie."""
 
+FIRST_BISECTIONS = 3
+"""As many of them look at the whole row."""
+
 MARGIN = 1e-5
 """A row whose cumulative probability comes this close to top_p is left to the definition: rounding decides there."""
 
@@ -220,20 +223,38 @@ def _above_threshold(support: Support, logits: Tensor) -> tuple[Tensor, Tensor, 
     wanted = _column(support.top_p, z.device, torch.float64) * e.sum(1, keepdim=True, dtype=torch.float64)
     lowest = torch.where(z > -torch.inf, z, 0).amin(1, keepdim=True)
     highest = torch.full_like(lowest, 1e-6)
-
-    def mass_from(threshold: Tensor) -> Tensor:
-        return torch.where(z >= threshold, e, 0).sum(1, keepdim=True).double()
-
-    for _ in range(BISECTIONS):
+    near_z, near_e, above = z, e, torch.zeros_like(wanted)
+    for bisection in range(BISECTIONS):
+        if bisection == FIRST_BISECTIONS:  # few logits are left in between: only those are looked at from here on
+            above = _mass_from(highest, z, e)
+            near_z, near_e = _between(lowest, highest, z, e)
         middle = (lowest + highest) / 2
-        enough = mass_from(middle) >= wanted
+        enough = above + _mass_from(middle, near_z, near_e) >= wanted
         lowest, highest = torch.where(enough, middle, lowest), torch.where(enough, highest, middle)
     inside = z >= lowest
     last = inside & (z < highest)  # all but one of these would have to be told apart
-    near = (mass_from(highest) - wanted).abs().minimum((mass_from(lowest) - wanted).abs()) < MARGIN * wanted
-    unclear = (last.sum(1) != 1) | near[:, 0]
-    rows, ids = (inside & ~unclear[:, None]).nonzero().unbind(1)
-    return rows, ids, unclear
+    with_last, without_it = (_mass_from(threshold, z, e) - wanted for threshold in (lowest, highest))
+    far = torch.minimum(with_last, -without_it) >= MARGIN * wanted  # on both sides, each on its own
+    clear = (last.sum(1) == 1) & far[:, 0]
+    rows, ids = (inside & clear[:, None]).nonzero().unbind(1)
+    return rows, ids, ~clear
+
+
+def _mass_from(threshold: Tensor, z: Tensor, e: Tensor) -> Tensor:
+    """The sum of e [n, M] where z [n, M] reaches the row's threshold [n, 1], f64 [n, 1]."""
+    return torch.where(z >= threshold, e, 0).sum(1, keepdim=True).double()
+
+
+def _between(lowest: Tensor, highest: Tensor, z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries of z and e [n, V] with lowest <= z < highest (each [n, 1]), moved to the left; -inf and 0 follow."""
+    inside = (z >= lowest) & (z < highest)
+    counts = inside.sum(1)
+    rows, columns = inside.nonzero().unbind(1)
+    places = torch.arange(len(rows), device=z.device) - (counts.cumsum(0) - counts)[rows]
+    width = int(counts.max())
+    left_z, left_e = z.new_full((len(z), width), -torch.inf), e.new_zeros(len(e), width)
+    left_z[rows, places], left_e[rows, places] = z[rows, columns], e[rows, columns]
+    return left_z, left_e
 
 
 def _decide(support: Support, values: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
