@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,17 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, cwd=HERE)
 
 
+def interpreter_needs_an_older_numpy() -> bool:
+    """Triton 3.6 takes arrays of one number for integers, which NumPy does no longer since 2.5."""
+    from triton.runtime import interpreter
+
+    numpy = [int(part) for part in version("numpy").split(".")[:2]]
+    return numpy >= [2, 5] and "int(self.handle.data)" in inspect.getsource(interpreter)
+
+
 def test_kernels_match_float64_under_the_interpreter():
+    if interpreter_needs_an_older_numpy():
+        pytest.skip("this Triton's interpreter does not run with NumPy 2.5 or newer")
     done = run(["-m", "pytest", "-q", "-x", str(HERE / "interpreted_triton.py")], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "failed" not in done.stdout
