@@ -111,7 +111,9 @@ def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens
 def trl_steps(
     model: Path, steps: int, dtype: str, new_tokens: int = T, batch: int = B * K, **options: Any
 ) -> dict[str, Any]:
-    """TRL's RLOOTrainer on the same job; generation is transformers' generate (its vLLM mode needs a GPU)."""
+    """TRL's RLOOTrainer on the same job, `batch` sequences at a time; options: more of RLOOConfig's (its vLLM mode, which
+    needs a GPU; without it transformers' generate).
+    """
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback

@@ -157,13 +157,14 @@ def vision_sizes() -> dict[str, Any]:
 def make_dataset(folder: Path, tests: str) -> None:
     """The prompts that the tests name, as text and as messages, under the configurations that they ask for."""
     from datasets import Dataset
-    from PIL import Image
 
     folder.mkdir(parents=True)
     texts = list(dict.fromkeys(re.findall(r'{"prompt": "([^"]+)"}', tests))) or ["Beautiful is better than", "Complex"]
     chats = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
     rows = {"standard_prompt_only": [{"prompt": text} for text in texts], "conversational_prompt_only": chats}
     if folder.name == "zen-image":
+        from PIL import Image
+
         pictures = [Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), color) for color in ("red", "green")]
         with_image = [chat | {"image": picture} for chat, picture in zip(chats, pictures, strict=False)]
         rows = {"conversational_prompt_only": with_image}
