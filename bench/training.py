@@ -111,8 +111,8 @@ def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens
 def trl_steps(
     model: Path, steps: int, dtype: str, new_tokens: int = T, batch: int = B * K, **options: Any
 ) -> dict[str, Any]:
-    """TRL's RLOOTrainer on the same job, `batch` sequences at a time; options: more of RLOOConfig's (its vLLM mode, which
-    needs a GPU; without it transformers' generate).
+    """TRL's RLOOTrainer on the same job, `batch` sequences at a time. options: more of RLOOConfig's, such as its vLLM
+    mode, which needs a GPU; without it transformers generates.
     """
     import torch
     from datasets import Dataset

@@ -206,9 +206,9 @@ class Scorer:
         sources = [models.resolve_model(name) for name in (config.model, config.reference) if name is not None]
         loaded = {source: models.load_model(source, device).requires_grad_(False) for source in dict.fromkeys(sources)}
         policy, reference = loaded[sources[0]], loaded[sources[1]] if len(sources) == 2 else None
-        layout_of(policy)
+        layout_of(policy, dtype)
         if reference is not None:
-            layout_of(reference)
+            layout_of(reference, dtype)
             check_same_logits(models.head_of(policy), models.head_of(reference))
         return cls(policy, reference, device, dtype, config.batch_tokens)
 
@@ -246,7 +246,7 @@ class Scorer:
         return iter(found)
 
     def _hidden(self, model: nn.Module, micro: PackedBatch) -> torch.Tensor:
-        layout = layout_of(model)
+        layout = layout_of(model, self.dtype)
         with trunk.scoring(model, layout), self._autocast():
             return trunk.hidden_states(model, micro, layout)
 

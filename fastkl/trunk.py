@@ -204,7 +204,9 @@ def choose_layout(
                 reasons.append(f"{layout} differs from separate forwards by {errors[-1]:.1e}")
                 break
         else:
-            return layout, "; ".join([*reasons, f"{layout} agrees with separate forwards to {errors[0]:.1e}"])
+            found = f"{layout} agrees with separate forwards to {errors[0]:.1e}"
+            found += f", in {str(dtype).removeprefix('torch.')} to {errors[1]:.1e}" if len(errors) == 2 else ""
+            return layout, "; ".join([*reasons, found])
     raise RuntimeError("no way of batching agrees with one-at-a-time forwards (" + "; ".join(reasons) + ")")
 
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from toy import STOP, VOCAB, toy_model
 
-from fastkl import cli, score, score_io
+from fastkl import cli, score, score_io, trunk
 from fastkl.config import TrainConfig
 from fastkl.errors import UserError
 from fastkl.score import ScoreConfig, Scorer, score_file
@@ -121,6 +121,21 @@ def test_text_and_token_ids_score_as_the_models_own_logits_do(run, models):
     check_full(records[3], models, [BOS, 1, 2], [4, 5], temperature=0.5)
     assert [(r["line"], r.get("id")) for r in records] == [(1, "first"), (2, 7), (3, None), (4, None)]
     assert not any("support" in name for r in records for name in r)
+
+
+def test_bfloat16_is_checked_before_it_scores_and_differs_by_its_rounding(run, models, monkeypatch):
+    checked, choose = [], trunk.choose_layout
+    monkeypatch.setattr(
+        trunk,
+        "choose_layout",
+        lambda model, batch, dtype, **rest: checked.append(dtype) or choose(model, batch, dtype, **rest),
+    )
+    line = {"prompt": [1, 2, 3], "completion": [4, 5, 6, 7, 8, 9, 10]}
+    exact, rounded = run([line])[1][0], run([line], "--dtype", "bfloat16")[1][0]
+    assert checked == [torch.float32] * 2 + [torch.bfloat16] * 2  # policy and reference
+    for name in ("policy_logprobs", "ref_logprobs", "entropy", "kl"):
+        gap = (torch.tensor(rounded[name]) - torch.tensor(exact[name])).abs().max()
+        assert 0 < gap < 0.1, name
 
 
 def test_storyteller_end_to_end_with_its_own_tokenizer(tmp_path, capsys):

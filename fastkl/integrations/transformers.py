@@ -70,8 +70,8 @@ from fastkl.types import PackedBatch
 
 __all__ = ["Head", "completion_mask", "head_scores", "layout_of", "score_tokens", "trunk_and_head"]
 
-_LAYOUTS: WeakKeyDictionary[nn.Module, dict[bool, str]] = WeakKeyDictionary()
-"""The layouts of the models that have been checked, without and with gradient checkpointing."""
+_LAYOUTS: WeakKeyDictionary[nn.Module, dict[tuple[bool, torch.dtype], str]] = WeakKeyDictionary()
+"""The layouts of the models that have been checked, by gradient checkpointing and the dtype of the products."""
 
 
 def trunk_and_head(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Head]:
@@ -184,17 +184,18 @@ def completion_mask(input_ids: Tensor, prompt_tokens: int, stop_token_ids: int |
     return sampled & (stopped.long().cumsum(1) - stopped.long() == 0)
 
 
-def layout_of(model: nn.Module) -> str:
+def layout_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> str:
     """How the trunk batches the model's sequences (trunk.py); checks the model when it is seen for the first time.
 
+    dtype: that of the matrix products, if they run under autocast.
     Raises UserError if trunk and head do not give the model's own logits, or no batched forward equals separate ones.
     """
     model = _plain(model)
     checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
     known = _LAYOUTS.setdefault(model, {})
-    if checkpointing not in known:
-        known[checkpointing] = _checked_layout(model, checkpointing)
-    return known[checkpointing]
+    if (checkpointing, dtype) not in known:
+        known[checkpointing, dtype] = _checked_layout(model, checkpointing, dtype)
+    return known[checkpointing, dtype]
 
 
 def check_same_logits(policy: Head, reference: Head) -> None:
@@ -237,7 +238,7 @@ def _plain(model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def _checked_layout(model: Any, checkpointing: bool) -> str:
+def _checked_layout(model: Any, checkpointing: bool, dtype: torch.dtype) -> str:
     """The fastest layout that is right. The backward of checkpointed layers runs them again, after `scoring` has given
     the model its own attention back, so they must have run with that one."""
     if checkpointing and any(_dropout(module) for module in model.modules()):
@@ -257,7 +258,8 @@ def _checked_layout(model: Any, checkpointing: bool) -> str:
         check_head(model, ids[0].tolist(), tolerance=0.02 if half else 1e-3)
         layouts = ("padded",) if checkpointing else ("packed", "padded")
         batch = _packed(ids, mask, None)
-        return trunk.choose_layout(model, batch, tolerance=0.05 if half else 1e-3, layouts=layouts)[0]
+        tolerance = trunk.HALF_TOLERANCE if half else 1e-3
+        return trunk.choose_layout(model, batch, dtype, tolerance=tolerance, layouts=layouts)[0]
     except (RuntimeError, TypeError, ValueError, AttributeError) as failure:
         raise UserError(f"model: {type(model).__name__} cannot be scored ({first_line(failure)}).") from failure
     finally:
