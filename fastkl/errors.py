@@ -1,5 +1,5 @@
-"""The one exception for a user's mistake: the command line prints its message and exits with 2, without a traceback."""
+"""What a user may meet: `UserError` for a mistake (its home is the operators, which need nothing else of fastkl)."""
 
+from fastkl.kernels.errors import UserError
 
-class UserError(Exception):
-    """Bad input. The message is one or two sentences that name the field, its value and the remedy."""
+__all__ = ["UserError"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from .errors import UserError
 from .compose import is_sharded
 from .types import Support
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from .errors import UserError
 from . import checks
 from .autograd import Call, ScoreFunction
 from .checks import FLOATS, check_finite, check_heads, check_options, check_rows, check_support, check_tensor

@@ -260,6 +260,8 @@ def _checked_layout(model: Any, checkpointing: bool, dtype: torch.dtype) -> str:
         batch = _packed(ids, mask, None)
         tolerance = trunk.HALF_TOLERANCE if half else 1e-3
         return trunk.choose_layout(model, batch, dtype, tolerance=tolerance, layouts=layouts)[0]
+    except UserError:
+        raise
     except (RuntimeError, TypeError, ValueError, AttributeError) as failure:
         raise UserError(f"model: {type(model).__name__} cannot be scored ({first_line(failure)}).") from failure
     finally:
