@@ -31,10 +31,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastkl.kernels.operators import TokenCoefficients, linear_token_loss, linear_token_scores
 from torch import Tensor
 
-from fastkl.bench import peak_mib
+from fastkl.kernels.operators import TokenCoefficients, linear_token_loss, linear_token_scores
+from fastkl.microbench.run import peak_mib
 
 SETTINGS = {
     "default": {},

@@ -29,7 +29,7 @@ import torch
 from drop_in_contenders import JOBS, Contender, Problem, Size, contenders
 from torch import Tensor
 
-from fastkl.bench import peak_mib
+from fastkl.microbench.run import peak_mib
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from fastkl.kernels import reference
 from fastkl.kernels.dispatch import interpreting
 from fastkl.kernels.operators import (
     Support,
@@ -34,9 +36,7 @@ from fastkl.kernels.operators import (
     linear_token_scores,
     token_scores,
 )
-
-from fastkl.bench import GPU_SHAPES, Shape, peak_mib, provenance, run_bench
-from fastkl.kernels import reference
+from fastkl.microbench.run import GPU_SHAPES, Shape, peak_mib, provenance, run_bench
 
 DRY_RUN = interpreting()
 

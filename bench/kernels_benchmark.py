@@ -15,37 +15,37 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from fastkl import bench, bench_jobs
+from fastkl.microbench import jobs, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = bench.GPU_SHAPES if DEVICE == "cuda" else bench.CPU_SHAPES
+SHAPES = run.GPU_SHAPES if DEVICE == "cuda" else run.CPU_SHAPES
 
 
 @cache
-def rows(shape: bench_jobs.Shape) -> dict[str, bench_jobs.Row]:
+def rows(shape: jobs.Shape) -> dict[str, jobs.Row]:
     """The rows of one shape, by name; their inputs are made once."""
-    return {f"{row.job} {row.name}": row for row in bench.all_rows(bench_jobs.Problem(shape, DEVICE))}
+    return {f"{row.job} {row.name}": row for row in run.all_rows(jobs.Problem(shape, DEVICE))}
 
 
 @cache
-def ceiling(shape: bench_jobs.Shape) -> dict[str, float]:
+def ceiling(shape: jobs.Shape) -> dict[str, float]:
     """The machine's ceilings for one shape, measured once per run."""
-    return bench.ceilings(shape, DEVICE)
+    return run.ceilings(shape, DEVICE)
 
 
-def names(shape: bench_jobs.Shape) -> list[str]:
+def names(shape: jobs.Shape) -> list[str]:
     """Row names without making the full-size inputs."""
-    tiny = bench_jobs.Shape(shape.name, 64, 8, 8, shape.dtype, shape.softcap)
-    return [f"{row.job} {row.name}" for row in bench.all_rows(bench_jobs.Problem(tiny, DEVICE))]
+    tiny = jobs.Shape(shape.name, 64, 8, 8, shape.dtype, shape.softcap)
+    return [f"{row.job} {row.name}" for row in run.all_rows(jobs.Problem(tiny, DEVICE))]
 
 
 CASES = [pytest.param(shape, name, id=f"{shape.name} {name}") for shape in SHAPES for name in names(shape)]
 
 
 @pytest.mark.parametrize(("shape", "name"), CASES)
-def test_row(benchmark, shape: bench_jobs.Shape, name: str) -> None:
+def test_row(benchmark, shape: jobs.Shape, name: str) -> None:
     row = rows(shape)[name]
-    result = bench.measure(row, ceiling(shape), DEVICE, repeats=1)  # raises if the result is wrong
+    result = run.measure(row, ceiling(shape), DEVICE, repeats=1)  # raises if the result is wrong
 
     def call() -> None:
         row.call()

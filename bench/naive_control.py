@@ -28,9 +28,10 @@ from unittest import mock
 from pictures import DOCS, screenshot
 from training import machine
 
-from fastkl.alarm import mean_and_error
-from fastkl.report_parts.charts import line_chart
-from fastkl.report_parts.svg import Series
+from fastkl.audit.alarm import mean_and_error
+from fastkl.report.page.charts import line_chart
+from fastkl.report.page.svg import Series
+from fastkl.training import loop
 
 RESULT = Path(__file__).parent / "results" / "naive_control.json"
 NUM_PROMPTS = 8
@@ -77,17 +78,20 @@ def unfinished_stories() -> list[str]:
 @contextmanager
 def naive_scoring() -> Iterator[list[str]]:
     """fastkl's training loop, scoring over the whole vocabulary; yields what its guard would have stopped it with."""
-    from fastkl import sync, train
+    from fastkl.rollout import agreement
 
-    check, complaints = sync.check_agreement, []
+    check, complaints = agreement.check_agreement, []
 
     def take_down(*args: Any) -> None:
         try:
             check(*args)
-        except sync.StaleEngineError as complaint:
+        except agreement.StaleEngineError as complaint:
             complaints.append(str(complaint))
 
-    with mock.patch.object(train, "support_of", lambda *_: None), mock.patch.object(sync, "check_agreement", take_down):
+    with (
+        mock.patch.object(loop, "support_of", lambda *_: None),
+        mock.patch.object(agreement, "check_agreement", take_down),
+    ):
         yield complaints
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastkl.configfile import load_config
-from fastkl.report import ASSETS, write_report
-from fastkl.view import View
+from fastkl.config.files import load_config
+from fastkl.report.page import ASSETS, write_report
+from fastkl.report.terminal import View
 
 DOCS = Path(__file__).parent.parent / "docs"
 

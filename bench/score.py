@@ -27,9 +27,9 @@ import torch
 from training import machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastkl import score
+from fastkl.score_files import command
 from fastkl.storyteller import model_path
-from fastkl.storyteller.measure import held_out_stories
+from tools.storyteller.measure import held_out_stories
 
 NAMES = ("policy_logprobs", "ref_logprobs", "entropy", "kl")
 ROWS_AT_ONCE = 32
@@ -53,18 +53,18 @@ def make_job(folder: Path, num_lines: int) -> None:
 def with_fastkl(folder: Path, batch_tokens: int) -> float:
     """Seconds of `fastkl score` after the models are loaded; writes fastkl.jsonl."""
     started: list[float] = []
-    loaded = score.ScoreView.loaded
-    score.ScoreView.loaded = lambda view: (loaded(view), started.append(time.perf_counter()))[0]
+    loaded = command.ScoreView.loaded
+    command.ScoreView.loaded = lambda view: (loaded(view), started.append(time.perf_counter()))[0]
     output = folder / "fastkl.jsonl"
     output.unlink(missing_ok=True)
-    settings = score.TrainConfig(dtype="float32", device="cpu")
-    score.score_file(
-        score.ScoreConfig(
+    settings = command.TrainConfig(dtype="float32", device="cpu")
+    command.score_file(
+        command.ScoreConfig(
             str(folder / "stories.jsonl"), str(folder / "policy"), "storyteller", str(output), batch_tokens,
             shared=settings,
         )
     )  # fmt: skip
-    score.ScoreView.loaded = loaded
+    command.ScoreView.loaded = loaded
     return time.perf_counter() - started[0]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from training import machine
 
-from fastkl.configfile import load_config
+from fastkl.config.files import load_config
 
 END_STEPS = 5
 COLUMNS = {

@@ -24,10 +24,12 @@ from unittest import mock
 
 from training import machine
 
-from fastkl import sync, train
-from fastkl.config import TrainConfig
-from fastkl.contract import Sampling, support_of
-from fastkl.run import Run
+from fastkl.config.settings import TrainConfig
+from fastkl.rollout import agreement
+from fastkl.sampling.params import Sampling
+from fastkl.sampling.replay import support_of
+from fastkl.training import loop
+from fastkl.training.state import Run
 
 RESULT = Path(__file__).parent / "results" / "support_cost.json"
 DRAWS: dict[str, dict[str, Any]] = {
@@ -47,7 +49,7 @@ def case_of(step: int) -> tuple[str, str]:
 
 def run_in_turn(config: TrainConfig) -> list[dict[str, Any]]:
     """The run; returns its metrics, one dict per step."""
-    set_up = train.set_up
+    set_up = loop.set_up
     scorer = ""
 
     def set_up_in_turn(config: TrainConfig) -> Run:
@@ -68,11 +70,13 @@ def run_in_turn(config: TrainConfig) -> list[dict[str, Any]]:
         return None if scorer == "blind" else support_of(sampling, *args)
 
     with (
-        mock.patch.object(train, "set_up", set_up_in_turn),
-        mock.patch.object(train, "support_of", support_in_turn),
-        mock.patch.object(sync, "check_agreement", lambda *_: None),  # it would stop the blind steps, and rightly so
+        mock.patch.object(loop, "set_up", set_up_in_turn),
+        mock.patch.object(loop, "support_of", support_in_turn),
+        mock.patch.object(
+            agreement, "check_agreement", lambda *_: None
+        ),  # it would stop the blind steps, and rightly so
     ):
-        train.train(config)
+        loop.train(config)
     return [json.loads(line) for line in Path(config.output, "metrics.jsonl").read_text().splitlines()]
 
 

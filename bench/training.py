@@ -80,18 +80,18 @@ def step_times(ends: list[float]) -> list[float]:
 
 def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens: int = T) -> dict[str, Any]:
     """fastkl's training loop as `fastkl train` runs it."""
-    from fastkl import run
-    from fastkl.config import TrainConfig
-    from fastkl.train import train
+    from fastkl.config.settings import TrainConfig
+    from fastkl.training import state
+    from fastkl.training.loop import train
 
     ends: list[float] = []
-    record = run.Run.record
+    record = state.Run.record
 
     def timed_record(self: Any, *args: Any) -> None:
         record(self, *args)
         ends.append(time.perf_counter())
 
-    run.Run.record = timed_record
+    state.Run.record = timed_record
     with tempfile.TemporaryDirectory() as folder:
         train(
             TrainConfig(
@@ -172,11 +172,11 @@ def parts(model: Path, steps: int, generator: str, dtype: str, new_tokens: int =
     """The unavoidable parts of a step, each measured alone; seconds, medians over `steps` repeats."""
     import torch
 
-    from fastkl import trunk
-    from fastkl.config import TrainConfig
-    from fastkl.models import head_of
-    from fastkl.pack import pack
-    from fastkl.setup import set_up
+    from fastkl.config.settings import TrainConfig
+    from fastkl.scoring import backbone
+    from fastkl.scoring.head import head_of
+    from fastkl.scoring.pack import pack
+    from fastkl.training.setup import set_up
     from fastkl.types import RolloutBatch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -193,15 +193,15 @@ def parts(model: Path, steps: int, generator: str, dtype: str, new_tokens: int =
         weight = head_of(run.policy).weight
 
         def reference_forward() -> None:
-            with torch.no_grad(), run.autocast(), trunk.scoring(run.reference, run.layout):
+            with torch.no_grad(), run.autocast(), backbone.scoring(run.reference, run.layout):
                 for micro in micros:
-                    trunk.hidden_states(run.reference, micro, run.layout)
+                    backbone.hidden_states(run.reference, micro, run.layout)
 
         def policy_forward_backward() -> None:
-            with trunk.scoring(run.policy, run.layout):
+            with backbone.scoring(run.policy, run.layout):
                 for micro in micros:
                     with run.autocast():
-                        hidden = trunk.hidden_states(run.policy, micro, run.layout)
+                        hidden = backbone.hidden_states(run.policy, micro, run.layout)
                     hidden.backward(torch.ones_like(hidden))
             run.policy.zero_grad(set_to_none=True)
 
@@ -283,7 +283,7 @@ def default_contenders() -> list[str]:
     """Everything that can be compared here: bfloat16 rows need a processor with bfloat16 products."""
     import torch
 
-    from fastkl.models import bfloat16_is_fast
+    from fastkl.scoring.models import bfloat16_is_fast
 
     names = [name for name in CONTENDERS if (name in GPU_CONTENDERS) == torch.cuda.is_available()]
     if importlib.util.find_spec("trl") is None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
         token_scores,
     )
 
-__version__ = "0.1.0"
+from fastkl.version import __version__
+
 __all__ = [
     "Support",
     "TokenCoefficients",

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import UserError
 from .compose import is_sharded
+from .errors import UserError
 from .types import Support
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .errors import UserError
 from .autograd import Call, active_rows, active_runs, collect, flat_scores, gradients_of, policy_of, without_autocast
 from .chunked import chunk_ranges
+from .errors import UserError
 from .types import CoefficientsFunction, TokenCoefficients, TokenScores
 
 

@@ -15,13 +15,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .errors import UserError
 from . import checks
 from .autograd import Call, ScoreFunction
 from .checks import FLOATS, check_finite, check_heads, check_options, check_rows, check_support, check_tensor
 from .chunked import Rows
 from .compose import one_graph_break, whole
 from .dispatch import uses_triton
+from .errors import UserError
 from .linear import Head, LogitOptions
 from .loss import LossFunction
 from .support import switched_on

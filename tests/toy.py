@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastkl.config import TrainConfig
-from fastkl.contract import Sampling
-from fastkl.models import without_dropout
-from fastkl.rollout_transformers import TransformersGenerator
+from fastkl.config.settings import TrainConfig
+from fastkl.rollout.transformers import TransformersGenerator
+from fastkl.sampling.params import Sampling
+from fastkl.scoring.models import without_dropout
 from fastkl.types import Completion, Prompt, RolloutBatch
 
 VOCAB = 23

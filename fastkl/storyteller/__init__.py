@@ -1,11 +1,11 @@
 """The embedded default model: a small storyteller, the language it speaks, and a checker of that language's sentences.
 
 `story(seed)` tells a story, `check(text)` says how many sentences of a text are well formed, `model_path()` is the
-folder of the shipped model. `fastkl.storyteller.make` remakes that model. Importing this package needs the standard
+folder of the shipped model, which tools/storyteller/ of a checkout makes. Importing this package needs the standard
 library only.
 
 Reading order: lexicon.py (words) -> templates.py (sentences and plots) -> grammar.py (the generator) -> checker.py (the
-recogniser of the same templates) -> make.py (training) -> measure.py (how good it is).
+recogniser of the same templates).
 """
 
 from __future__ import annotations

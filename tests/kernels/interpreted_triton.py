@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastkl.kernels.dispatch import interpreting
-from fastkl.kernels.operators import Support, TokenCoefficients
 from kernel_cases import assert_as_good_as_the_line, make_case, run
 
 from fastkl.kernels import operators, reference, triton_chunks, triton_linear
+from fastkl.kernels.dispatch import interpreting
+from fastkl.kernels.operators import Support, TokenCoefficients
 
 assert interpreting(), "run with TRITON_INTERPRET=1"
 

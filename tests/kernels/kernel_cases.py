@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from fastkl.kernels.types import Support, TokenScores
 from torch import Tensor
+
+from fastkl.kernels.types import Support, TokenScores
 
 POLICY_SCORES = ("policy_logprobs", "entropy", "kl", "policy_logprobs_support", "kl_support")
 

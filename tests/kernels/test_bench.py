@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastkl import bench, bench_jobs
+from fastkl.microbench import jobs, run
 
-TINY = bench_jobs.Shape("tiny", 48, 16, 211, torch.float32)
+TINY = jobs.Shape("tiny", 48, 16, 211, torch.float32)
 
 
 def test_every_job_passes_its_check_and_is_written_with_its_floor(tmp_path):
     lines = []
-    results = bench.run_bench(tmp_path, device="cpu", shapes=(TINY,), repeats=2, say=lines.append)
+    results = run.run_bench(tmp_path, device="cpu", shapes=(TINY,), repeats=2, say=lines.append)
     assert {r.job for r in results} == set("ABCDEFGHI")
     record = json.loads((tmp_path / "bench.json").read_text())
     assert len(record["rows"]) == len(results) and record["left_out"] == []
@@ -30,13 +30,13 @@ def test_every_job_passes_its_check_and_is_written_with_its_floor(tmp_path):
 
 
 def test_a_wrong_result_is_not_timed():
-    row = next(bench_jobs.rows_of(bench_jobs.Problem(TINY, "cpu")))
+    row = next(jobs.rows_of(jobs.Problem(TINY, "cpu")))
     broken = replace(row, call=lambda: [x + 0.01 for x in row.call()])
     with pytest.raises(AssertionError, match="not timed"):
-        bench.measure(broken, bench.ceilings(TINY, "cpu"), "cpu", 1)
+        run.measure(broken, run.ceilings(TINY, "cpu"), "cpu", 1)
 
 
 def test_rows_beyond_the_time_budget_are_named_not_dropped_in_silence(tmp_path):
     lines = []
-    assert bench.run_bench(tmp_path, device="cpu", shapes=(TINY,), budget_s=0, say=lines.append) == []
+    assert run.run_bench(tmp_path, device="cpu", shapes=(TINY,), budget_s=0, say=lines.append) == []
     assert any(line.startswith("left out") and "tiny F plain PyTorch (time)" in line for line in lines)

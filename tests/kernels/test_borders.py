@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from fastkl.kernels.operators import Support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import make_case, run
 
 from fastkl.errors import UserError
 from fastkl.kernels import operators
+from fastkl.kernels.operators import Support
 
 Z = torch.zeros(3, 5)
 T = torch.zeros(3, dtype=torch.int64)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastkl.kernels.linear import LinearSource
-from fastkl.kernels.operators import Support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import assert_as_good_as_the_line, make_case, run
 
 from fastkl.kernels import operators, reference
+from fastkl.kernels.linear import LinearSource
+from fastkl.kernels.operators import Support
 
 
 def check(case, dtype=torch.float32, unit=2.0**-23, **call_options):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastkl.kernels.operators import Support, TokenCoefficients
 from kernel_cases import POLICY_SCORES, make_case
 
 from fastkl.errors import UserError
 from fastkl.kernels import operators, reference
+from fastkl.kernels.operators import Support, TokenCoefficients
 
 
 def leaves_of(case):

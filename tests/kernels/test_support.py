@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastkl.kernels.support import allowed_pairs, banned_pairs, keep_mask, largest
-from fastkl.kernels.types import Support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastkl.kernels import operators
 from fastkl.kernels import support as support_module
+from fastkl.kernels.support import allowed_pairs, banned_pairs, keep_mask, largest
+from fastkl.kernels.types import Support
 
 
 def by_hand(logits, *, banned=(), top_k=0, top_p=1.0, min_p=0.0):

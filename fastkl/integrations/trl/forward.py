@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkl.errors import UserError
-from fastkl.models import Head, check_head, head_of
+from fastkl.scoring.head import Head, check_head, head_of
 
 Task = Callable[[Any, Head], dict[str, Tensor]]
 """(the trunk's outputs with last_hidden_state [b, L, H], the model's head) -> tensors, which the forward returns."""

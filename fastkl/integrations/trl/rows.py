@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkl.integrations.trl.support import KeptIds
 from fastkl.kernels.operators import Support, TokenScores, linear_token_scores
-from fastkl.models import Head
+from fastkl.scoring.head import Head
 
 ROW, KEPT = "fastkl_row", "fastkl_kept_ids"
 """Keys added to TRL's batches: the row's place at the rollout; the token ids that could be drawn there."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastkl.contract import DEPENDS_ON_TEXT, NEUTRAL, NOT_DRAWN, REJECTED, SUPPORT, VLLM, Rule, Sampling
-from fastkl.contract import check_parameters as check
 from fastkl.errors import UserError
+from fastkl.sampling.params import Sampling
+from fastkl.sampling.rules import DEPENDS_ON_TEXT, NEUTRAL, NOT_DRAWN, REJECTED, SUPPORT, VLLM, Rule
+from fastkl.sampling.rules import check_parameters as check
 
 BEAMS = "beam search does not draw from a distribution"
 FORCED = "it forces tokens that the policy did not choose"

@@ -23,14 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkl.contract import Sampling, support_of
 from fastkl.errors import UserError
-from fastkl.estimators import sampled_logprobs, sampled_ref_logprobs
 from fastkl.integrations.trl.checks import REPLACED
 from fastkl.integrations.trl.forward import balancing_loss, base_model_of
 from fastkl.integrations.trl.rows import KEPT, ROW, Completions, RowScores, in_rollout_order
 from fastkl.integrations.trl.support import KeptIds, kept_support, record
-from fastkl.models import Head
+from fastkl.objective.kl_estimators import sampled_logprobs, sampled_ref_logprobs
+from fastkl.sampling.params import Sampling
+from fastkl.sampling.replay import support_of
+from fastkl.scoring.head import Head
 
 
 class Scorer:

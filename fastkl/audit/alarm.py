@@ -1,0 +1,52 @@
+"""The alarm: a KL is never negative, so an estimate that is significantly below zero means that the scoring is wrong.
+
+k1 of one completion may well be negative; its mean over completions drawn from the scored distribution may not, but
+for chance. The alarm rings where a mean is below zero by more than SIGMAS standard errors. Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+SIGMAS = 4.0
+
+
+WINDOW_STEPS = 8
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the error is infinite for fewer than two values, so that nothing is significant."""
+    count = len(values)
+    mean = math.fsum(values) / count if count else 0.0
+    if count < 2:
+        return mean, math.inf
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    return mean, math.sqrt(variance / count)
+
+
+def is_negative(values: Sequence[float]) -> bool:
+    """Whether the mean is below zero by more than SIGMAS standard errors (and by more than rounding)."""
+    mean, error = mean_and_error(values)
+    return mean < -max(SIGMAS * error, 1e-6)
+
+
+class KlAlarm:
+    """Watches the k1 of every completion over the last WINDOW_STEPS steps."""
+
+    def __init__(self) -> None:
+        self.window: deque[list[float]] = deque(maxlen=WINDOW_STEPS)
+
+    def add(self, values: Iterable[float]) -> str | None:
+        """Takes in one step's completions (nats; NaN: not scored); returns the warning if the alarm rings."""
+        self.window.append([value for value in values if math.isfinite(value)])
+        pooled = [value for step in self.window for value in step]
+        if not is_negative(pooled):
+            return None
+        mean, error = mean_and_error(pooled)
+        return (
+            f"The KL estimate is below zero: {mean:.3g} nats per completion, {-mean / max(error, 1e-12):.1f} standard "
+            f"errors, over the last {len(self.window)} steps. That cannot be: the scores are not of the distribution "
+            "that was sampled. `fastkl doctor` on this run looks for the cause."
+        )

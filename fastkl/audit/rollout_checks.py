@@ -1,0 +1,249 @@
+"""The causes of a negative KL estimate: each looks at rollouts and says what it sees, and what to do about it.
+
+In: Rollouts, one Row per completion (fields as in doctor.py). Out of each cause: a Finding, or None where it does not
+fit. Nearly all of them live on one number per token, sampler - trainer: what the generator recorded minus what the
+trainer computed for the same token. It is never negative where ids were kept from being drawn (it is -log of the mass
+of the ids that were left), and of both signs where the weights or the precision differ. Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastkl.audit.alarm import SIGMAS, mean_and_error
+
+NOISE = 1e-3
+"""Nats below which two float32 computations of the same log-prob agree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A cause that fits: "shown" by the numbers, or "possible" where the record lacks what would show it."""
+
+    cause: str
+    certainty: str
+    evidence: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One completion."""
+
+    logprobs: list[float]
+    ref_logprobs: list[float]
+    sampler_logprobs: list[float] | None = None
+    mask: list[int] | None = None
+    token_ids: list[int] | None = None
+    sampled_token_ids: list[int] | None = None
+    finish_reason: str | None = None
+    step: int | None = None
+
+    def scored(self) -> list[int]:
+        """The positions that the KL counts."""
+        return [t for t in range(len(self.logprobs)) if self.mask is None or self.mask[t]]
+
+    def k1(self) -> float:
+        """The completion's KL estimate, nats."""
+        return math.fsum(self.logprobs[t] - self.ref_logprobs[t] for t in self.scored())
+
+    def gaps(self) -> list[tuple[int, float]]:
+        """(position, sampler - trainer) of the scored tokens that the generator recorded."""
+        if self.sampler_logprobs is None:
+            return []
+        known = min(len(self.sampler_logprobs), len(self.logprobs))
+        return [(t, self.sampler_logprobs[t] - self.logprobs[t]) for t in self.scored() if t < known]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """What the causes look at."""
+
+    rows: list[Row]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def gaps(self) -> list[tuple[int, float]]:
+        """(position, sampler - trainer) of every token."""
+        return [pair for row in self.rows for pair in row.gaps()]
+
+    def first_step(self) -> list[Row]:
+        """The completions of step 1, where policy and reference are one model; none if the record begins later."""
+        return [row for row in self.rows if row.step is not None and row.step <= 1]
+
+
+def padding_scored(rollouts: Rollouts) -> Finding | None:
+    """Positions after the end of the text count."""
+    ends = set(rollouts.settings.get("eos_token_ids", ()))
+    after, nats = 0, 0.0
+    for row in rollouts.rows:
+        end = next((t for t, y in enumerate(row.token_ids or ()) if y in ends), None)
+        for t in row.scored() if end is not None else ():
+            if t > end:
+                after, nats = after + 1, nats + row.logprobs[t] - row.ref_logprobs[t]
+    if not after:
+        return None
+    return Finding(
+        "padding is scored", "shown",
+        f"{after} scored positions come after an end-of-sequence token; they add {nats:.4g} nats to the estimates",
+        MASK,
+    )  # fmt: skip
+
+
+def truncated_rows_half_scored(rollouts: Rollouts) -> Finding | None:
+    """Cut completions have no KL, but their reward stays in the group."""
+    cut = [row for row in rollouts.rows if row.finish_reason == "length"]
+    whole = [row for row in rollouts.rows if row.finish_reason != "length"]
+    silent = [row for row in cut if row.k1() == 0.0]
+    if not cut or len(silent) < len(cut) or sum(row.k1() == 0.0 for row in whole) > 0.5 * len(whole):
+        return None
+    return Finding(
+        "truncated rows are half scored", "shown",
+        f"all {len(cut)} completions that were cut have a KL of exactly 0, the {len(whole)} others do not",
+        WHOLE_OR_OUT,
+    )  # fmt: skip
+
+
+def truncated_sampling(rollouts: Rollouts) -> Finding | None:
+    """Drawn from a part of the vocabulary, scored over all of it: the sampler's log-probs are higher, never lower."""
+    names = [n for n in ("top_k", "top_p", "min_p") if rollouts.settings.get(n) not in (None, 0, -1, 0.0)]
+    names = [n for n in names if not (n == "top_p" and rollouts.settings[n] >= 1)]
+    gaps = rollouts.gaps()
+    if not gaps:
+        return _possible("truncated sampling is not accounted for", names, REPLAY)
+    start = _ban_end(gaps)
+    late = [gap for t, gap in gaps if t >= start]
+    if not _one_sided(late):
+        return None
+    share = sum(gap > NOISE for gap in late) / len(late)
+    return Finding(
+        "truncated sampling is not accounted for", "shown",
+        f"at {share:.0%} of the tokens the sampler's log-prob is higher than the trainer's, nowhere lower, by "
+        f"{math.fsum(late) / len(late):.3g} nats on average: the mass of the ids that could not be drawn"
+        + (f" (settings: {', '.join(names)})" if names else ""),
+        REPLAY,
+    )  # fmt: skip
+
+
+def banned_end(rollouts: Rollouts) -> Finding | None:
+    """min_tokens bans the end of the text in the first tokens, and the scorer does not know."""
+    gaps = rollouts.gaps()
+    if not gaps:
+        return _possible("a banned end-of-sequence is not accounted for", _set(rollouts.settings, "min_tokens"), BAN)
+    end = _ban_end(gaps)
+    if not end:
+        return None
+    early = [gap for t, gap in gaps if t < end]
+    return Finding(
+        "a banned end-of-sequence is not accounted for", "shown",
+        f"in the first {end} tokens the sampler's log-prob is higher than the trainer's by "
+        f"{math.fsum(early) / len(early):.3g} nats on average, never lower, and the difference ends there",
+        BAN,
+    )  # fmt: skip
+
+
+def dropout(rollouts: Rollouts) -> Finding | None:
+    """In step 1 policy and reference are the same model: any difference is noise of the computation."""
+    ratios = [abs(r.logprobs[t] - r.ref_logprobs[t]) for r in rollouts.first_step() for t in r.scored()]
+    if not ratios or math.fsum(ratios) / len(ratios) < NOISE:
+        return None
+    return Finding(
+        "dropout is on", "shown",
+        f"in step 1 policy and reference are the same model, yet their log-probs differ by "
+        f"{math.fsum(ratios) / len(ratios):.3g} nats on average",
+        "switch dropout off in policy and reference, in training mode too",
+    )  # fmt: skip
+
+
+def reencoded(rollouts: Rollouts) -> Finding | None:
+    """The text was decoded and encoded again, into other tokens."""
+    pairs = [(r.sampled_token_ids, r.token_ids) for r in rollouts.rows if r.sampled_token_ids and r.token_ids]
+    changed = sum(a != b[: len(a)] for a, b in pairs)
+    longer = sum(r.sampler_logprobs is not None and len(r.sampler_logprobs) > len(r.logprobs) for r in rollouts.rows)
+    if not changed and not longer:
+        return None
+    return Finding(
+        "completions were re-encoded by the tokenizer", "shown",
+        f"{max(changed, longer)} of {len(rollouts.rows)} completions are scored with other tokens than were drawn",
+        "hand the generator's token ids to the trainer, never its text",
+    )  # fmt: skip
+
+
+def stale_or_rounded(rollouts: Rollouts) -> Finding | None:
+    """Both signs of sampler - trainer: other weights, or another precision."""
+    gaps = [gap for _, gap in rollouts.gaps()]
+    spread = math.fsum(map(abs, gaps)) / len(gaps) if gaps else 0.0
+    lower = sum(gap < -NOISE for gap in gaps)
+    if spread < NOISE or lower < 0.05 * len(gaps):
+        return None
+    first = [abs(gap) for row in rollouts.first_step() for _, gap in row.gaps()]
+    fresh = math.fsum(first) / len(first) if first else None
+    mean, error = mean_and_error(gaps)
+    grows = fresh is not None and fresh < 0.2 * spread
+    if grows or (fresh is None and mean > SIGMAS * error and spread > 0.05):
+        begin = f"; in step 1 only {fresh:.2g}" if grows else ""
+        return Finding(
+            "the engine samples from stale weights", "shown" if grows else "possible",
+            f"sampler and trainer differ by {spread:.3g} nats on average, in both directions{begin}; the sampler's are "
+            f"higher by {mean:.3g} on average, as those of the model that drew the tokens must be",
+            "push the weights after every update and compare log-probs; tied heads and prefix caches are usual traps",
+        )  # fmt: skip
+    return Finding(
+        "logits are rounded to bfloat16 on one side", "shown" if spread < 0.1 else "possible",
+        f"sampler and trainer differ by {spread:.3g} nats on average, in both directions, from the start",
+        "compute the head's logits in float32 in the trainer; use importance weights (fastkl: --importance token)",
+    )  # fmt: skip
+
+
+MASK = "mask every position after the first end-of-sequence token (which is scored itself), or pack without padding"
+
+
+WHOLE_OR_OUT = "keep their full KL, or take them out of reward, baseline and loss together (fastkl: --truncated)"
+
+
+REPLAY = "score policy and reference on the ids that could be drawn (fastkl does), or sample without truncation"
+
+
+BAN = "score the first min_tokens tokens with the stop ids left out, for policy and reference (fastkl does)"
+
+
+CAUSES: tuple[Callable[[Rollouts], Finding | None], ...] = (
+    *(padding_scored, truncated_rows_half_scored, reencoded, banned_end, truncated_sampling, dropout),
+    stale_or_rounded,
+)
+
+
+def _set(settings: dict[str, Any], *names: str) -> list[str]:
+    return [name for name in names if settings.get(name)]
+
+
+def _possible(cause: str, names: Sequence[str], remedy: str) -> Finding | None:
+    if not names:
+        return None
+    values = f"tokens were drawn with {', '.join(names)}, and no sampler_logprobs were recorded to compare with"
+    return Finding(cause, "possible", values, remedy)
+
+
+def _one_sided(gaps: Sequence[float]) -> bool:
+    """Whether the sampler's log-probs are higher at some tokens and (but for rounding) lower at none."""
+    higher, lower = sum(gap > NOISE for gap in gaps), sum(gap < -NOISE for gap in gaps)
+    return bool(gaps) and higher > 0.02 * len(gaps) and lower < 0.001 * len(gaps)
+
+
+def _ban_end(gaps: Sequence[tuple[int, float]]) -> int:
+    """The first position from which nearly every gap is ten times smaller than the mean before; 0 if there is none."""
+    last = max((t for t, _ in gaps), default=0)
+    by_position: list[list[float]] = [[] for _ in range(last + 1)]
+    for t, gap in gaps:
+        by_position[t].append(gap)
+    for end in range(1, last + 1):
+        before = [gap for values in by_position[:end] for gap in values]
+        after = [gap for values in by_position[end:] for gap in values]
+        at_end = by_position[end - 1]
+        floor = max(NOISE, 0.1 * math.fsum(before) / max(1, len(before)))
+        quiet = sum(abs(gap) > floor for gap in after) <= 0.01 * len(after)
+        if _one_sided(before) and quiet and math.fsum(at_end) > NOISE * len(at_end):
+            return end
+    return 0

@@ -1,0 +1,256 @@
+"""Prompts: from a text, a file or a data set to a list of `Prompt`, and from there in shuffled order to the steps.
+
+`--prompts` takes, tried in this order:
+
+    text:ANYTHING            the text itself
+    hub:ORG/NAME             a data set on the Hugging Face hub
+    a path that exists       a .jsonl, .json, .parquet or .csv file, or a folder of such, or of `save_to_disk`
+    a name that looks like a path (ends like such a file, or begins with / ./ ../ or ~) and does not exist: an error
+    ORG/NAME                 two words around one slash, without spaces: a data set on the hub
+    anything else            the text itself
+
+A data set has a column `prompt`, of texts or of chat messages; its other columns go to the reward functions. The split
+is "train", or the only one there is. Nothing is executed: no loading scripts, no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastkl.errors import UserError
+from fastkl.types import Prompt
+
+SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # and the datasets loader for each
+
+
+TOKENIZER_BATCH = 1024  # prompts tokenized at a time
+
+
+Row = tuple[str, int, Mapping[str, Any]]  # where it stands (for messages), its number from 1, its columns
+
+
+def load_prompts(source: str, tokenizer: Any, *, max_prompt_tokens: int) -> list[Prompt]:
+    """Reads `source` (see above) and tokenizes it. UserError on bad input, with the line or row.
+
+    Texts are tokenized with the tokenizer's own special tokens; chat messages go through its chat template.
+    max_prompt_tokens: what the model's context leaves for a prompt.
+    """
+    rows = list(read_rows(source))
+    if not rows:
+        raise UserError(f"prompts: {source!r} holds no prompts; give at least one.")
+    prompts = []
+    for start in range(0, len(rows), TOKENIZER_BATCH):
+        prompts += _prompts(rows[start : start + TOKENIZER_BATCH], tokenizer)
+    for (where, _, _), prompt in zip(rows, prompts, strict=True):
+        if not prompt.token_ids:
+            raise UserError(f"prompts: {where} is empty for this tokenizer; a prompt needs at least one token.")
+        if len(prompt.token_ids) > max_prompt_tokens:
+            raise UserError(
+                f"prompts: {where} has {len(prompt.token_ids)} tokens, and the model's context leaves room for "
+                f"{max_prompt_tokens}; shorten it or lower max_new_tokens."
+            )
+    return prompts
+
+
+class PromptSource:
+    """Prompts in an order that is shuffled anew in every epoch and depends on (seed, epoch) alone.
+
+    The last prompts of an epoch and the first of the next may share a step; a single prompt is repeated.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
+        self._prompts = tuple(prompts)
+        self._seed = seed
+        self._begin(epoch=0, position=0)
+
+    def take(self, count: int) -> tuple[Prompt, ...]:
+        """The next `count` prompts."""
+        taken = []
+        for _ in range(count):
+            if self._position == len(self._prompts):
+                self._begin(self._epoch + 1, position=0)
+            taken.append(self._prompts[self._order[self._position]])
+            self._position += 1
+        return tuple(taken)
+
+    def state(self) -> dict[str, int]:
+        """What `load_state` needs to go on from here; JSON-able."""
+        return {"epoch": self._epoch, "position": self._position, "num_prompts": len(self._prompts)}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Goes on where `state` was taken. UserError if the prompts have become more or fewer since."""
+        before = state.get("num_prompts", len(self._prompts))
+        if before != len(self._prompts):
+            raise UserError(
+                f"prompts: there were {before} when the run was saved and are {len(self._prompts)} now; resume with "
+                "the same prompts."
+            )
+        self._begin(state["epoch"], state["position"])
+
+    def _begin(self, epoch: int, position: int) -> None:
+        self._epoch, self._position = epoch, position
+        self._order = list(range(len(self._prompts)))
+        random.Random(f"prompts, seed {self._seed}, epoch {epoch}").shuffle(self._order)
+
+
+def read_rows(source: str) -> Iterator[Row]:
+    """The rows of `source`, each with a checked `prompt`. UserError for what cannot be read."""
+    if source.startswith("text:"):
+        return iter([("the text", 1, {"prompt": source.removeprefix("text:")})])
+    if source.startswith("hub:"):
+        return _checked(_from_hub(source.removeprefix("hub:")))
+    path = Path(source).expanduser()
+    if _exists(path):
+        return _checked(_from_path(path))
+    if path.suffix in SUFFIXES or source.startswith(("/", "./", "../", "~")):
+        raise UserError(f"prompts: there is no file {source!r}; if it is the prompt itself, write text:{source}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return _checked(_from_hub(source))
+    return iter([("the text", 1, {"prompt": source})])
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a text too long, or with characters that no path has
+        return False
+
+
+def _from_path(path: Path) -> Iterator[Row]:
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix == ".jsonl":
+        return _from_jsonl(path)
+    if path.suffix in SUFFIXES:
+        return _from_datasets(str(path), SUFFIXES[path.suffix], data_files=[str(path)])
+    raise UserError(
+        f"prompts: the file {str(path)!r} is of no known kind; use {', '.join(SUFFIXES)}, or write text:{path} if that "
+        "is the prompt itself."
+    )
+
+
+def _from_jsonl(path: Path) -> Iterator[Row]:
+    """One JSON object per line; empty lines are skipped."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _parsed(line, f"line {number} of {str(path)!r}", number)
+    except OSError as failure:
+        raise UserError(f"prompts: {str(path)!r} cannot be read ({failure.strerror}).") from failure
+    except UnicodeDecodeError as failure:
+        raise UserError(f"prompts: {str(path)!r} is not UTF-8 text ({failure}).") from failure
+
+
+def _parsed(line: str, where: str, number: int) -> Row:
+    try:
+        columns = json.loads(line)
+    except (ValueError, RecursionError) as failure:
+        raise UserError(f"prompts: {where} is not JSON ({failure}); write one object per line.") from failure
+    if not isinstance(columns, dict):
+        raise UserError(f'prompts: {where} is not a JSON object; write {{"prompt": ...}}.')
+    return where, number, columns
+
+
+def _from_folder(path: Path) -> Iterator[Row]:
+    """A data set saved with `save_to_disk`, or a folder of files of one kind."""
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _from_datasets(str(path), None)
+    for suffix, kind in SUFFIXES.items():
+        files = sorted(path.rglob(f"*{suffix}"))
+        if files and suffix == ".jsonl":
+            return (row for file in files for row in _from_jsonl(file))
+        if files:
+            return _from_datasets(str(path), kind, data_files=[str(file) for file in files])
+    raise UserError(
+        f"prompts: the folder {str(path)!r} holds no data set ({', '.join(SUFFIXES)} files, or what save_to_disk "
+        f"writes); if it is the prompt itself, write text:{path}"
+    )
+
+
+def _from_hub(name: str) -> Iterator[Row]:
+    return _from_datasets(name, name)
+
+
+def _from_datasets(name: str, kind: str | None, **options: Any) -> Iterator[Row]:
+    """Rows through Hugging Face datasets; kind: what load_dataset is given, None for load_from_disk."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        data = datasets.load_from_disk(name) if kind is None else datasets.load_dataset(kind, **options)
+    except Exception as failure:  # datasets raises many types; all mean that there is nothing to read
+        reason = " ".join(str(failure).split())[:300]
+        hint = f"; if it is the prompt itself, write text:{name}" if kind == name else ""
+        raise UserError(f"prompts: the data set {name!r} could not be loaded ({reason}){hint}") from failure
+    if isinstance(data, datasets.DatasetDict):
+        split = "train" if "train" in data else next(iter(data)) if len(data) == 1 else None
+        if split is None:
+            raise UserError(f"prompts: the data set {name!r} has no split 'train' (it has {', '.join(data)}).")
+        data = data[split]
+    return ((f"row {number} of {name!r}", number, row) for number, row in enumerate(data, start=1))
+
+
+def _checked(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, each with a `prompt` that is a text or a list of chat messages, and no reserved column."""
+    for where, number, columns in rows:
+        if "prompt" not in columns:
+            have = ", ".join(map(repr, columns)) or "none"
+            raise UserError(f"prompts: {where} has no column 'prompt' (its columns: {have}).")
+        if not isinstance(columns["prompt"], str) and not is_chat(columns["prompt"]):
+            raise UserError(
+                f"prompts: the 'prompt' in {where} is neither a text nor a list of messages with 'role' and 'content'."
+            )
+        for reserved in ("prompts", "completions"):
+            if reserved in columns:
+                raise UserError(
+                    f"prompts: {where} has a column {reserved!r}, a name that reward functions use; rename it."
+                )
+        yield where, number, columns
+
+
+def is_chat(prompt: Any) -> bool:
+    def is_message(item: Any) -> bool:
+        return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
+
+    return isinstance(prompt, list) and bool(prompt) and all(map(is_message, prompt))
+
+
+def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[Prompt]:
+    """The rows tokenized together: texts with special tokens, rendered chats (which bring their own) without."""
+    raws = [columns["prompt"] for _, _, columns in rows]
+    texts = [
+        raw if isinstance(raw, str) else rendered(raw, where, tokenizer)
+        for raw, (where, _, _) in zip(raws, rows, strict=True)
+    ]
+    ids: list[Sequence[int]] = [()] * len(rows)
+    for is_text in (True, False):
+        chosen = [i for i, raw in enumerate(raws) if isinstance(raw, str) == is_text]
+        if chosen:
+            encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=is_text)["input_ids"]
+            for i, token_ids in zip(chosen, encoded, strict=True):
+                ids[i] = token_ids
+    return [
+        Prompt(tuple(token_ids), text, raw, number, {k: v for k, v in columns.items() if k != "prompt"})
+        for token_ids, text, raw, (_, number, columns) in zip(ids, texts, raws, rows, strict=True)
+    ]
+
+
+def rendered(messages: list[dict[str, str]], where: str, tokenizer: Any) -> str:
+    """The chat as the model's text, up to where the assistant speaks (or, after its own words, goes on speaking)."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"prompts: {where} holds chat messages, but the model's tokenizer has no chat template; use texts."
+        )
+    own_words = messages[-1]["role"] == "assistant"
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not own_words, continue_final_message=own_words
+        )
+    except Exception as failure:  # templates are programs: they raise what they like
+        raise UserError(f"prompts: the chat template refuses {where} ({failure}).") from failure

@@ -1,0 +1,47 @@
+"""Mismatch: how far the engine that sampled and the trainer that scores are apart, and weights that correct for it.
+
+Both claim the log-probs of the same tokens under the same distribution; g = log pi_engine(y) - log pi_trainer(y) is
+zero but for rounding, or the engine is stale, or the two replay different settings. In bfloat16 the rounding is large
+enough to bias the gradient: truncated importance weights w = min(exp(-g), cap) correct the mean up to the cap (Ionides
+2008, "Truncated importance sampling"), per token, or for the whole completion with the sum of its g.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastkl.objective.rloo import per_token, sequence_sums
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Importance weights of a micro-batch's tokens, and how many of them the cap has cut."""
+
+    values: torch.Tensor | None  # f32 [N], constants; None: all one
+    num_cut: int
+    num_tokens: int
+
+
+def importance_weights(
+    engine_logprobs: torch.Tensor, policy_logprobs: torch.Tensor, cu_seqlens: torch.Tensor, level: str, cap: float
+) -> Weights:
+    """Truncated importance weights; both log-probs f32 [N], cu_seqlens i32 [s + 1], level "none", "token", "sequence".
+
+    Each weight is that of one token, or of its whole completion, whose tokens then share it.
+    """
+    num_tokens = policy_logprobs.numel()
+    if level == "none":
+        return Weights(None, 0, num_tokens)
+    log_ratio = policy_logprobs.detach() - engine_logprobs
+    if level == "sequence":
+        log_ratio = per_token(sequence_sums(log_ratio, cu_seqlens), cu_seqlens)
+    ratio = log_ratio.exp()
+    return Weights(ratio.clamp(max=cap), int((ratio > cap).sum()), num_tokens)
+
+
+def engine_kl_sum(engine_logprobs: torch.Tensor, policy_logprobs: torch.Tensor) -> float:
+    """Sum over tokens of the k3 estimate of KL(engine, trainer), nats; each term is >= 0. Both f32 [N]."""
+    log_ratio = policy_logprobs.detach() - engine_logprobs
+    return float((torch.expm1(log_ratio) - log_ratio).sum())

@@ -1,0 +1,110 @@
+"""Writes one self-contained HTML page about a run, or about several side by side.
+
+In: run folders (metrics.jsonl, and where there are any samples.jsonl and config.yaml). Out: one file that needs no
+network, no script to be read (scripts add pointing at values and saving a chart as a picture), and no more than a
+browser. Reading folders is report_parts/runs.py, words and tables content.py, compare.py and audit.py,
+pictures charts.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from fastkl.errors import UserError
+from fastkl.report.page import compare, content, stories
+from fastkl.report.page.audit import audit
+from fastkl.report.page.runs import Run, load_runs
+
+ASSETS = Path(__file__).parent
+
+
+def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the page and return where it is.
+
+    folders: one run folder for a report, several for a comparison. output: the file to write; by default report.html in
+    the run's folder, or in the folder that all runs share. Raises UserError for a folder without metrics, or where the
+    page cannot be written.
+    """
+    runs = load_runs([Path(folder) for folder in folders])
+    if output is None:
+        output = Path(os.path.commonpath([run.folder for run in runs])) / "report.html"
+    page = render(runs)
+    partial = output.with_name(output.name + ".partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, output)
+    except OSError as error:
+        raise UserError(f"report: cannot write {output} ({error.strerror}); give another place.") from error
+    return output
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (ASSETS / "script.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = environment.get_template("page.html").render(
+        **(one_run(runs[0]) if len(runs) == 1 else several_runs(runs)),
+        style=Markup((ASSETS / "style.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",  # the browser runs this script and no other, whatever a completion holds
+        sources=", ".join(run.folder.name for run in runs),
+        notices=[notice for run in runs for notice in content.notices(run)],
+        audit=audit(runs),
+        settings=content.settings(runs),
+    )
+    return page.encode(errors="replace").decode()  # lone surrogates, which some tokenizers decode to
+
+
+def one_run(run: Run) -> dict[str, Any]:
+    """The page's parts for a single run."""
+    return {
+        "title": run.label,
+        "lead": content.lead(run),
+        "cards": content.cards(run),
+        "comparison": None,
+        "frontier": content.frontier(run),
+        "charts": content.charts(run),
+        "columns": stories.first_and_last(run),
+        "stories_title": "First and last stories",
+        "stories_intro": _stories_intro([run]),
+        "numbers": [content.number_table(run, "The numbers as a table")],
+    }
+
+
+def several_runs(runs: Sequence[Run]) -> dict[str, Any]:
+    """The page's parts for a comparison."""
+    return {
+        "title": compare.title(runs),
+        "lead": compare.lead(runs),
+        "cards": [],
+        "comparison": compare.comparison(runs),
+        "frontier": compare.frontier(runs),
+        "charts": compare.charts(runs),
+        "columns": stories.last_of_each(runs),
+        "stories_title": "Last stories of each run",
+        "stories_intro": _stories_intro(runs),
+        "numbers": [content.number_table(run, f"The numbers of {run.label} as a table") for run in runs],
+    }
+
+
+def _stories_intro(runs: Sequence[Run]) -> str:
+    marked = any(stories.reward_spans(run.reward_names, "an apple") for run in runs)
+    return "Picked by the rank of their reward only; the prompt is grey." + (
+        " What earned the reward is marked." if marked else ""
+    )

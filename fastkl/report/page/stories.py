@@ -1,0 +1,101 @@
+"""The completions that the report shows: which ones, and how their text is marked.
+
+In: a step's lines of samples.jsonl. Out: columns of stories for page.html. Nothing is picked for its looks: the
+highest, the median and the lowest reward of the step. All text is escaped here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from fastkl.report.numbers import number
+from fastkl.report.page.highlight import pieces
+from fastkl.report.page.runs import Run
+from fastkl.rewards.built_in import reward_spans
+
+SHOWN_CHARACTERS = 900  # the rest unfolds
+
+
+MOST_CHARACTERS = 6000
+
+
+PROMPT_CHARACTERS = 300  # the end of a longer prompt
+
+
+def marked_text(prompt: str, completion: str, reward_names: Sequence[str]) -> Markup:
+    """Prompt and completion as HTML, with what earned the reward in <mark>."""
+    text = prompt + completion
+    html, position = Markup(""), 0
+    for piece, marked in pieces(text, reward_spans(reward_names, text)):
+        border = max(0, len(prompt) - position)
+        inside = Markup('<span class="prompt">{}</span>').format(piece[:border]) if piece[:border] else Markup("")
+        inside += escape(piece[border:])
+        html += Markup("<mark>{}</mark>").format(inside) if marked else inside
+        position += len(piece)
+    return html
+
+
+def story(sample: dict[str, Any], rank: str, reward_names: Sequence[str]) -> dict[str, Any]:
+    """One completion for the page; a long one is folded after SHOWN_CHARACTERS."""
+    prompt, completion = str(sample.get("prompt") or ""), str(sample.get("completion") or "")
+    if len(prompt) > PROMPT_CHARACTERS:
+        prompt = "… " + prompt[-PROMPT_CHARACTERS:]
+    head, rest = completion[:SHOWN_CHARACTERS], completion[SHOWN_CHARACTERS:]
+    if len(rest) < 100:
+        head, rest = completion, ""
+    values = (("reward", "reward"), ("KL", "kl"), ("tokens", "num_tokens"))
+    numbers = [(name, _written(sample[key])) for name, key in values if isinstance(sample.get(key), int | float)]
+    return {
+        "text": marked_text(prompt, head, reward_names) + ("…" if rest else ""),
+        "rest": marked_text("", rest[:MOST_CHARACTERS], reward_names) + ("…" if len(rest) > MOST_CHARACTERS else ""),
+        "rest_title": f"the rest ({len(rest):,} characters)",
+        "rank": rank,
+        "numbers": numbers,
+        "cut": sample.get("finish_reason") == "length",
+    }
+
+
+def _written(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else number(value)
+
+
+def column(run: Run, samples: Sequence[dict[str, Any]], title: str, ranks: Sequence[str], colour: int | None) -> dict:
+    """One step's stories, by rank of their reward: "highest", "median", "lowest"."""
+    ranked = sorted(samples, key=_reward, reverse=True)
+    places = {"highest": 0, "median": len(ranked) // 2, "lowest": len(ranked) - 1}
+    chosen = {places[rank]: rank for rank in reversed(ranks)}  # with few samples one may hold several ranks
+    texts = {(sample.get("prompt"), sample.get("completion")) for sample in samples}
+    return {
+        "title": title,
+        "colour": colour,
+        "more": f"{len(samples)} completions, {len(texts)} of them different",
+        "stories": [
+            story(ranked[place], f"{rank.capitalize()} reward", run.reward_names)
+            for place, rank in sorted(chosen.items())
+        ],
+    }
+
+
+def _reward(sample: dict[str, Any]) -> float:
+    reward = sample.get("reward")
+    return reward if isinstance(reward, int | float) and math.isfinite(reward) else -math.inf
+
+
+def first_and_last(run: Run) -> list[dict[str, Any]]:
+    """The stories of one run's first and last step, side by side."""
+    ends = {samples[0]["step"]: samples for samples in (run.first_samples, run.last_samples) if samples}
+    ranks = ("highest", "median", "lowest")
+    return [column(run, samples, f"Step {step}", ranks, None) for step, samples in ends.items()]
+
+
+def last_of_each(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The last step's stories of several runs."""
+    return [
+        column(run, run.last_samples, f"{run.label}, step {run.last_samples[0]['step']}", ("highest", "median"), index)
+        for index, run in enumerate(runs)
+        if run.last_samples
+    ]

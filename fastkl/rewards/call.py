@@ -1,0 +1,199 @@
+"""Rewards: from one step's completions to a number for each.
+
+A reward function has TRL's signature, so that one written for TRL works unchanged:
+
+    def reward(prompts, completions, completion_ids, **columns) -> list[float | None]
+
+The arguments are lists with one entry per completion: texts (for chat prompts the messages, and completions as
+[{"role": "assistant", "content": ...}]), token ids, and the data set's other columns. A function gets the arguments it
+names, all of them if it takes **kwargs; beside the lists there are `trainer_state`, whose global_step is the step, and
+`log_metric(name, value)`. None means that the function does not apply to that completion. Async functions run
+concurrently. Where functions come from is reward_functions.py's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import threading
+import traceback
+from collections import defaultdict
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from fastkl.errors import UserError
+from fastkl.rewards.load import RewardFunction, summary
+from fastkl.types import Completion, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """One step's rewards."""
+
+    total: torch.Tensor  # f32 [B, K], the weighted sum of the functions that apply; 0 where not valid
+    valid: torch.Tensor  # bool [B, K]; False where no function applies
+    by_function: dict[str, float]  # mean over the completions that a function applies to; and what log_metric got
+
+
+STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric")
+
+
+def compute_rewards(
+    rewards: Sequence[RewardFunction],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    *,
+    step: int,
+) -> Rewards:
+    """Calls every function once on all B * K completions and adds up what applies.
+
+    rewards: from `load_rewards`. prompts: [B]. completions: [B][K]. Raises UserError, with function, step and
+    completion, if a function raises or returns anything but one finite number or None per completion.
+    """
+    logged: dict[str, list[float]] = defaultdict(list)
+    arguments = _arguments(prompts, completions, step, logged)
+    results = [_call(reward, arguments, step) for reward in rewards]
+    if waiting := {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}:
+        for i, result in zip(waiting, _await_all(list(waiting.values())), strict=True):
+            results[i] = result
+    flat = arguments["completions"]
+    values = [_checked(reward, result, flat, step) for reward, result in zip(rewards, results, strict=True)]
+    means = {}
+    for reward, column in zip(rewards, values, strict=True):
+        if applicable := [value for value in column if value is not None]:
+            means[reward.name] = fmean(applicable)
+    rows = list(zip(*values, strict=True))  # [B * K] of one value per function
+    total = [
+        sum(reward.weight * value for reward, value in zip(rewards, row, strict=True) if value is not None)
+        for row in rows
+    ]
+    valid = [any(value is not None for value in row) for row in rows]
+    shape = (len(prompts), len(completions[0]))
+    return Rewards(
+        torch.tensor(total, dtype=torch.float32).view(shape),
+        torch.tensor(valid).view(shape),
+        {name: fmean(numbers) for name, numbers in logged.items()} | means,
+    )
+
+
+def _arguments(
+    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], step: int, logged: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Everything that a reward function may ask for, by keyword."""
+    pairs = [(prompt, completion) for prompt, group in zip(prompts, completions, strict=True) for completion in group]
+    columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in columns} | {
+        "prompts": [prompt.raw for prompt, _ in pairs],
+        "completions": [
+            completion.text if isinstance(prompt.raw, str) else [{"role": "assistant", "content": completion.text}]
+            for prompt, completion in pairs
+        ],
+        "completion_ids": [list(completion.token_ids) for _, completion in pairs],
+        "trainer_state": SimpleNamespace(global_step=step),
+        "log_metric": lambda name, value: logged[name].append(float(value)),
+    }
+
+
+def _call(reward: RewardFunction, arguments: dict[str, Any], step: int) -> Any:
+    """The function's result, or for an async function what is to be awaited."""
+    accepted = _accepted(reward, arguments)
+    try:
+        result = reward.function(**accepted)
+    except Exception as failure:
+        raise _failed(reward, failure, arguments["completions"], step) from failure
+    return _guarded(result, reward, arguments["completions"], step) if inspect.isawaitable(result) else result
+
+
+def _accepted(reward: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that the function takes. UserError if it needs one that there is not."""
+    try:
+        parameters = list(inspect.signature(reward.function).parameters.values())
+    except (TypeError, ValueError):  # some callables written in C have none
+        return arguments
+    for p in parameters:
+        required = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if required and p.name not in arguments:
+            columns = [name for name in arguments if name not in STANDARD_ARGUMENTS]
+            raise UserError(
+                f"reward: {reward.name} asks for {p.name!r}, and the prompts have no such column (they have "
+                f"{', '.join(columns) or 'none but the prompt'})."
+            )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return arguments
+    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+
+
+async def _guarded(result: Awaitable[Any], reward: RewardFunction, completions: list[Any], step: int) -> Any:
+    try:
+        return await result
+    except Exception as failure:
+        raise _failed(reward, failure, completions, step) from failure
+
+
+def _await_all(waiting: list[Awaitable[Any]]) -> list[Any]:
+    """Runs them concurrently in the event loop that lives as long as the process, so that clients can be kept open."""
+
+    async def gathered() -> list[Any]:
+        return await asyncio.gather(*waiting)
+
+    return asyncio.run_coroutine_threadsafe(gathered(), _event_loop()).result()
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="fastkl-async-rewards", daemon=True).start()
+    return loop
+
+
+def _checked(reward: RewardFunction, result: Any, completions: list[Any], step: int) -> list[float | None]:
+    """The function's result as one finite number or None per completion."""
+    where = f"reward: {reward.name} at step {step}"
+    try:
+        values = list(result)
+    except TypeError:
+        kind = type(result).__name__
+        raise UserError(f"{where} returned {kind}, not a list with one number per completion.") from None
+    if len(values) != len(completions):
+        raise UserError(
+            f"{where} returned {len(values)} rewards for {len(completions)} completions, the first of which is "
+            f"{_short(completions[0])}; return one for each, None where it does not apply."
+        )
+    checked: list[float | None] = []
+    for value, completion in zip(values, completions, strict=True):
+        try:
+            number = None if value is None else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if number is not None and not math.isfinite(number):
+            raise UserError(f"{where} returned {value!r} for {_short(completion)}; return a finite number or None.")
+        checked.append(number)
+    return checked
+
+
+def _failed(reward: RewardFunction, failure: Exception, completions: list[Any], step: int) -> UserError:
+    culprit = _culprit(failure, completions)
+    on = f"on {_short(culprit)}" if culprit is not None else f"on a batch that begins with {_short(completions[0])}"
+    return UserError(f"reward: {reward.name} failed at step {step} {on} ({summary(failure)}).")
+
+
+def _culprit(failure: Exception, completions: list[Any]) -> Any | None:
+    """The completion that a variable of the failing function held, innermost call first."""
+    known = {id(completion): completion for completion in completions}
+    for frame, _ in reversed(list(traceback.walk_tb(failure.__traceback__))):
+        for value in frame.f_locals.values():
+            if id(value) in known:
+                return value
+    return None
+
+
+def _short(completion: Any) -> str:
+    text = completion if isinstance(completion, str) else completion[-1]["content"]
+    return repr(text if len(text) <= 60 else text[:57] + "...")

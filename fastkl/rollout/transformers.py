@@ -1,0 +1,149 @@
+"""Rollout with transformers: the policy itself decodes, with a key-value cache; for models that vLLM cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastkl.kernels.support import keep_mask
+from fastkl.kernels.types import Support
+from fastkl.rollout.generator import completion, sample_seed
+from fastkl.sampling.params import Sampling
+from fastkl.sampling.replay import support_of
+from fastkl.scoring.head import head_of
+from fastkl.types import Completion, Prompt
+
+
+class TransformersGenerator:
+    """Decodes with the policy itself: one prefill per prompt, its cache repeated K times, finished rows dropped.
+
+    dtype: of the matrix products, the trainer's own, so that what is sampled from is what is scored.
+
+    Each token is drawn by inverting the distribution function at a uniform number of the sample's own: with p the
+    float64 softmax of the processed logits, the first v with p_0 + ... + p_v > u.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        sampling: Sampling,
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_rows: int = 512,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.dtype = dtype
+        self.max_rows = max_rows
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Prompt], num_samples: int, *, seed: int, step: int
+    ) -> tuple[tuple[Completion, ...], ...]:
+        """See Generator. `max_rows` sequences are decoded at a time."""
+        prompts_at_once = max(1, self.max_rows // num_samples)
+        completions: list[tuple[Completion, ...]] = []
+        for first in range(0, len(prompts), prompts_at_once):
+            chunk = prompts[first : first + prompts_at_once]
+            seeds = [sample_seed(seed, step, first + b, k) for b in range(len(chunk)) for k in range(num_samples)]
+            flat = self._decode(chunk, num_samples, self._uniforms(seeds))
+            completions += [tuple(flat[b * num_samples : (b + 1) * num_samples]) for b in range(len(chunk))]
+        return tuple(completions)
+
+    def _uniforms(self, seeds: Sequence[int]) -> torch.Tensor:
+        """One uniform number per row and step: f64 [rows, T], on the model's device."""
+        steps = self.sampling.max_new_tokens
+        rows = [torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return torch.stack(rows).to(self.model.device)
+
+    def _decode(self, prompts: Sequence[Prompt], num_samples: int, uniforms: torch.Tensor) -> list[Completion]:
+        """Completions of rows b * K + k."""
+        cache, logits, mask = self._prefill(prompts, num_samples)
+        rows = torch.arange(len(logits), device=logits.device)  # which sample each remaining row belongs to
+        stop_ids = torch.tensor(self.sampling.stop_token_ids, device=logits.device, dtype=torch.int64)
+        drawn: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        for step in range(self.sampling.max_new_tokens):
+            support = support_of(self.sampling, torch.full_like(rows, step), logits.shape[-1])
+            tokens, logprobs = sample(logits, self.sampling.temperature, uniforms[rows, step], support)
+            drawn.append((rows, tokens, logprobs))
+            going_on = ~torch.isin(tokens, stop_ids)
+            if not bool(going_on.all()):
+                kept = going_on.nonzero()[:, 0]
+                rows, tokens = rows[kept], tokens[kept]
+                mask = None if mask is None else mask[kept]
+                if len(rows):
+                    cache.batch_select_indices(kept)
+            if not len(rows) or step + 1 == self.sampling.max_new_tokens:
+                break
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits = self._forward(tokens[:, None], mask, cache)
+        return self._collect(drawn, len(uniforms))
+
+    def _prefill(self, prompts: Sequence[Prompt], num_samples: int) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+        """(cache, logits [B * K, V], mask [B * K, width] or None): prompts forwarded once, then repeated K times."""
+        from transformers import DynamicCache
+
+        device = self.model.device
+        width = max(len(p.token_ids) for p in prompts)
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # padded on the left, so that all end together
+            ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids, device=device)
+            mask[row, width - len(prompt.token_ids) :] = 1
+        needed = None if bool(mask.all()) else mask
+        cache = DynamicCache(config=self.model.config)
+        logits = self._forward(ids, needed, cache)
+        cache.batch_repeat_interleave(num_samples)
+        repeated = None if needed is None else needed.repeat_interleave(num_samples, dim=0)
+        return cache, logits.repeat_interleave(num_samples, dim=0), repeated
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
+        """Logits of the last position, f32 [rows, V]."""
+        positions = {}
+        if mask is not None:
+            positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]}
+        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            out = self.model.base_model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions
+            )
+        head = head_of(self.model)  # outside autocast, as in scoring
+        return head.logits(out.last_hidden_state[:, -1].to(head.weight.dtype)).float()
+
+    def _collect(self, drawn: Sequence[tuple[torch.Tensor, ...]], num_rows: int) -> list[Completion]:
+        token_ids: list[list[int]] = [[] for _ in range(num_rows)]
+        logprobs: list[list[float]] = [[] for _ in range(num_rows)]
+        for rows, tokens, values in drawn:
+            for row, token, value in zip(rows.tolist(), tokens.tolist(), values.tolist(), strict=True):
+                token_ids[row].append(token)
+                logprobs[row].append(value)
+        return [
+            completion(ids, values, self.sampling, self.tokenizer)
+            for ids, values in zip(token_ids, logprobs, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Nothing of its own to give back."""
+
+
+def sample(
+    logits: torch.Tensor, temperature: float, uniforms: torch.Tensor, support: Support | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row by inversion: logits f32 [rows, V], uniforms f64 [rows] in [0, 1), support: of these rows.
+
+    Returns token ids i64 [rows] and their log-probs f32 [rows] under softmax(logits / temperature) on the support.
+    """
+    logits = logits / temperature
+    if support is not None:
+        logits = logits.masked_fill(~keep_mask(support, logits), -torch.inf)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    targets = (uniforms * cumulative[:, -1])[:, None]
+    tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]

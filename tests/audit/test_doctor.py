@@ -1,0 +1,326 @@
+"""The doctor: each cause is planted in rollouts of a known toy policy and is named; healthy ones are left alone."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from fastkl.audit.alarm import KlAlarm, is_negative, mean_and_error
+from fastkl.audit.doctor import diagnose, diagnose_rollouts, read_rollouts
+from fastkl.audit.rollout_checks import Rollouts
+from fastkl.cli import main
+from fastkl.errors import UserError
+
+VOCAB, LENGTH, END, NUM = 12, 8, 11, 400
+
+
+def rollouts(
+    *, drift=0.6, top_k=0, min_tokens=0, engine_noise=0.0, engine_bias=None, dropout=0.0, steps=4, seed=0
+) -> list[dict]:
+    """Completions drawn from softmax rows (one per position) and scored naively: over the whole vocabulary."""
+    g = torch.Generator().manual_seed(seed)
+
+    def noise(scale: float, *shape: int) -> torch.Tensor:
+        return scale * torch.randn(*shape, dtype=torch.float64, generator=g)
+
+    ref = noise(1.0, LENGTH, VOCAB)
+    move = noise(drift, LENGTH, VOCAB)
+    move[:, END] += 3.0 * (min_tokens > 0)
+    rows = []
+    for i in range(NUM):
+        step = 1 + i * steps // NUM
+        policy = ref + move * (step - 1) / max(1, steps - 1)
+        row = {"logprobs": [], "ref_logprobs": [], "sampler_logprobs": [], "token_ids": [], "step": step}
+        for t in range(LENGTH):
+            engine = policy[t] + noise(engine_noise, VOCAB)
+            if engine_bias is not None:
+                engine = ref[t] + (engine - ref[t]) * engine_bias
+            if top_k:
+                engine = engine.masked_fill(engine < engine.topk(top_k).values[-1], -torch.inf)
+            if t < min_tokens:
+                engine = engine.index_fill(0, torch.tensor([END]), -torch.inf)
+            y = int(torch.multinomial(engine.softmax(0), 1, generator=g))
+            row["token_ids"].append(y)
+            row["sampler_logprobs"].append(float(engine.log_softmax(0)[y]))
+            row["logprobs"].append(float((policy[t] + noise(dropout, VOCAB)).log_softmax(0)[y]))
+            row["ref_logprobs"].append(float((ref[t] + noise(dropout, VOCAB)).log_softmax(0)[y]))
+            if y == END:
+                break
+        row["finish_reason"] = "stop" if row["token_ids"][-1] == END else "length"
+        rows.append(row)
+    return rows
+
+
+def padded(rows: list[dict]) -> list[dict]:
+    for row in rows:
+        for _ in range(LENGTH - len(row["logprobs"])):
+            row["token_ids"].append(0)
+            row["sampler_logprobs"].append(-1.0)
+            row["logprobs"].append(-1.0)
+            row["ref_logprobs"].append(-0.5 if row["step"] > 1 else -1.0)
+    return rows
+
+
+def half_scored(rows: list[dict]) -> list[dict]:
+    for row in rows:
+        row["mask"] = [int(row["finish_reason"] == "stop")] * len(row["logprobs"])
+    return rows
+
+
+def reencoded(rows: list[dict]) -> list[dict]:
+    for row in rows[::7]:
+        row["sampled_token_ids"] = [y + 1 for y in row["token_ids"]]
+    return rows
+
+
+PLANTED = {
+    "truncated sampling is not accounted for": lambda: rollouts(top_k=4),
+    "a banned end-of-sequence is not accounted for": lambda: rollouts(min_tokens=4),
+    "padding is scored": lambda: padded(rollouts()),
+    "truncated rows are half scored": lambda: half_scored(rollouts()),
+    "completions were re-encoded by the tokenizer": lambda: reencoded(rollouts()),
+    "dropout is on": lambda: rollouts(dropout=0.3),
+    "the engine samples from stale weights": lambda: rollouts(drift=0.8, engine_bias=0.3),
+    "logits are rounded to bfloat16 on one side": lambda: rollouts(engine_noise=0.02),
+}
+
+
+def audit(tmp_path, rows: list[dict], **settings):
+    path = tmp_path / "rollouts.jsonl"
+    lines = [{"settings": {"eos_token_ids": [END]} | settings}, *rows]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return diagnose(path)
+
+
+@pytest.mark.parametrize("cause", PLANTED)
+def test_every_planted_cause_is_named_with_evidence_and_remedy(cause, tmp_path):
+    found = audit(tmp_path, PLANTED[cause]()).findings
+    assert cause in {finding.cause for finding in found if finding.certainty == "shown"}
+    assert all(finding.evidence and finding.remedy for finding in found)
+    if cause != "dropout is on":  # dropout also makes sampler and trainer differ
+        assert [finding.cause for finding in found] == [cause]
+
+
+def test_healthy_rollouts_have_no_finding_and_no_negative_estimate(tmp_path):
+    diagnosis = audit(tmp_path, rollouts())
+    assert not diagnosis.findings
+    assert not diagnosis.negative
+    assert diagnosis.mean > 0
+    assert diagnosis.num_completions == NUM
+
+
+@pytest.mark.parametrize("cause", ["a banned end-of-sequence is not accounted for", "padding is scored"])
+def test_the_estimate_is_significantly_negative_where_the_cause_makes_it_so(cause, tmp_path):
+    assert audit(tmp_path, PLANTED[cause]()).negative
+
+
+def test_without_the_samplers_logprobs_settings_that_truncate_are_possible_causes(tmp_path):
+    rows = rollouts(top_k=4)
+    for row in rows:
+        del row["sampler_logprobs"]
+    (found,) = audit(tmp_path, rows, top_k=4, top_p=1.0, min_p=0.0).findings
+    assert found.certainty == "possible"
+    assert "top_k" in found.evidence and "top_p" not in found.evidence
+
+
+def test_a_window_of_steps_can_be_negative_although_the_whole_is_not():
+    g = random.Random(0)
+    rows = []
+    for step in range(40):
+        for _ in range(20):
+            k = g.gauss(-1.0 if 10 <= step < 18 else 1.0, 1.0)
+            rows.append({"logprobs": [k], "ref_logprobs": [0.0], "step": step})
+    from fastkl.audit.rollout_checks import Row
+
+    diagnosis = diagnose_rollouts("x", Rollouts([Row(**row) for row in rows]))
+    assert diagnosis.mean > 0
+    assert diagnosis.negative
+
+
+def test_the_alarm_rings_for_a_negative_mean_and_for_nothing_else():
+    g = random.Random(0)
+    alarm = KlAlarm()
+    assert not any(alarm.add([g.gauss(0.0, 3.0) for _ in range(64)]) for _ in range(100))
+    rung = [alarm.add([g.gauss(-2.0, 3.0) for _ in range(64)]) for _ in range(8)]
+    assert rung[-1] and "below zero" in rung[-1]
+    mean, error = mean_and_error([1.0, 3.0])
+    assert (mean, error) == (2.0, 1.0)
+    assert not is_negative([-1.0])
+    assert is_negative([-1.0, -1.1, -0.9])
+
+
+def test_a_line_that_does_not_fit_is_named(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"logprobs": [1], "ref_logprobs": [1]}\n{"logprobs": [1, 2], "ref_logprobs": [1]}\n')
+    with pytest.raises(UserError, match="line 2 of .*differ in length"):
+        read_rollouts(path)
+
+
+def test_the_command_exits_with_one_for_a_negative_estimate_and_reads_run_folders(tmp_path, capsys):
+    samples = [{"step": 1 + i // 20, "reward": 0.0, "kl": -1.0 - 0.01 * i} for i in range(60)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "mismatch/mean_abs_logprob": 0.4}\n')
+    assert main(["doctor", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert "significantly negative" in told and "engine and trainer differ (shown)" in told
+    samples = [sample | {"kl": 1.0} for sample in samples]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    assert main(["doctor", str(tmp_path)]) == 0
+
+
+def test_the_table_of_the_documentation_is_what_the_command_computes(capsys):
+    from pathlib import Path
+
+    assert main(["doctor", "--table"]) == 0
+    page = (Path(__file__).parents[2] / "docs" / "negative-kl.md").read_text()
+    assert capsys.readouterr().out.strip() in page
+
+
+def healthy_run() -> tuple[dict, list[dict], list[dict]]:
+    """config, metrics and samples of a made-up run of 12 steps; top_k and min_tokens replayed, half the texts cut."""
+    g = random.Random(0)
+    config = {"top_k": 20, "min_tokens": 4, "top_p": 1.0, "min_p": 0.0, "max_new_tokens": 12, "importance": "none"}
+    metrics, samples = [], []
+    for step in range(1, 13):
+        kl = 0.5 * (step - 1)
+        rows = []
+        for i in range(32):
+            tokens = 12 if i % 2 else g.randint(5, 11)
+            row = {"step": step, "reward": g.random(), "num_tokens": tokens, "finish_reason": ("stop", "length")[i % 2]}
+            rows.append(row | {"lm_cross_entropy": 1 + g.random(), "kl": g.gauss(kl, 1.0) if step > 1 else 0.0})
+        total = sum(row["num_tokens"] for row in rows)
+        metrics.append(
+            {
+                "step": step,
+                "kl/mean": sum(row["kl"] for row in rows) / 32,
+                "kl/support": kl,
+                "kl/exact": 1.1 * kl,
+                "lm_cross_entropy": sum(row["num_tokens"] * row["lm_cross_entropy"] for row in rows) / total,
+                "mismatch/mean_abs_logprob": 1e-6,
+                "mismatch/weights_cut": 0.0,
+                "groups/skipped": 0,
+            }
+        )
+        samples += rows
+    return config, metrics, samples
+
+
+def audit_run(folder, config: dict, metrics: list[dict], samples: list[dict]):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
+    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)) + '\n{"step": 13, "rew')
+    return diagnose(folder)
+
+
+def test_a_healthy_run_is_looked_at_from_every_side_and_nothing_is_found(tmp_path):
+    diagnosis = audit_run(tmp_path, *healthy_run())
+    assert (diagnosis.findings, diagnosis.negative) == ((), False)
+    assert [clear.what for clear in diagnosis.clear] == [
+        "estimate against exact KL", "truncated sampling", "banned end of the text", "padding", "truncated rows",
+        "policy and reference begin as one model", "generator and trainer",
+    ]  # fmt: skip
+    told = diagnosis.text()
+    assert "In order:" in told and "50% of the completions were cut; they are scored whole" in told
+
+
+def shifted_estimate(config, metrics, samples):
+    for m in metrics:
+        m["kl/mean"] -= 1.5
+
+
+def unreplayed_top_k(config, metrics, samples):
+    for m in metrics:
+        m |= {"kl/exact": m["kl/support"], "mismatch/mean_abs_logprob": 0.3}
+
+
+def ended_in_the_ban(config, metrics, samples):
+    config["min_tokens"] = 6
+
+
+def pads_in_the_mean(config, metrics, samples):
+    for m in metrics:
+        m["lm_cross_entropy"] *= 0.9  # the same nats over more positions
+
+
+def cut_without_kl(config, metrics, samples):
+    for s in samples:
+        if s["finish_reason"] == "length":
+            s["kl"] = 0.0
+
+
+def cut_not_scored(config, metrics, samples):
+    for s in samples:
+        if s["finish_reason"] == "length":
+            s["kl"] = None
+    for m in metrics:  # the means are over the scored ones
+        rows = [s for s in samples if s["step"] == m["step"] and s["kl"] is not None]
+        total = sum(s["num_tokens"] for s in rows)
+        m["lm_cross_entropy"] = sum(s["num_tokens"] * s["lm_cross_entropy"] for s in rows) / total
+
+
+def noisy_first_step(config, metrics, samples):
+    for s in samples[:32]:
+        s["kl"] = 0.4
+
+
+def growing_gap(config, metrics, samples):
+    for m in metrics:
+        m["mismatch/mean_abs_logprob"] = 0.05 * (m["step"] - 1)
+
+
+def constant_gap(config, metrics, samples):
+    for m in metrics:
+        m["mismatch/mean_abs_logprob"] = 0.02
+
+
+def cut_weights(config, metrics, samples):
+    config["importance"] = "sequence"
+    metrics[-1]["mismatch/weights_cut"] = 0.2
+
+
+PLANTED_IN_A_RUN = {
+    shifted_estimate: ("the tokens were not drawn from the scored distribution", "shown"),
+    unreplayed_top_k: ("truncated sampling is not accounted for", "shown"),
+    ended_in_the_ban: ("a banned end-of-sequence is not accounted for", "shown"),
+    pads_in_the_mean: ("padding is scored", "shown"),
+    cut_without_kl: ("truncated rows are half scored", "shown"),
+    cut_not_scored: ("truncated rows are half scored", "shown"),
+    noisy_first_step: ("dropout is on", "possible"),
+    growing_gap: ("the engine samples from stale weights", "shown"),
+    constant_gap: ("engine and trainer differ", "possible"),
+    cut_weights: ("the generator is far from the trainer", "possible"),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED_IN_A_RUN, ids=lambda fault: fault.__name__)
+def test_every_fault_planted_in_a_run_folder_is_named(fault, tmp_path):
+    config, metrics, samples = healthy_run()
+    fault(config, metrics, samples)
+    found = {(f.cause, f.certainty) for f in audit_run(tmp_path, config, metrics, samples).findings}
+    assert PLANTED_IN_A_RUN[fault] in found
+    if fault is unreplayed_top_k:
+        found -= {("engine and trainer differ", "shown")}  # which is how it shows there
+    assert found == {PLANTED_IN_A_RUN[fault]}, "and no other cause is suspected"
+
+
+def test_completions_dropped_with_their_reward_are_in_order(tmp_path):
+    config, metrics, samples = healthy_run()
+    cut_not_scored(config, metrics, samples)
+    for s in samples:
+        if s["kl"] is None:
+            s["reward"] = None
+    diagnosis = audit_run(tmp_path, config, metrics, samples)
+    assert not diagnosis.findings
+    assert any("50% of the completions were cut; they left their groups" in c.evidence for c in diagnosis.clear)
+
+
+def test_a_damaged_line_of_a_run_is_named_but_not_one_that_is_still_being_written(tmp_path):
+    config, metrics, samples = healthy_run()
+    audit_run(tmp_path, config, metrics, samples)  # its last line is half written
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step":\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2 of .*metrics.jsonl.* is damaged"):
+        diagnose(tmp_path)

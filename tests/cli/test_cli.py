@@ -1,0 +1,318 @@
+"""The command line: help at once, settings in their order, for every mistake one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from toy import VOCAB, toy_model
+
+import fastkl
+from fastkl.cli import command_line, commands, main
+from fastkl.config.files import field_types, load_config, save_config
+from fastkl.config.settings import TrainConfig
+from fastkl.training import sweep
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of the command in this process."""
+    code = main(arguments)
+    return code, *capsys.readouterr()
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line with which the command refuses."""
+    code, output, error = run(capsys, *arguments)
+    assert (code, output) == (2, "") and error.startswith("fastkl: "), (code, output, error)
+    assert error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """A model with a context of 64 tokens, whose words are w0, w1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    toy_model().float().save_pretrained(folder)
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="w0", eos_token=f"w{VOCAB - 1}").save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ help and exit codes
+
+
+def test_help_comes_without_importing_torch_and_at_once():
+    watched = (
+        "import resource, sys, fastkl.cli\n"
+        "fastkl.cli.main([])\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(sorted({'torch', 'numpy', 'yaml'} & set(sys.modules)), used.ru_utime + used.ru_stime < 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", watched], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: fastkl") and done.stdout.endswith("\n[] True\n")
+
+
+def test_version_and_every_commands_help(capsys):
+    for arguments in (["--version"], *([name, "--help"] for name, *_ in commands.COMMANDS)):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        output = capsys.readouterr().out
+        assert ended.value.code == 0
+        assert output == f"fastkl {fastkl.__version__}\n" if "--version" in arguments else "usage: fastkl" in output
+
+
+def test_train_help_has_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    output = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{name.replace('_', '-')}" in output for name in field_types())
+    assert "[runs/alliteration]" in output and f"[{TrainConfig().kl_coef}]" in output and "The objective:" in output
+
+
+def test_a_mistake_ends_the_process_with_2_and_no_traceback():
+    command = [sys.executable, "-m", "fastkl", "train", "--kl-coef", "-1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "fastkl: kl_coef: -1.0 is out of range; it must be 0 or more.\n"
+
+
+def test_other_endings_have_their_exit_codes(capsys, monkeypatch):
+    def raising(failure):
+        def run(arguments):
+            raise failure
+
+        return run
+
+    def ended_by(failure) -> tuple[int, str]:
+        monkeypatch.setattr(command_line, "COMMANDS", (("report", lambda parser: None, raising(failure), "..."),))
+        code, _, error = run(capsys, "report")
+        return code, error
+
+    assert ended_by(KeyboardInterrupt()) == (130, "")
+    missing = ModuleNotFoundError("No module named 'transformers'", name="transformers.models")
+    assert ended_by(missing)[0] == 2
+    assert ended_by(missing)[1].endswith("pip install 'fastkl[train]' brings it.\n")
+    with pytest.raises(ModuleNotFoundError):
+        ended_by(ModuleNotFoundError("No module named 'fastkl.nonsense'", name="fastkl.nonsense"))
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[TrainConfig]:
+    """The configurations that reach train()."""
+
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr("fastkl.training.loop.train", configs.append)
+    return configs
+
+
+def test_options_win_over_the_file_and_the_file_over_the_defaults(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("kl_coef: 0.25\nsteps: 7\nreward: [a.py:f, b.py:g]\n")
+    assert main(["train", "--config", "run.yaml", "--steps=9", "--prompts_per_step", "3", "--output", "o"]) == 0
+    expected = TrainConfig(kl_coef=0.25, steps=9, reward=("a.py:f", "b.py:g"), prompts_per_step=3, output="o")
+    assert trained == [expected]
+
+
+def test_lists_switches_and_odd_spellings_are_understood(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no former run lies
+    options = "--reward a b --reward c --reward-weights 1 -2 3e-1 --report-to none --gradient_checkpointing --lr=1e-5"
+    assert main(["train", *options.split(), "--prompts", "text:--kl_coef"]) == 0
+    config = trained[0]
+    assert (config.reward, config.reward_weights) == (("a", "b", "c"), (1.0, -2.0, 0.3))
+    assert (config.report_to, config.gradient_checkpointing, config.lr) == ((), True, 1e-5)
+    assert config.prompts == "text:--kl_coef"
+
+
+def test_resume_takes_the_settings_of_the_run(trained, tmp_path):
+    save_config(TrainConfig(kl_coef=0.125, num_samples=4, output="elsewhere"), tmp_path / "config.yaml")
+    (tmp_path / "checkpoints" / "step-10").mkdir(parents=True)
+    assert main(["train", "--resume", "--output", str(tmp_path), "--steps", "50"]) == 0
+    assert trained == [TrainConfig(kl_coef=0.125, num_samples=4, output=str(tmp_path), resume=True, steps=50)]
+
+
+def test_a_run_folder_that_was_moved_is_resumed_where_it_is(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "alliteration" / "checkpoints" / "step-10").mkdir(parents=True)
+    save_config(TrainConfig(seed=3, output="elsewhere"), tmp_path / "runs" / "alliteration" / "config.yaml")
+    assert main(["train", "--resume"]) == 0
+    assert trained == [TrainConfig(seed=3, output="runs/alliteration", resume=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("trian", ["no command 'trian'", "Did you mean 'train'"]),
+        ("train --kl-coeff 1", ["no option --kl-coeff", "Did you mean '--kl-coef'"]),
+        ("train --kl 1", ["no option --kl"]),
+        ("train surplus", ["unexpected argument 'surplus'"]),
+        ("train --kl-coef", ["--kl-coef", "expected one argument"]),
+        ("train --kl-coef much", ["kl_coef: 'much' is not a number"]),
+        ("train --kl_coef -0.5", ["kl_coef: -0.5 is out of range"]),
+        ("train --temperature -1", ["temperature: -1.0 is out of range"]),
+        ("train --temperature 0", ["temperature: 0.0 is out of range"]),
+        ("train --num-samples 1", ["num_samples: 1", "2 or more", "--baseline none"]),
+        (
+            "train --repetition-penalty 1.2",
+            ["no option --repetition-penalty", "cannot be scored", "text already holds"],
+        ),
+        ("train --kl-estimator k3", ["kl_estimator: k3 in the reward is refused", "pathwise term"]),
+        ("train --banned-token-ids five", ["banned_token_ids: ['five'] is not a list of whole numbers"]),
+        ("train --steps 2.5", ["steps: '2.5' is not a whole number"]),
+        ("train --config nowhere.yaml", ["'nowhere.yaml' cannot be read"]),
+        ("train --config unknown.yaml", ["unknown.yaml: there is no setting 'kl_coeff'", "Did you mean 'kl_coef'"]),
+        ("train --resume --output new", ["no checkpoint in 'new'", "without --resume"]),
+        ("train --output used", ["'used' holds another run", "--resume", "--output used-2"]),
+        ("train --output unknown.yaml", ["'unknown.yaml' is a file"]),
+        ("train --reward aliteration", ["reward: unknown 'aliteration'", "Did you mean 'alliteration'"]),
+        ("train --reward rewards.py:g", ["'rewards.py' has no function 'g'", "It has f."]),
+        ("train --reward rewards.py:f --reward-weights 1 2", ["reward_weights: 2 weights for 1"]),
+        ("train --model ./nowhere", ["model: there is no model folder './nowhere'"]),
+        ("train --model used", ["model: the folder 'used'", "no config.json"]),
+        ("train --report-to tensorbord", ["report_to: unknown 'tensorbord'", "Did you mean 'tensorboard'"]),
+        ("sweep", ["required: --kl-coef"]),
+        ("sweep --kl-coef 0 x", ["kl_coef: 'x' is not a number"]),
+        ("sweep --kl-coef 0 -1", ["kl_coef: -1.0 is out of range"]),
+        ("sweep --kl-coef 0 1 0.0", ["0 1 0 names a value twice"]),
+        ("sweep --kl-coef 0 --output sweep", ["'sweep/kl_coef-0' holds another run"]),
+        ("report", ["required: DIR"]),
+        ("report nowhere", ["no run folder 'nowhere'"]),
+        ("storyteller", ["required: --output"]),
+        ("storyteller --output unknown.yaml", ["'unknown.yaml' is a file"]),
+    ],
+)
+def test_bad_input_is_refused_on_one_line(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    Path("unknown.yaml").write_text("kl_coeff: 1\n")
+    Path("rewards.py").write_text("def f(completions): return [0.0] * len(completions)\n")
+    for folder in ("used", "sweep/kl_coef-0"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "metrics.jsonl").write_text('{"step": 1}\n')
+    before = sorted(path for path in Path().rglob("*") if "__pycache__" not in path.parts)
+    message = refused(capsys, *arguments.split())
+    assert all(word in message for word in words), message
+    assert sorted(path for path in Path().rglob("*") if "__pycache__" not in path.parts) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"--max-new-tokens": "64"}, ["max_new_tokens: 64", "context of 64 tokens"]),
+        ({"--prompts": "long.jsonl"}, ["line 2 of 'long.jsonl' has 40 tokens", "room for 32"]),
+        ({"--prompts": "broken.jsonl"}, ["line 3 of 'broken.jsonl' is not JSON"]),
+        ({"--prompts": "empty.jsonl"}, ["'empty.jsonl' holds no prompts"]),
+        ({"--prompts": "nowhere.jsonl"}, ["there is no file 'nowhere.jsonl'"]),
+        ({"--model": "no-tokenizer"}, ["no tokenizer", "no-tokenizer"]),
+    ],
+)
+def test_input_that_does_not_suit_the_model_is_refused(capsys, tmp_path, monkeypatch, model_folder, options, words):
+    monkeypatch.chdir(tmp_path)
+    Path("long.jsonl").write_text(f'{{"prompt": "w1"}}\n{{"prompt": "{"w2 " * 40}"}}\n')
+    Path("broken.jsonl").write_text('{"prompt": "w1"}\n\n{"prompt": \n')
+    Path("empty.jsonl").write_text("\n")
+    Path("no-tokenizer").mkdir()
+    for path in model_folder.iterdir():
+        if "tokenizer" not in path.name and "special_tokens" not in path.name:
+            Path("no-tokenizer", path.name).symlink_to(path)
+    settings = {
+        "--model": str(model_folder),
+        "--prompts": "w1 w2",
+        "--max-new-tokens": "32",
+        "--output": "new",
+    } | options
+    message = refused(capsys, "train", *(token for setting in settings.items() for token in setting))
+    assert all(word in message for word in words), message
+    assert not Path("new").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- sweep
+
+CHILD = """
+import json, pathlib, signal, sys, time
+from fastkl.config.files import load_config
+config = load_config(pathlib.Path(sys.argv[sys.argv.index("--config") + 1]))
+folder = pathlib.Path(config.output)
+def save(*_):
+    (folder / "checkpoints" / f"step-{config.steps}").mkdir(parents=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+with open(folder.parent / "calls", "a") as calls:
+    calls.write(json.dumps([config.kl_coef, config.steps, sys.argv[1:]]) + chr(10))
+if config.kl_coef == 2: sys.exit(1)
+if config.kl_coef == 3: time.sleep(60); sys.exit(5)
+save()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch) -> Path:
+    """A folder in which `python -m fastkl train` is the program above."""
+    python = tmp_path / "python"
+    (tmp_path / "child.py").write_text(CHILD)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path / "child.py"}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sweep.sys, "executable", str(python))
+    monkeypatch.setenv("PYTHONPATH", str(Path(fastkl.__file__).parents[1]))
+    monkeypatch.setattr("fastkl.report.page.write_report", lambda folders, output: (output, [str(f) for f in folders]))
+    return tmp_path
+
+
+def calls(folder: Path) -> list:
+    return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
+
+
+def test_sweep_runs_every_value_and_compares(stand_in, capsys):
+    code, output, _ = run(capsys, "sweep", "--kl-coef", "0", "0.05", "--steps", "7", "--output", str(stand_in / "s"))
+    folders = [stand_in / "s" / name for name in ("kl_coef-0", "kl_coef-0.05")]
+    assert code == 0
+    assert [call[:2] for call in calls(stand_in / "s")] == [[0.0, 7], [0.05, 7]]
+    assert [load_config(folder / "config.yaml").output for folder in folders] == list(map(str, folders))
+    assert output.splitlines()[-1] == f"sweep: {(stand_in / 's' / 'report.html', list(map(str, folders)))}"
+
+
+def test_sweep_stops_at_a_failed_run_and_resumes_there(stand_in, capsys):
+    config = TrainConfig(output=str(stand_in / "s"), steps=7)
+    assert sweep.sweep(config, [1.0, 2.0, 4.0]) == 1
+    assert "stopped at run 2 of 3, --kl-coef 2. Go on with the same command and --resume." in capsys.readouterr().err
+    (stand_in / "child.py").write_text(CHILD.replace("== 2", "== 99"))
+    same_command = f"sweep --kl-coef 1 2 4 --steps 7 --resume --output {stand_in / 's'}"
+    code, output, _ = run(capsys, *same_command.split())
+    assert code == 0 and "run 1 of 3, --kl-coef 1: finished before" in output
+    assert [call[0] for call in calls(stand_in / "s")] == [1.0, 2.0, 2.0, 4.0]
+    assert not any("--resume" in call[2] for call in calls(stand_in / "s"))  # neither had a checkpoint
+
+
+def test_sweep_does_not_resume_a_run_without_checkpoint(stand_in, capsys):
+    (stand_in / "s" / "kl_coef-1").mkdir(parents=True)
+    (stand_in / "s" / "kl_coef-1" / "metrics.jsonl").write_text('{"step": 1}\n')
+    message = refused(capsys, "sweep", "--kl-coef", "1", "--resume", "--output", str(stand_in / "s"))
+    assert "no checkpoint" in message and "delete that folder" in message
+
+
+def test_sweep_hands_a_signal_on_and_stops(stand_in, capsys):
+    def terminate_once_it_runs():
+        while not (stand_in / "s" / "calls").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate_once_it_runs, daemon=True).start()
+    assert sweep.sweep(TrainConfig(output=str(stand_in / "s"), steps=7), [3.0, 1.0]) == 130
+    assert [call[0] for call in calls(stand_in / "s")] == [3.0]
+    assert (stand_in / "s" / "kl_coef-3" / "checkpoints" / "step-7").is_dir()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

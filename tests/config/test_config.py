@@ -1,0 +1,252 @@
+"""Settings: the checks refuse what they should and no more, YAML comes back as it went, run folders stay apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from fastkl.config.files import field_help, load_config, save_config, with_settings
+from fastkl.config.settings import TrainConfig, check_config
+from fastkl.errors import UserError
+from fastkl.training.run_folder import prepare_run_folder
+
+
+def changed(**settings) -> TrainConfig:
+    return dataclasses.replace(TrainConfig(), **settings)
+
+
+def test_defaults_pass_the_checks():
+    check_config(TrainConfig())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kl_coef": -0.1},
+        {"kl_coef": math.inf},
+        {"lr": math.nan},
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"steps": 0},
+        {"prompts_per_step": 0},
+        {"num_samples": 0, "baseline": "none"},
+        {"max_new_tokens": 0},
+        {"micro_batch_tokens": -1},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": 1.0},
+        {"warmup_steps": -1},
+        {"weight_decay": -0.1},
+        {"max_grad_norm": -1.0},
+        {"save_every": -1},
+        {"keep_checkpoints": -1},
+        {"sample_every": -1},
+        {"seed": -1},
+        {"gpu_memory_utilization": 1.5},
+        {"kl_reduction": "summ"},
+        {"baseline": "leave-one-out"},
+        {"generator": "sglang"},
+        {"lr_decay": "step"},
+        {"dtype": "float16"},
+        {"device": "tpu"},
+        {"report_to": ("tensorbord",)},
+        {"reward": ()},
+        {"reward_weights": (1.0, 2.0)},
+        {"reward_weights": (math.nan,)},
+        {"model": " "},
+        {"prompts": ""},
+        {"output": ""},
+        {"num_samples": 1},
+    ],
+    ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()),
+)
+def test_a_wrong_value_is_refused_by_a_message_that_begins_with_its_name(settings):
+    with pytest.raises(UserError) as refused:
+        check_config(changed(**settings))
+    assert str(refused.value).startswith(f"{next(iter(settings))}: ")
+    assert str(refused.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_samples": 1, "baseline": "none"},
+        {"kl_coef": 0.0},
+        {"report_to": ()},
+        {"save_every": 0, "keep_checkpoints": 0, "sample_every": 0, "max_grad_norm": 0.0},
+        {"reward": ("alliteration", "starts_with_a"), "reward_weights": (1.0, -0.5)},
+        {"steps": 1, "warmup_steps": 2},
+    ],
+)
+def test_values_at_the_border_are_accepted(settings):
+    check_config(changed(**settings))
+
+
+def test_more_min_tokens_than_tokens_is_refused_as_such():
+    with pytest.raises(UserError, match="^min_tokens: 97 is more than max_new_tokens .96."):
+        check_config(changed(min_tokens=97))
+
+
+def test_unknown_choice_names_the_nearest():
+    with pytest.raises(UserError, match="unknown 'vlm'. Did you mean 'vllm'"):
+        check_config(changed(generator="vlm"))
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "logit_bias", "structured_outputs"])
+def test_sampling_that_cannot_be_scored_is_refused_with_the_reason(name):
+    with pytest.raises(UserError, match=f"no setting '{name}'. It cannot be scored: "):
+        with_settings(TrainConfig(), {name: 1.2})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kl_estimator": "k1", "kl_placement": "loss"}, "expected gradient is zero"),
+        ({"kl_estimator": "k2"}, "biased"),
+        ({"kl_estimator": "k3"}, "pathwise term"),
+        ({"kl_credit": "caused", "kl_reduction": "mean"}, "biased"),
+        ({"kl_credit": "caused", "kl_estimator": "k3", "kl_placement": "loss"}, "not credited"),
+        ({"kl_target": 5.0, "kl_coef": 0.0}, "above 0"),
+        ({"allowed_token_ids": (3,), "banned_token_ids": (3,)}, "bans them all"),
+        ({"banned_token_ids": (-1,)}, "negative"),
+    ],
+)
+def test_a_penalty_or_a_ban_that_cannot_work_is_refused_with_its_reason(settings, words):
+    with pytest.raises(UserError, match=words):
+        check_config(changed(**settings))
+
+
+def test_every_field_has_a_help_text_and_a_heading():
+    assert list(field_help()) == [field.name for field in dataclasses.fields(TrainConfig)]
+    assert all(help_.text.endswith(".") and help_.group for help_ in field_help().values())
+    assert field_help()["kl_coef"].group == "The objective"
+    assert field_help()["top_k"].text == "Keep only the k likeliest tokens; 0 keeps all."
+
+
+@pytest.mark.parametrize(
+    "prompts", ['a "quoted": text # and \\ a 🦊', "two\nlines", "several\n\nlines: of\n text", " ", "null", "é: [1"]
+)
+def test_yaml_file_comes_back_as_it_was_saved(tmp_path, prompts):
+    config = changed(
+        prompts=prompts,
+        reward=("one.py:f", "two:g"),
+        reward_weights=(1.0, 1e-5),
+        lr=1e-5,
+        report_to=(),
+        gradient_checkpointing=True,
+        output="on",
+        model="1e3",
+    )
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+    save_config(TrainConfig(), tmp_path / "default.yaml")  # one line for each setting, whatever its value
+    assert len({(tmp_path / name).read_text().count("\n") for name in ("c.yaml", "default.yaml")}) == 1
+
+
+def test_yaml_values_take_their_fields_types(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "lr: 3e-4\nkl-coef: 1\nsteps: 10.0\nreward: starts_with_a\nreport_to: none\nreward_weights: 2\n"
+    )
+    config = load_config(tmp_path / "c.yaml")
+    assert (config.lr, config.steps, config.reward, config.report_to) == (3e-4, 10, ("starts_with_a",), ())
+    assert config.kl_coef == 1.0 and isinstance(config.kl_coef, float) and isinstance(config.steps, int)
+    assert config.reward_weights == (2.0,)
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml") == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kl_coeff: 1", "there is no setting 'kl_coeff'. Did you mean 'kl_coef'?"),
+        ("kl_coef: much", "kl_coef: 'much' is not a number"),
+        ("kl_coef: true", "kl_coef: True is not a number"),
+        ("steps: 1.5", "steps: 1.5 is not a whole number"),
+        ("steps: .inf", "steps: inf is not a whole number"),
+        ("resume: 1", "resume: 1 is not true or false"),
+        ("model: 3", "model: 3 is not a text"),
+        ("reward: [1]", "is not a list of names"),
+        ("reward: {a: b}\nkl_coef: [1]", "is not a number"),
+        ("- a", "holds no settings"),
+        ("a: [", "is not a YAML file"),
+        ("a: \x00", "is not a YAML file"),
+    ],
+)
+def test_wrong_yaml_is_refused_on_one_line_with_the_file(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_config(path)
+    assert message in str(refused.value) and str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_settings_win_over_their_base():
+    assert with_settings(changed(steps=3, seed=4), {"steps": "5"}) == changed(steps=5, seed=4)
+
+
+def with_checkpoint(folder):
+    (folder / "checkpoints" / "step-10").mkdir(parents=True)
+    return folder
+
+
+def test_new_folder_is_made_and_holds_the_settings(tmp_path):
+    config = changed(output=str(tmp_path / "a" / "b"), steps=7)
+    assert prepare_run_folder(config) == tmp_path / "a" / "b"
+    assert load_config(tmp_path / "a" / "b" / "config.yaml") == config
+
+
+def test_folder_of_a_run_that_failed_at_the_start_is_used_again(tmp_path):
+    prepare_run_folder(changed(output=str(tmp_path), steps=7))
+    (tmp_path / "metrics.jsonl").write_text("")
+    prepare_run_folder(changed(output=str(tmp_path), steps=8))
+    assert load_config(tmp_path / "config.yaml").steps == 8
+
+
+def test_folder_with_another_run_is_refused_with_both_ways_out(tmp_path):
+    for folder in (tmp_path / "has-checkpoint", tmp_path / "has-metrics"):
+        folder.mkdir()
+    with_checkpoint(tmp_path / "has-checkpoint")
+    (tmp_path / "has-metrics" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "has-metrics-2").mkdir()
+    for name, free in (("has-checkpoint", "has-checkpoint-2"), ("has-metrics", "has-metrics-3")):
+        with pytest.raises(UserError) as refused:
+            prepare_run_folder(changed(output=str(tmp_path / name)))
+        assert "--resume" in str(refused.value) and f"--output {tmp_path / free}." in str(refused.value)
+
+
+def test_resume_needs_a_checkpoint_and_says_how_to_go_on_without(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint in .*; start without --resume"):
+        prepare_run_folder(changed(output=str(tmp_path / "new"), resume=True))
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="delete that folder"):
+        prepare_run_folder(changed(output=str(tmp_path), resume=True))
+
+
+def test_resume_refuses_settings_that_would_make_it_another_run(tmp_path):
+    prepare_run_folder(changed(output=str(tmp_path), kl_coef=0.25))
+    with_checkpoint(tmp_path)
+    with pytest.raises(UserError, match=f"^kl_coef: {TrainConfig().kl_coef}, but the run in .* was started with 0.25"):
+        prepare_run_folder(changed(output=str(tmp_path), resume=True))
+    prepare_run_folder(changed(output=str(tmp_path), resume=True, kl_coef=0.25, steps=99, save_every=3))
+    assert load_config(tmp_path / "config.yaml").steps == 99
+
+
+def test_output_that_cannot_be_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="is a file, not a folder"):
+            prepare_run_folder(changed(output=str(output)))
+
+
+def test_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(UserError, match="cannot be written .No space left on device"):
+        prepare_run_folder(changed(output=str(tmp_path)))

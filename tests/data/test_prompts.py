@@ -1,0 +1,233 @@
+"""Prompts: every source gives the same rows, what cannot be read is explained, the order is reproducible."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from fastkl.data.prompts import PromptSource, load_prompts
+from fastkl.errors import UserError
+from fastkl.types import Prompt
+
+CHAT = [{"role": "user", "content": "tell a story"}]
+ROWS = [
+    {"prompt": "one day", "level": 1},
+    {"prompt": "two", "level": None},
+    {"prompt": "a day", "level": 3},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Words to ids, <s> in front of every text; a chat template that brings its own <s>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "<unk>", "one", "two", "a", "day", "tell", "story", "user", "assistant", ":"]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{{ '<s> ' }}{% for m in messages %}{{ m.role + ' : ' + m.content }}"
+        "{% if not loop.last %} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' assistant :' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def load(source, tokenizer, max_prompt_tokens: int = 100) -> list[Prompt]:
+    return load_prompts(str(source), tokenizer, max_prompt_tokens=max_prompt_tokens)
+
+
+def jsonl(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_text_is_one_prompt_with_the_tokenizers_special_tokens(tokenizer):
+    for source in ("one day", "text:one day"):
+        assert load(source, tokenizer) == [Prompt((0, 2, 5), "one day", "one day", 1, {})]
+
+
+@pytest.mark.parametrize(
+    "text", ["and/or not", "Is it 3/4?", "x" * 5000, "\x00", "a. b", "1/2 / 3", "Once upon a time"]
+)
+def test_texts_that_are_no_paths_stay_texts(tokenizer, text):
+    assert load(text, tokenizer, 10)[0].text == text
+
+
+def test_jsonl_gives_prompts_columns_and_line_numbers(tokenizer, tmp_path):
+    path = jsonl(tmp_path / "p.jsonl")
+    path.write_text("\n" + path.read_text().replace("\n", "\n\n"))  # empty lines count, and are skipped
+    prompts = load(path, tokenizer)
+    assert [p.text for p in prompts] == ["one day", "two", "a day"]
+    assert [p.token_ids for p in prompts] == [(0, 2, 5), (0, 3), (0, 4, 5)]
+    assert [p.row for p in prompts] == [2, 4, 6]
+    assert [p.columns for p in prompts] == [{"level": 1}, {"level": None}, {"level": 3}]
+
+
+def test_every_kind_of_data_set_gives_the_same_prompts(tokenizer, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "saved-dict")
+    for kind in ("parquet", "csv", "json"):
+        (tmp_path / f"{kind}-folder").mkdir()
+        getattr(data, f"to_{kind}")(tmp_path / f"{kind}-folder" / f"p.{kind}")
+    (tmp_path / "jsonl-folder").mkdir()
+    jsonl(tmp_path / "jsonl-folder" / "p.jsonl")
+    for name in (
+        *("saved", "saved-dict", "parquet-folder", "csv-folder", "json-folder", "jsonl-folder"),
+        *("parquet-folder/p.parquet", "csv-folder/p.csv", "json-folder/p.json"),
+    ):
+        prompts = load(tmp_path / name, tokenizer)
+        assert [p.text for p in prompts] == [row["prompt"] for row in ROWS], name
+        assert [p.columns for p in prompts] == [{"level": row["level"]} for row in ROWS], name
+        assert [p.row for p in prompts] == [1, 2, 3], name
+
+
+def test_data_set_without_train_split_is_explained(tokenizer, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"dev": data, "test": data}).save_to_disk(tmp_path / "d")
+    with pytest.raises(UserError, match="no split 'train' .it has dev, test"):
+        load(tmp_path / "d", tokenizer)
+
+
+def test_hub_names_reach_the_hub_and_failure_is_one_line(tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def offline(name, **options):
+        asked.append((name, options))
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    for source in ("some/data.set-1", "hub:some/data.set-1"):
+        with pytest.raises(UserError, match="'some/data.set-1' could not be loaded .no route to host"):
+            load(source, tokenizer)
+    assert asked == [("some/data.set-1", {})] * 2
+
+
+def test_chats_are_rendered_by_the_template_with_one_bos(tokenizer, tmp_path):
+    spoken = [*CHAT, {"role": "assistant", "content": "one day"}]
+    prompts = load(jsonl(tmp_path / "p.jsonl", [{"prompt": CHAT}, {"prompt": "two"}, {"prompt": spoken}]), tokenizer)
+    assert prompts[0].text == "<s> user : tell a story assistant :"
+    assert prompts[0].token_ids == (0, 8, 10, 6, 4, 7, 9, 10)
+    assert prompts[0].raw == CHAT
+    assert prompts[1].token_ids == (0, 3)
+    assert prompts[2].text == "<s> user : tell a story assistant : one day"
+
+
+def test_chats_need_a_chat_template(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(UserError, match="line 1 of .* no chat template"):
+        load(jsonl(tmp_path / "p.jsonl", [{"prompt": CHAT}]), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["holds no prompts"]),
+        ("\n \n", ["holds no prompts"]),
+        ('{"prompt": "one"}\n{"prompt": "tw\n', ["line 2 of", "is not JSON"]),
+        ('{"prompt": "one"}\n\n{"text": "two"}\n', ["line 3 of", "no column 'prompt' (its columns: 'text')"]),
+        ('["one"]\n', ["line 1 of", "is not a JSON object"]),
+        ('{"prompt": 3}\n', ["line 1 of", "neither a text nor a list of messages"]),
+        ('{"prompt": null}\n', ["line 1 of", "neither a text nor"]),
+        ('{"prompt": []}\n', ["line 1 of", "neither a text nor"]),
+        ('{"prompt": [{"role": "user"}]}\n', ["line 1 of", "neither a text nor"]),
+        ('{"prompt": "one", "completions": 1}\n', ["line 1 of", "column 'completions'", "rename"]),
+        ('{"prompt": "two"}\n{"prompt": "one day one day"}\n', ["line 2 of", "has 5 tokens", "room for 4", "shorten"]),
+        ("[" * 100_000, ["line 1 of", "is not JSON"]),
+    ],
+)
+def test_bad_jsonl_is_refused_with_its_line(tokenizer, tmp_path, content, words):
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(UserError) as refused:
+        load(tmp_path / "p.jsonl", tokenizer, max_prompt_tokens=4)
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_prompt_as_long_as_the_room_fits(tokenizer):
+    assert load("one day one", tokenizer, max_prompt_tokens=4)[0].token_ids == (0, 2, 5, 2)
+
+
+def test_prompt_without_a_token_is_refused(tokenizer, monkeypatch, tmp_path):
+    assert load("text:", tokenizer)[0].token_ids == (0,)
+
+    def without_bos(texts, add_special_tokens):
+        return {"input_ids": [tokenizer.convert_tokens_to_ids(text.split()) for text in texts]}
+
+    with pytest.raises(UserError, match="line 2 of .* is empty"):
+        load(jsonl(tmp_path / "p.jsonl", [{"prompt": "one"}, {"prompt": " "}]), without_bos)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing.jsonl", ["there is no file", "text:missing.jsonl"]),
+        ("./missing", ["there is no file"]),
+        ("empty-folder", ["holds no data set", "text:empty-folder"]),
+        ("notes.txt", ["of no known kind", "text:notes.txt"]),
+        ("latin.jsonl", ["is not UTF-8"]),
+        ("broken.parquet", ["could not be loaded"]),
+    ],
+)
+def test_a_path_that_gives_no_prompts_is_explained(tokenizer, tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty-folder").mkdir()
+    (tmp_path / "notes.txt").write_text("one")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError) as refused:
+        load(name, tokenizer)
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+
+
+def numbered(count: int) -> list[Prompt]:
+    return [Prompt((i,), str(i), str(i), i) for i in range(count)]
+
+
+def taken(source: PromptSource, count: int) -> list[int]:
+    return [prompt.row for prompt in source.take(count)]
+
+
+def test_every_epoch_is_a_new_shuffle_of_all_prompts():
+    source = PromptSource(numbered(20), seed=0)
+    first, second = taken(source, 20), taken(source, 20)
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second != list(range(20)) != first
+    assert taken(PromptSource(numbered(20), seed=0), 20) == first
+    assert taken(PromptSource(numbered(20), seed=1), 20) != first
+
+
+def test_shuffles_are_uniform():
+    orders = Counter(tuple(taken(PromptSource(numbered(3), seed=seed), 3)) for seed in range(6000))
+    expected, error = 1000, (6000 * 1 / 6 * 5 / 6) ** 0.5
+    assert len(orders) == 6 and all(abs(count - expected) < 4 * error for count in orders.values()), orders
+
+
+def test_takes_cross_the_end_of_an_epoch_and_repeat_a_single_prompt():
+    source, at_once = PromptSource(numbered(5), seed=3), taken(PromptSource(numbered(5), seed=3), 15)
+    assert [taken(source, 3) for _ in range(5)] == [at_once[start : start + 3] for start in range(0, 15, 3)]
+    assert taken(PromptSource(numbered(1), seed=3), 4) == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("before", [0, 3, 5, 13])
+def test_saved_position_continues_the_same_order(before):
+    source, resumed = PromptSource(numbered(5), seed=3), PromptSource(numbered(5), seed=3)
+    source.take(before)
+    resumed.load_state(json.loads(json.dumps(source.state())))
+    assert [taken(source, 4) for _ in range(3)] == [taken(resumed, 4) for _ in range(3)]
+
+
+def test_a_position_in_other_prompts_is_refused():
+    source = PromptSource(numbered(5), seed=3)
+    with pytest.raises(UserError, match="there were 4 when the run was saved and are 5 now"):
+        source.load_state(PromptSource(numbered(4), seed=3).state())

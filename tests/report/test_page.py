@@ -1,0 +1,445 @@
+"""The report page: what it says about made-up runs, that it survives odd ones, and how a browser renders it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from fastkl.errors import UserError
+from fastkl.report.numbers import number
+from fastkl.report.page import write_report
+from fastkl.report.page.charts import stacked_shares
+from fastkl.report.page.runs import load_runs
+from fastkl.report.page.svg import CHARACTER_WIDTH, draw_legend, root_ticks, ticks
+
+LETTERS = {
+    "b": "big brown brave bear bird boat bell basket bright blue berry",
+    "s": "small silver sweet silly squirrel snail song stone sun",
+    "t": "tall tiny tired turtle tiger tree train tower",
+    "m": "merry mighty mouse moon milk mitten mountain meadow",
+    "p": "pretty pink proud penguin pig pond pear path",
+}
+WORDS = [word for words in LETTERS.values() for word in words.split()]
+
+
+def fake_story(rng: random.Random, skill: float, collapse: float) -> str:
+    """Text with more alliteration the higher `skill`, and more of one repeated word the higher `collapse` (0 to 1)."""
+    sentences = []
+    for _ in range(5):
+        words = [rng.choice(WORDS)]
+        while len(words) < 9:
+            if rng.random() < collapse:
+                words.append("big")
+            elif rng.random() < skill:
+                words.append(rng.choice(LETTERS[words[-1][0]].split()))
+            else:
+                words.append(rng.choice(WORDS))
+        sentences.append(" ".join(["The", *words]) + ".")
+    return " there was a " + " ".join(sentences[:3]) + '\n"Hello," said the bird. ' + " ".join(sentences[3:])
+
+
+def fake_step(step: int, progress: float, kl_coef: float, rng: random.Random) -> dict[str, Any]:
+    """Plausible metrics: the smaller kl_coef, the more reward, the more KL, the worse the text."""
+    freedom = 1 / (1 + 4 * kl_coef)
+    kl = 95 * freedom**2.2 * progress**1.6 + rng.gauss(0, 0.08)
+    reward = 2.3 + 17 * freedom**1.1 * progress**1.2 + rng.gauss(0, 0.12)
+    collapse = max(0.0, freedom - 0.6) * 2 * progress
+    policy_ce = 1.42 - 0.9 * collapse - 0.05 * progress + rng.gauss(0, 0.012)
+    return {
+        "step": step,
+        "reward/raw": reward,
+        "reward/std": 1.1 + 0.4 * progress,
+        "reward/penalized": reward - kl_coef * kl,
+        "reward/alliteration": reward,
+        "kl/mean": kl,
+        "kl/per_token": kl / 96,
+        "kl/exact": kl + rng.gauss(0, 0.03),
+        "kl/penalty": kl_coef * kl,
+        "lm_cross_entropy": policy_ce,
+        "original_lm_cross_entropy": policy_ce + kl / 96,
+        "entropy": policy_ce - 0.02 + rng.gauss(0, 0.006),
+        "loss": rng.gauss(0, 0.02),
+        "grad_norm": 0.4 + 0.1 * rng.random(),
+        "lr": 3e-4 * (1 - progress),
+        "diversity/distinct_2": 0.63 - 0.06 * progress - 0.5 * collapse,
+        "grammar/well_formed": max(0.0, 0.982 - 0.03 * progress - 1.1 * collapse),
+        "completion/mean_length": 92 + rng.gauss(0, 1),
+        "completion/truncated_share": 0.7,
+        "groups/skipped": 0,
+        "steps/skipped": 0,
+        "tokens/generated": 11800 * step,
+        "throughput/tokens_per_second": 3700 + rng.gauss(0, 90),
+        "time/generate_s": 0.95 + 0.05 * rng.random(),
+        "time/reward_s": 0.01,
+        "time/score_s": 0.51,
+        "time/update_s": 1.6 + 0.1 * rng.random(),
+        "time/sync_s": 0.02,
+        "time/step_s": 3.22 + 0.1 * rng.random(),
+        "mismatch/mean_abs_logprob": 2e-6 * (1 + rng.random()),
+        "mismatch/max_abs_logprob": 3e-5,
+        "policy_version": step - 1,
+    }
+
+
+def fake_run(folder: Path, *, kl_coef: float = 0.5, steps: int = 40, seed: int = 0) -> Path:
+    """Write a run folder as the trainer would."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True)
+    config = {"model": "storyteller", "prompts": "Once upon a time", "reward": ["alliteration"], "kl_coef": kl_coef}
+    config |= {
+        "steps": steps,
+        "num_samples": 16,
+        "prompts_per_step": 8,
+        "lr": 3e-4,
+        "seed": seed,
+        "output": str(folder),
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    freedom = 1 / (1 + 4 * kl_coef)
+    with (folder / "metrics.jsonl").open("w") as metrics, (folder / "samples.jsonl").open("w") as samples:
+        for step in range(1, steps + 1):
+            progress = (step - 1) / max(1, steps - 1)
+            metrics.write(json.dumps(fake_step(step, progress, kl_coef, rng)) + "\n")
+            for _ in range(8):
+                text = fake_story(rng, 0.1 + 0.5 * progress * freedom, max(0.0, freedom - 0.6) * 2 * progress)
+                row = {
+                    "step": step,
+                    "prompt": "Once upon a time",
+                    "completion": text,
+                    "reward": rng.randint(1, 9) * 1.0,
+                }
+                row |= {"penalized_reward": 1.0, "kl": 3 * progress + rng.random(), "lm_cross_entropy": 1.4}
+                row |= {"original_lm_cross_entropy": 1.42, "num_tokens": 96, "finish_reason": "length"}
+                samples.write(json.dumps(row) + "\n")
+    return folder
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Apply `change` to every object of a JSONL file."""
+    rows = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def svg_parts(page: str, figure: str, element: str) -> list[dict[str, str]]:
+    """Attributes of every `element` in the first chart of the figure with that heading."""
+    svg = page.split(f"<h3>{figure}</h3>", 1)[1].split("<svg", 1)[1].split("</svg>", 1)[0]
+    return [dict(re.findall(r'([\w-]+)="([^"]*)"', tag)) for tag in re.findall(rf"<{element} ([^>]*)>", svg)]
+
+
+def test_headline_numbers_are_those_of_the_first_and_last_step(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=5)
+    values = {1: (2.0, 0.0, 0.6), 5: (5.0, 3.25, 0.45)}
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        reward, kl, distinct = values.get(row["step"], (3.0, 1.0, 0.5))
+        return row | {"reward/raw": reward, "kl/exact": kl, "diversity/distinct_2": distinct, "time/step_s": 20.0}
+
+    rewrite(run / "metrics.jsonl", change)
+    page = write_report([run]).read_text()
+    cards = re.findall(r'<span class="value">(.*?)</span>\n<span class="more">(.*?)</span>', page)
+    plain = [(re.sub("<.*?>", "", value), more) for value, more in cards]
+    assert plain[:3] == [
+        ("2.00 → 5.00", "2.50× the start"),
+        ("0.00 → 3.25", "nats per completion"),
+        ("60 % → 45 %", "75 % of the start"),
+    ]
+    assert plain[-1] == ("1:40", "5 steps, 59,000 tokens")
+    assert "<b>75 %</b> of its first variety" in page
+
+
+def test_frontier_has_a_dot_per_step_where_kl_and_reward_say(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=30)
+    page = write_report([run]).read_text()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    dots = svg_parts(page, "Each step&#39;s reward and its distance from the original model", "circle")
+    assert len(dots) == 30
+    for key, coordinate, sign in (("kl/exact", "cx", 1), ("reward/raw", "cy", -1)):
+        values, places = [row[key] for row in rows], [float(dot[coordinate]) for dot in dots]
+        slope = (places[-1] - places[0]) / (values[-1] - values[0])
+        assert slope * sign > 0
+        expected = [places[0] + slope * (value - values[0]) for value in values]
+        assert max(abs(a - b) for a, b in zip(places, expected, strict=True)) < 0.11  # written to one decimal
+    shades = [int(re.search(r"r(\d)", dot["class"])[1]) for dot in dots]
+    assert shades[0] == 0 and shades[-1] == 9 and shades == sorted(shades)
+
+
+def test_stage_shares_fill_the_whole_step() -> None:
+    layers = [("generate", [1.0, 2.0]), ("update", [3.0, math.nan]), ("other", [0.0, 2.0])]
+    chart = stacked_shares(layers, [1.0, 2.0], title="Time")
+    tops = json.loads(html.unescape(re.search(r'data-points="([^"]*)"', chart)[1]))
+    texts = {line["label"]: [point[2] for point in line["points"]] for line in tops["lines"]}
+    assert texts == {"generate": ["25 %", "50 %"], "update": ["75 %", "0 %"], "other": ["0 %", "50 %"]}
+    assert [point[1] for point in tops["lines"][-1]["points"]] == [tops["top"]] * 2  # the top layer ends at 100 %
+
+
+def test_the_page_needs_nothing_from_anywhere_and_runs_only_its_own_script(tmp_path: Path) -> None:
+    page = write_report([fake_run(tmp_path / "run", steps=3)]).read_text()
+    assert not re.findall(
+        r"(?:src|href|action)\s*=|@import|url\(|<link|<iframe|<img",
+        re.sub(r"<script>.*</script>", "", page, flags=re.S),
+    )
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
+    (script,) = re.findall(r"<script>(.*?)</script>", page, flags=re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src 'sha256-{digest}'" in page
+
+
+EVIL = " <script>alert(1)</script> \"'></svg><img src=x onerror=alert(2)> {{ 7*7 }} &amp; \ud800 \x1b[31m naïve 故事 🐻"
+
+
+def test_completions_prompts_and_settings_are_escaped(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "a<b>&run", steps=3)
+    rewrite(
+        run / "samples.jsonl", lambda row: row | {"completion": EVIL, "prompt": "<b>Once</b>", "finish_reason": "<i>"}
+    )
+    (run / "config.yaml").write_text(
+        yaml.safe_dump({"model": "<u>x</u>", "reward": ["</script><script>"], "kl_coef": 0.5})
+    )
+    rewrite(run / "metrics.jsonl", lambda row: row | {"reward/<svg onload=x>": 1.0, "reward/b": 2.0})
+    page = write_report([run]).read_text()
+    assert page.count("<script>") == 1 and page.count("</script>") == 1
+    for raw in ("<img", "<u>", "<i>", "<b>Once", "<svg onload", "a<b>&run", "{{ 7*7 }} &amp; "):
+        assert raw not in page, raw
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "naïve 故事 🐻" in page and "{{ 7*7 }} &amp;amp;" in page
+
+
+def test_a_run_of_one_step_has_a_page(tmp_path: Path) -> None:
+    page = write_report([fake_run(tmp_path / "run", steps=1)]).read_text()
+    assert len(svg_parts(page, "Reward", "circle")) == 2  # a dot for the reward and one for the penalised
+    assert page.count('<section class="column">') == 1 and "nan" not in re.sub(
+        r"<style>.*</style>|<script>.*</script>", "", page, flags=re.S
+    )
+
+
+def test_missing_keys_gaps_and_half_a_line_are_left_out_quietly(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = ['{"step": 1, "reward/raw": 1.0}', '{"step": 2, "reward/raw": null}', '{"step": 3, "reward/raw": NaN}']
+    lines += ['{"step": 5, "reward/raw": 2.0}', '{"step": 6, "reward/raw": 4.0}', '{"step": 7, "rew']
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    page = write_report([run]).read_text()
+    (path,) = [part for part in svg_parts(page, "Reward", "path") if "line" in part["class"]]
+    assert path["d"].count("M") == 2 and path["d"].count("L") == 1  # step 1 alone, then 5 to 6
+    assert len(svg_parts(page, "Reward", "circle")) == 1  # step 1, which no line shows
+    assert "<h3>KL from the original</h3>" not in page and "First and last stories" not in page
+    assert "1.00 →</span> 4.00" in page
+
+
+def test_values_that_never_were_numbers_draw_nothing(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=4)
+    rewrite(run / "metrics.jsonl", lambda row: {key: None if key != "step" else value for key, value in row.items()})
+    page = write_report([run]).read_text()
+    assert 'class="plot"' not in page and "The numbers as a table" in page
+
+
+def test_a_comparison_names_the_runs_by_what_differs_and_shows_each_ones_stories(tmp_path: Path) -> None:
+    coefficients = (0.0, 0.05, 0.5)
+    runs = [fake_run(tmp_path / f"kl_coef-{kl}", kl_coef=kl, steps=20) for kl in coefficients]
+    for run, word in zip(runs, ("zero", "small", "large"), strict=True):
+        rewrite(run / "samples.jsonl", lambda row, word=word: row | {"completion": f" {word} at {row['step']}"})
+    output = write_report(runs)
+    page = output.read_text()
+    assert output == tmp_path / "report.html"
+    labels = [f"β\u00a0=\u00a0{kl:g}" for kl in coefficients]
+    rows = re.findall(r'<th scope="row"><span class="chip s(\d)"></span>(.*?)</th>(.*?)</tr>', page, flags=re.S)
+    assert [(int(colour), label) for colour, label, _ in rows] == list(enumerate(labels))
+    for run, (_, _, cells) in zip(runs, rows, strict=True):
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        assert re.findall("<td>(.*?)</td>", cells)[1] == number(last["reward/raw"])
+    assert "3 runs compared by kl_coef" in page
+    for word in ("zero", "small", "large"):
+        assert f"{word} at 20" in page and f"{word} at 1<" not in page
+    ends = svg_parts(page, "Where each run ended, and how it got there", "circle")
+    assert [dot["class"] for dot in ends] == ["dot s0", "dot s1", "dot s2"]
+    changed = re.findall(r'<tr class="changed"><th scope="row"><code>(.*?)</code>', page)
+    assert changed == ["kl_coef"]
+
+
+def test_runs_alike_in_kl_coef_are_named_by_folder(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / f"seed-{seed}", seed=seed, steps=2) for seed in (0, 1)]
+    same_names = [fake_run(tmp_path / name / "run", steps=2) for name in ("old", "new")]
+    assert [run.label for run in load_runs(runs)] == ["seed-0", "seed-1"]
+    assert [run.label for run in load_runs(same_names)] == ["old/run", "new/run"]
+
+
+def test_long_texts_fold_and_long_runs_stay_under_a_megabyte(tmp_path: Path) -> None:
+    runs = []
+    for index in range(4):
+        run = fake_run(tmp_path / f"run-{index}", kl_coef=0.1 * index, steps=2)
+        rng = random.Random(0)
+        steps = [json.dumps(fake_step(step, step / 2000, 0.1 * index, rng)) for step in range(1, 2001)]
+        (run / "metrics.jsonl").write_text("\n".join(steps))
+        rewrite(run / "samples.jsonl", lambda row: row | {"completion": " word" * 20_000, "step": 2000})
+        runs.append(run)
+    for page in (write_report(runs[:1]), write_report(runs)):
+        text = page.read_text()
+        assert len(text.encode()) < 1_000_000
+        assert "<summary>the rest (99,100 characters)</summary>" in text
+
+
+def test_what_a_reader_must_know_stands_on_top(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=6)
+    rewrite(run / "metrics.jsonl", lambda row: row | {"steps/skipped": row["step"] // 3, "groups/skipped": 1})
+    (run / "config.yaml").write_text("steps: 40\n")
+    page = write_report([run]).read_text()
+    notices = re.findall('<p class="notice">(.*?)</p>', page)
+    assert [notice.split(": ")[1].split(" ")[0] for notice in notices] == ["6", "2", "6"]
+
+
+def sound(run: Path) -> Path:
+    """The fake run with cross entropies of samples and steps that agree, as the audit wants them."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    mean = {row["step"]: row["lm_cross_entropy"] for row in rows}
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"lm_cross_entropy": mean[row["step"]], "kl": row["kl"] * (row["step"] > 1)}
+
+    rewrite(run / "samples.jsonl", change)
+    return run
+
+
+def test_the_page_shows_the_doctors_verdict_and_every_check(tmp_path: Path) -> None:
+    from fastkl.audit.doctor import diagnose
+
+    run = sound(fake_run(tmp_path / "run", steps=6))
+    diagnosis = diagnose(run)
+    page = html.unescape(write_report([run]).read_text())
+    section = page.split("<h2>Is the KL a KL?</h2>")[1].split("<h2>")[0]
+    assert diagnosis.verdict in section and diagnosis.estimate in section
+    assert re.findall(r'<th scope="row">(. .*?)</th>', section) == [f"✓ {clear.what}" for clear in diagnosis.clear]
+    rewrite(run / "samples.jsonl", lambda row: row | {"kl": -5.0 + 0.01 * len(row["completion"])})
+    rewrite(run / "metrics.jsonl", lambda row: row | {"mismatch/mean_abs_logprob": 0.3})
+    page = html.unescape(write_report([run]).read_text())
+    section = page.split("<h2>Is the KL a KL?</h2>")[1].split("<h2>")[0]
+    assert "it cannot be a KL" in section
+    assert '<tr class="changed"><th scope="row">✗ engine and trainer differ</th><td>shown: ' in section
+
+
+def test_a_comparison_has_a_verdict_for_every_run(tmp_path: Path) -> None:
+    runs = [sound(fake_run(tmp_path / f"seed-{seed}", seed=seed, steps=3)) for seed in (0, 1)]
+    rewrite(runs[1] / "samples.jsonl", lambda row: row | {"kl": -5.0 + 0.01 * len(row["completion"])})
+    section = html.unescape(write_report(runs).read_text()).split("<h2>Is the KL a KL?</h2>")[1].split("<h2>")[0]
+    assert re.findall(r'<th scope="row">(. .*?)</th>', section) == ["✓ seed-0", "✗ seed-1"]
+
+
+def test_a_folder_without_a_run_is_named_with_its_remedy(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder given"):
+        write_report([])
+    with pytest.raises(UserError, match="holds no metrics.jsonl; give the --output folder"):
+        write_report([tmp_path])
+    (tmp_path / "metrics.jsonl").write_text('{"step"')
+    with pytest.raises(UserError, match="no finished step yet"):
+        write_report([tmp_path])
+    run = fake_run(tmp_path / "run", steps=1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_report([run], tmp_path / "file" / "report.html")
+
+
+def test_ticks_are_round_and_inside() -> None:
+    for low, high in ((0.0, 8.9), (-0.3, 0.2), (1.31, 1.47), (0.0, 3.9e-6), (980.0, 15_300.0)):
+        marks = ticks(low, high)
+        gaps = {round((b - a) / (high - low), 9) for a, b in itertools.pairwise(marks)}
+        assert len(gaps) == 1 and 3 <= len(marks) <= 8
+        assert all(low - 1e-12 <= mark <= high + 1e-12 for mark in marks)
+        leading = (marks[1] - marks[0]) / 10 ** math.floor(math.log10(marks[1] - marks[0]) + 1e-9)
+        assert round(leading, 6) in (1, 2, 5)
+    marks = root_ticks(95.0)
+    assert marks[0] == 0 and all(math.sqrt(b) - math.sqrt(a) > 1.2 for a, b in itertools.pairwise(marks))
+
+
+def test_a_legend_of_many_long_names_stays_inside_its_chart() -> None:
+    names = ["reinforce-without-baseline-on-starts-with-a-seed-1", "β = 0.5", "rloo", "kl_coef-0.05-mean", "x" * 200]
+    legend, height = draw_legend([(name, "s0") for name in names], 400)
+    texts = re.findall(r'x="(\d+)" y="(\d+)">(.*?)</text>', legend)
+    assert all(float(x) + CHARACTER_WIDTH * len(text) <= 400 for x, _, text in texts)
+    boxes = [(float(x), float(x) + CHARACTER_WIDTH * len(text), y) for x, y, text in texts]
+    assert all(a[2] != b[2] or a[1] < b[0] for a, b in itertools.pairwise(boxes))  # none over its neighbour
+    assert height > max(float(y) for _, y, _ in texts) > 0 and len({y for _, y, _ in texts}) > 1
+
+
+# In a browser
+
+PROBE = """
+<script>
+addEventListener("load", async () => {
+  const results = await Promise.all([...document.querySelectorAll("iframe")].map(async (frame) => {
+    const page = frame.contentDocument, root = page.documentElement;
+    const visible = [...page.querySelectorAll(".plot")].filter((plot) => plot.getBoundingClientRect().width > 0);
+    const plot = visible[1], box = plot.getBoundingClientRect();
+    const { PointerEvent, KeyboardEvent } = frame.contentWindow, tip = plot.closest("figure").querySelector(".tip");
+    plot.dispatchEvent(new PointerEvent("pointermove", { clientX: box.right - 5, clientY: box.top + 50 }));
+    const pointed = tip.textContent;
+    plot.dispatchEvent(new KeyboardEvent("keydown", { key: "Home" }));
+    const outside = visible.flatMap((plot) => [...plot.querySelectorAll("text")].filter((text) => {
+      const a = text.getBoundingClientRect(), b = plot.getBoundingClientRect();
+      return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1;
+    }).map((text) => text.textContent));
+    return {
+      width: frame.contentWindow.innerWidth, ready: root.dataset.ready, error: root.dataset.error ?? null,
+      overflow: root.scrollWidth - root.clientWidth, charts: visible.length, outside,
+      empty: visible.filter((plot) => !plot.querySelector(".line, .layer, .dot")).length,
+      smallest: 12 * Math.min(...visible.map((it) => it.getBoundingClientRect().width / it.viewBox.baseVal.width)),
+      tips: [pointed, tip.textContent], buttons: page.querySelectorAll(".save button").length,
+      svg: await frame.contentWindow.standalone(plot).text(), png: (await frame.contentWindow.picture(plot)).size,
+    };
+  }));
+  document.body.dataset.results = JSON.stringify(results);
+});
+</script>
+"""
+
+
+def open_in_chromium(path: Path, profile: Path) -> tuple[str, str]:
+    """The document after its scripts ran, and what the browser wrote to its console."""
+    browser = next(
+        (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None
+    )
+    if browser is None:
+        pytest.skip("no chromium or google-chrome on PATH")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr"
+    flags += " --window-size=1400,900 --virtual-time-budget=5000 --dump-dom"
+    command = [browser, *flags.split(), f"--user-data-dir={profile}", path.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return result.stdout, result.stderr
+
+
+def test_chromium_draws_every_chart_without_errors_or_sideways_scrolling(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / f"kl_coef-{kl}", kl_coef=kl, steps=25) for kl in (0.0, 0.05, 0.2, 1.0)]
+    one, several = write_report(runs[:1]).read_text(), write_report(runs).read_text()
+    one_step = write_report([fake_run(tmp_path / "short", steps=1)]).read_text()
+    frames = "".join(
+        f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{html.escape(page)}"></iframe>'
+        for page in (one, several, one_step)
+        for width in (390, 1280)
+    )
+    (tmp_path / "probe.html").write_text(f'<!doctype html><meta charset="utf-8"><body>{frames}{PROBE}')
+    document, console = open_in_chromium(tmp_path / "probe.html", tmp_path / "profile")
+    results = json.loads(html.unescape(re.search(r'data-results="([^"]*)"', document)[1]))
+    assert "Uncaught" not in console and "Content Security Policy" not in console, console
+    assert [result["width"] for result in results] == [390, 1280] * 3
+    for result, last_step in zip(results, (25, 25, 25, 25, 1, 1), strict=True):
+        assert result["ready"] == "true" and result["error"] is None
+        assert result["overflow"] == 0 and result["outside"] == []
+        assert result["charts"] == 10 and result["empty"] == 0 and result["buttons"] == 20
+        assert result["smallest"] > 8.5  # pixels of the charts' smallest text
+        assert [tip.split("reward")[0].split("β")[0] for tip in result["tips"]] == [f"step {last_step}", "step 1"]
+        saved = ElementTree.fromstring(result["svg"])  # stands alone: well-formed, with its colours in it
+        assert saved.get("width") == "420" and "var(" not in result["svg"] and "class=" not in result["svg"]
+        assert len({float(colour) for colour in re.findall(r"fill: rgb\((\d+),", result["svg"])}) >= 3
+        assert result["png"] > 5_000

@@ -1,0 +1,232 @@
+"""Rewards: the built-in ones count what they say, the user's own are found, called as TRL calls them, and checked."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+import pytest
+import torch
+
+from fastkl.errors import UserError
+from fastkl.rewards.built_in import alliteration, starts_with_a
+from fastkl.rewards.call import compute_rewards
+from fastkl.rewards.load import RewardFunction, load_rewards
+from fastkl.types import Completion, Prompt
+
+
+def rollouts(texts: list[list[str]], raw="p ", columns=None) -> tuple[list[Prompt], list[list[Completion]]]:
+    columns = columns or [{}] * len(texts)
+    prompts = [Prompt((1,), "p ", raw, row, c) for row, c in enumerate(columns)]
+    return prompts, [[Completion((5, len(t)), (-1.0, -1.0), "stop", t) for t in group] for group in texts]
+
+
+def rewards_of(function, texts: list[list[str]], **options):
+    return compute_rewards([RewardFunction("f", function)], *rollouts(texts, **options), step=3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "pairs", "words_with_a"),
+    [
+        ("", "", 0, 0),
+        ("", "tall", 0, 0),
+        ("", "Tall trees", 1, 0),
+        ("tall ", "tall tall", 2, 0),
+        ("Big bears ", "ate All apples", 3, 3),
+        ("Once upon a ti", "me to Tim", 2, 1),
+        ("", "a\tb\n b  B c", 2, 1),
+        ("", "1 1 - - a", 0, 1),
+        ("Élan ", "élu à", 1, 0),
+    ],
+)
+def test_built_in_rewards_count_by_hand(prompt, completion, pairs, words_with_a):
+    assert alliteration([prompt], [completion]) == [pairs]
+    assert starts_with_a([prompt], [completion]) == [words_with_a]
+
+
+def test_built_in_rewards_of_a_chat_look_at_the_assistants_words():
+    prompt = [{"role": "user", "content": "an apple"}]
+    completion = [{"role": "assistant", "content": "big bad wolf"}]
+    assert alliteration([prompt], [completion]) == [1.0]
+    assert starts_with_a([prompt], [completion]) == [0.0]
+
+
+def test_function_gets_all_lists_in_trls_form():
+    seen = {}
+
+    def reward(prompts, completions, completion_ids, answer, trainer_state, **kwargs):
+        seen.update(kwargs, prompts=prompts, completions=completions, ids=completion_ids, answer=answer)
+        seen["step"] = trainer_state.global_step
+        return [1.0, 2.0, 3.0, 4.0]
+
+    columns = [{"answer": "x", "level": 1}, {"answer": "y"}]
+    result = rewards_of(reward, [["a", "bb"], ["ccc", ""]], columns=columns)
+    assert seen.pop("log_metric")
+    assert seen == {
+        "prompts": ["p "] * 4,
+        "completions": ["a", "bb", "ccc", ""],
+        "ids": [[5, 1], [5, 2], [5, 3], [5, 0]],
+        "answer": ["x", "x", "y", "y"],
+        "level": [1, 1, None, None],
+        "step": 3,
+    }
+    assert result.total.tolist() == [[1.0, 2.0], [3.0, 4.0]] and result.total.dtype == torch.float32
+    assert result.valid.all() and result.by_function == {"f": 2.5}
+
+
+def test_chat_prompts_get_chat_completions():
+    messages = [{"role": "user", "content": "hi"}]
+
+    def reward(prompts, completions):
+        assert prompts == [messages] * 2
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    assert rewards_of(reward, [["a", "bbb"]], raw=messages).total.tolist() == [[1.0, 3.0]]
+
+
+def test_weights_multiply_and_none_leaves_out():
+    def lengths(completions):
+        return [float(len(text)) for text in completions]
+
+    def long_only(completions):
+        return [10.0 if len(text) > 1 else None for text in completions]
+
+    def never(completions):
+        return [None] * len(completions)
+
+    prompts, completions = rollouts([["a", "bb"], ["ccc", ""]])
+    functions = [RewardFunction("l", lengths, 2.0), RewardFunction("o", long_only, -1.0), RewardFunction("n", never)]
+    result = compute_rewards(functions, prompts, completions, step=1)
+    assert result.total.tolist() == [[2.0, 4.0 - 10.0], [6.0 - 10.0, 0.0]]
+    assert result.valid.all() and result.by_function == {"l": 1.5, "o": 10.0}
+    result = compute_rewards(functions[1:], prompts, completions, step=1)
+    assert result.valid.tolist() == [[False, True], [True, False]]
+    assert result.total.tolist() == [[0.0, -10.0], [-10.0, 0.0]]
+
+
+def test_async_functions_run_concurrently_in_one_lasting_loop():
+    loops = []
+
+    def sleeper(value):
+        async def reward(completions):
+            loops.append(asyncio.get_running_loop())
+            await asyncio.sleep(0.2)
+            return [value] * len(completions)
+
+        return RewardFunction(f"f{value}", reward)
+
+    started = time.perf_counter()
+    for _ in range(2):
+        result = compute_rewards([sleeper(1.0), sleeper(2.0), sleeper(3.0)], *rollouts([["a", "b"]]), step=1)
+        assert result.total.tolist() == [[6.0, 6.0]]
+    assert time.perf_counter() - started < 0.8  # one after another: 1.2 s
+    assert len(set(map(id, loops))) == 1
+
+
+def test_async_function_that_raises_is_named():
+    async def broken(completions):
+        raise RuntimeError("no answer")
+
+    with pytest.raises(UserError, match="f failed at step 3 .*RuntimeError: no answer"):
+        rewards_of(broken, [["a"]])
+
+
+def test_what_log_metric_gets_is_averaged():
+    def reward(completions, log_metric):
+        for text in completions:
+            log_metric("length", len(text))
+        return [0.0] * len(completions)
+
+    assert rewards_of(reward, [["a", "bbb"]]).by_function == {"f": 0.0, "length": 2.0}
+
+
+def test_tensors_and_numpy_numbers_are_rewards():
+    assert rewards_of(lambda completions: torch.tensor([1.5, 2.5]), [["a", "b"]]).total.tolist() == [[1.5, 2.5]]
+
+
+def raises_on_bad(completions):
+    for text in completions:
+        if "bad" in text:
+            raise KeyError(text[:3])
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (raises_on_bad, ["f failed at step 3", "'bad " + "x" * 53 + "...'", "KeyError", "test_reward.py line"]),
+        (lambda completions: [1.0], ["f at step 3", "returned 1 rewards for 2 completions", "'good'"]),
+        (lambda completions: [0.0, float("nan")], ["f at step 3", "returned nan", "'bad x"]),
+        (lambda completions: [float("-inf"), 0.0], ["f at step 3", "returned -inf", "'good'"]),
+        (lambda completions: ["1x", 0.0], ["returned '1x'", "'good'"]),
+        (lambda completions: None, ["returned NoneType, not a list"]),
+        (lambda completions: 1.0, ["returned float, not a list"]),
+        (lambda completions, missing: [0.0], ["asks for 'missing'", "no such column", "answer"]),
+    ],
+)
+def test_a_failing_reward_is_named_with_step_and_completion(function, words):
+    with pytest.raises(UserError) as refused:
+        rewards_of(function, [["good", "bad " + "x" * 200]], columns=[{"answer": 1}])
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 250
+
+
+def test_names_lead_to_functions(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.py").write_text(
+        "from beside_mine import FACTOR\n"
+        "def reward(completions): return [FACTOR * len(c) for c in completions]\n"
+        "class Judge:\n    def score(self, completions): return [1.0] * len(completions)\n"
+        "judge = Judge()\n"
+    )
+    (tmp_path / "folder" / "beside_mine.py").write_text("FACTOR = 2.0\n")
+    (tmp_path / "module_in_current_folder.py").write_text("def reward(completions): ...\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # what is appended goes with the test
+    file = "folder/mine.py"
+    names = [
+        "alliteration",
+        "starts_with_a",
+        f"{file}:reward",
+        "module_in_current_folder:reward",
+        f"{file}:judge.score",
+    ]
+    rewards = load_rewards(names, [1, 2, 3, 4, 5])
+    assert [r.name for r in rewards] == ["alliteration", "starts_with_a", "reward", "reward-2", "score"]
+    assert [r.weight for r in rewards] == [1, 2, 3, 4, 5]
+    assert rewards[2].function(completions=["abc"]) == [6.0]
+    assert load_rewards(names[:2], None)[1].weight == 1.0
+
+
+def test_a_function_called_like_a_metric_of_the_trainer_gets_another_name(tmp_path):
+    (tmp_path / "named.py").write_text("def raw(completions): return [0.0] * len(completions)\n")
+    assert load_rewards([f"{tmp_path}/named.py:raw"], None)[0].name == "raw-2"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("aliteration", ["unknown 'aliteration'", "Did you mean 'alliteration'", "file.py:function"]),
+        ("nowhere.py:f", ["no file 'nowhere.py'"]),
+        ("mine.py:rewrd", ["no function 'rewrd'", "Did you mean 'reward'", "It has reward, other."]),
+        ("mine.py:CONSTANT", ["'CONSTANT' in 'mine.py' is no function but int"]),
+        ("mine.py:", ["unknown 'mine.py:'"]),
+        ("broken.py:f", ["'broken.py' cannot be imported", "ZeroDivisionError", "broken.py line 2"]),
+        ("wrong_syntax.py:f", ["'wrong_syntax.py' cannot be imported", "SyntaxError"]),
+        ("leaves.py:f", ["'leaves.py' cannot be imported", "SystemExit"]),
+        ("needs_more.py:f", ["cannot be imported", "No module named 'absent_package'"]),
+        ("absent_package.rewards:f", ["no module 'absent_package'"]),
+    ],
+)
+def test_a_reward_that_cannot_be_found_is_explained(tmp_path, monkeypatch, name, words):
+    (tmp_path / "mine.py").write_text("import os\nCONSTANT = 1\ndef reward(c): ...\ndef other(c): ...\n")
+    (tmp_path / "broken.py").write_text("x = 1\n1 / 0\n")
+    (tmp_path / "wrong_syntax.py").write_text("def f(:\n")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "needs_more.py").write_text("import absent_package\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        load_rewards([name], None)
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert "\n" not in str(refused.value)

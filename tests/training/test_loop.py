@@ -1,0 +1,151 @@
+"""The loop on the embedded model: whole runs in this process, with the transformers generator."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkl.config.settings import TrainConfig
+from fastkl.errors import UserError
+from fastkl.training import checkpoint, loop
+from fastkl.training.loop import Diverged
+from fastkl.training.schedule import learning_rate
+
+
+def small(tmp_path: Path, **options) -> TrainConfig:
+    settings = {
+        "output": str(tmp_path / "run"),
+        "generator": "transformers",
+        "steps": 3,
+        "prompts_per_step": 2,
+        "num_samples": 4,
+        "max_new_tokens": 12,
+        "report_to": (),
+        "dtype": "float32",  # "auto" is bfloat16 on processors that are fast at it
+    }
+    return TrainConfig(**(settings | options))
+
+
+def rows(config: TrainConfig, name: str = "metrics") -> list[dict]:
+    return [json.loads(line) for line in (Path(config.output) / f"{name}.jsonl").read_text().splitlines()]
+
+
+def reward_file(tmp_path: Path, body: str) -> str:
+    path = tmp_path / "rewards.py"
+    path.write_text(f"import os\n\ndef reward(prompts, completions, **columns):\n    {body}\n")
+    return f"{path}:reward"
+
+
+def test_a_run_leaves_metrics_samples_a_report_and_a_model_that_loads(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = small(tmp_path)
+    loop.train(config)
+    metrics = rows(config)
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    assert metrics[0]["kl/mean"] == pytest.approx(0.0, abs=1e-4)
+    assert metrics[0]["policy_version"] == 0
+    assert metrics[-1]["kl/exact"] > 0
+    assert all(row["mismatch/mean_abs_logprob"] < 1e-4 for row in metrics)
+    assert len(rows(config, "samples")) == 3 * 8
+    folder = Path(config.output)
+    assert (folder / "report.html").is_file()
+    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "step-3")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoints" / "step-3")
+    assert model.config.vocab_size >= len(tokenizer)
+
+
+def test_penalised_reward_is_reward_minus_beta_times_the_cross_entropy_gap(tmp_path):
+    config = small(tmp_path, kl_coef=0.7, lr=3e-3)
+    loop.train(config)
+    moved = [s for s in rows(config, "samples") if s["step"] == 3]
+    assert any(abs(s["kl"]) > 0.1 for s in moved)
+    for s in moved:
+        gap = s["num_tokens"] * (s["lm_cross_entropy"] - s["original_lm_cross_entropy"])
+        assert s["kl"] == pytest.approx(-gap, abs=1e-3)
+        assert s["penalized_reward"] == pytest.approx(s["reward"] + 0.7 * gap, abs=1e-3)
+
+
+def test_samples_without_a_reward_leave_their_group(tmp_path):
+    reward = reward_file(tmp_path, "return [None if i % 4 == 0 else float(i) for i in range(len(completions))]")
+    config = small(tmp_path, reward=(reward,), steps=1)
+    loop.train(config)
+    samples = rows(config, "samples")
+    assert [s["reward"] is None for s in samples] == [True, False, False, False] * 2
+    assert rows(config)[0]["reward/raw"] == pytest.approx((1 + 2 + 3 + 5 + 6 + 7) / 6)
+
+
+def test_a_step_in_which_no_group_can_be_scored_is_counted_and_survived(tmp_path):
+    reward = reward_file(tmp_path, "return [None] * (len(completions) - 1) + [1.0]")
+    config = small(tmp_path, reward=(reward,), steps=2)
+    loop.train(config)
+    assert [row["groups/skipped"] for row in rows(config)] == [2, 2]
+
+
+def test_three_non_finite_steps_stop_the_run_with_a_diagnosis_and_a_saved_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "clip_gradients", lambda policy, max_norm: math.nan)
+    config = small(tmp_path, steps=9)
+    with pytest.raises(Diverged, match="steps 1 to 3: .*smaller --lr"):
+        loop.train(config)
+    assert [row["steps/skipped"] for row in rows(config)] == [1, 2, 3]
+    saved = checkpoint.newest_checkpoint(Path(config.output) / "checkpoints")
+    assert saved.step == 3
+
+
+def test_a_failing_reward_keeps_the_completed_steps(tmp_path):
+    counter = tmp_path / "calls"
+    body = (
+        f"calls = {str(counter)!r}\n"
+        "    open(calls, 'a').write('x')\n"
+        "    return [1.0 / (3 - os.path.getsize(calls))] * len(completions)"
+    )
+    config = small(tmp_path, reward=(reward_file(tmp_path, body),), save_every=0)
+    with pytest.raises(UserError, match=r"reward.*step 3.*"):
+        loop.train(config)
+    assert checkpoint.newest_checkpoint(Path(config.output) / "checkpoints").step == 2
+
+
+def test_training_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch, capsys):
+    real, calls = checkpoint.save_checkpoint, []
+
+    def full_disk_once(*args, **kwargs):
+        calls.append(args[1])
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full_disk_once)
+    config = small(tmp_path, save_every=1)
+    loop.train(config)
+    assert calls == [1, 2, 3]
+    assert [row["step"] for row in rows(config)] == [1, 2, 3]
+    assert "checkpoint of step 2 could not be written" in capsys.readouterr().out
+    names = sorted(path.name for path in (Path(config.output) / "checkpoints").iterdir())
+    assert names == ["step-1", "step-3"]
+
+
+def test_learning_rate_warms_up_and_decays_to_zero_after_the_last_step():
+    config = TrainConfig(steps=10, warmup_steps=2, lr=1.0)
+    assert [learning_rate(s, config) for s in (1, 2, 3)] == [0.5, 1.0, 1.0]
+    assert learning_rate(10, config) == pytest.approx(1 / 8)
+    assert learning_rate(11, config) == pytest.approx(0.0)
+    cosine = TrainConfig(steps=10, warmup_steps=0, lr=1.0, lr_decay="cosine")
+    assert learning_rate(6, cosine) == pytest.approx(0.5)
+    assert learning_rate(7, TrainConfig(steps=10, lr=2.0, lr_decay="constant")) == 2.0
+
+
+def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path):
+    final = []
+    for flag in (False, True):
+        config = small(tmp_path, gradient_checkpointing=flag, output=str(tmp_path / str(flag)), steps=2)
+        loop.train(config)
+        saved = Path(config.output) / "checkpoints" / "step-2" / "model.safetensors"
+        from safetensors.torch import load_file
+
+        final.append(load_file(saved))
+    for name, value in final[0].items():
+        torch.testing.assert_close(final[1][name], value, rtol=0, atol=1e-6)
