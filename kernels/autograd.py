@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .chunked import Chunks, Rows, chunk_ranges
 from .epilogue import RowStats
-from .linear import Head, LinearSource, LogitOptions, LogitsSource
+from .linear import LinearSource, LogitOptions, LogitsSource, Side
 from .listed import as_record
 from .types import TokenCoefficients, TokenScores
 
@@ -33,21 +33,22 @@ class Call:
     row_ids: Tensor | None  # i64 [n]
     rows: Rows  # of the n rows
     options: LogitOptions  # of the n rows
-    reference: Head | Tensor | None  # hidden states and head, or logits
+    reference: Side | Tensor | None  # hidden states and head, or logits
     outputs: frozenset[str]
     chunk_rows: int
     dtype: torch.dtype
     use_triton: bool
+    check_values: bool
     inplace: bool = False  # logits in: the gradient overwrites the logits
 
-    def source(self, policy: Head | Tensor) -> LinearSource | LogitsSource:
+    def source(self, policy: Side | Tensor) -> LinearSource | LogitsSource:
         """The logits of the scored rows."""
         chunk_rows = max(1, min(self.chunk_rows, len(self.rows)))
         if self.use_triton:
             from .triton_chunks import triton_source
 
             return triton_source(policy, self.reference, self.row_ids, self.options, chunk_rows)
-        kind = LinearSource if isinstance(policy, Head) else LogitsSource
+        kind = LinearSource if isinstance(policy, Side) else LogitsSource
         return kind(policy, self.reference, self.row_ids, self.options, chunk_rows, self.dtype)
 
     def chunks(self, source: LinearSource | LogitsSource, stats: RowStats, support_stats: RowStats | None) -> Chunks:
@@ -58,9 +59,9 @@ class Call:
             return TritonChunks(source, self.rows, stats, support_stats)
         return Chunks(source, self.rows, stats, support_stats)
 
-    def score_without_logits(self, policy: Head | Tensor, stats: RowStats) -> bool:
+    def score_without_logits(self, policy: Side | Tensor, stats: RowStats) -> bool:
         """Fills `stats` by the kernel that stores no logits, if it serves this call; returns whether it does."""
-        if not (self.use_triton and isinstance(policy, Head) and self.rows.support is None):
+        if not (self.use_triton and isinstance(policy, Side) and self.rows.support is None):
             return False
         from . import triton_linear
 
@@ -148,9 +149,9 @@ def gradients_of(source: LinearSource | LogitsSource, inputs: tuple[Tensor | Non
     return tuple(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
-def policy_of(inputs: tuple[Tensor | None, ...]) -> Head | Tensor:
+def policy_of(inputs: tuple[Tensor | None, ...]) -> Side | Tensor:
     """The policy inputs of a Function (hidden, weight, bias; or logits) as a source takes them."""
-    return Head(*inputs) if len(inputs) == 3 else inputs[0]
+    return Side(*inputs) if len(inputs) == 3 else inputs[0]
 
 
 def without_autocast(function: Callable) -> Callable:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .compose import is_sharded
 from .errors import UserError
-from .types import Support
+from .types import Head, Support
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -33,40 +33,45 @@ def check_tensor(
         raise UserError(f"{name} is on {x.device}, the policy is on {like.device}: move one of them.")
 
 
-def check_heads(
-    policy_hidden: Tensor,
-    policy_weight: Tensor,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    policy_bias: Tensor | None,
-    ref_bias: Tensor | None,
-) -> None:
-    """Hidden states, heads and biases fit together; the reference has both hidden states and a head or neither."""
+def check_heads(policy_hidden: Tensor, policy_head: Head, ref_hidden: Tensor | None, ref_head: Head | None) -> None:
+    """Hidden states and heads fit together; the reference has both or neither."""
     check_tensor("policy_hidden", policy_hidden, (None, None), FLOATS, policy_hidden)
     num_rows, hidden_size = policy_hidden.shape
-    check_tensor("policy_weight", policy_weight, (None, hidden_size), FLOATS, policy_hidden)
-    vocab = len(policy_weight)
-    if (ref_hidden is None) != (ref_weight is None):
+    check_tensor("policy_weight", policy_head.weight, (None, hidden_size), FLOATS, policy_hidden)
+    vocab = len(policy_head.weight)
+    if policy_head.bias is not None:
+        check_tensor("policy_bias", policy_head.bias, (vocab,), FLOATS, policy_hidden)
+    if (ref_hidden is None) != (ref_head is None):
         raise UserError("ref_hidden and ref_weight belong together: pass both, or neither for no reference.")
-    if ref_hidden is not None:
-        check_tensor("ref_hidden", ref_hidden, (num_rows, None), FLOATS, policy_hidden)
-        check_tensor("ref_weight", ref_weight, (vocab, ref_hidden.shape[1]), FLOATS, policy_hidden)
-        if ref_hidden.shape[1] != hidden_size:
-            raise UserError(
-                f"ref_hidden has {ref_hidden.shape[1]} features and policy_hidden {hidden_size}: "
-                "the reference must be a model of the same width."
-            )
-    for name, bias in (("policy_bias", policy_bias), ("ref_bias", ref_bias)):
-        if bias is not None:
-            check_tensor(name, bias, (vocab,), FLOATS, policy_hidden)
+    if ref_hidden is None or ref_head is None:
+        return
+    check_tensor("ref_hidden", ref_hidden, (num_rows, None), FLOATS, policy_hidden)
+    check_tensor("ref_weight", ref_head.weight, (vocab, ref_hidden.shape[1]), FLOATS, policy_hidden)
+    if ref_hidden.shape[1] != hidden_size:
+        raise UserError(
+            f"ref_hidden has {ref_hidden.shape[1]} features and policy_hidden {hidden_size}: "
+            "the reference must be a model of the same width."
+        )
+    if ref_head.bias is not None:
+        check_tensor("ref_bias", ref_head.bias, (vocab,), FLOATS, policy_hidden)
+    for name in ("softcap", "logit_scale"):
+        ours, theirs = getattr(policy_head, name), getattr(ref_head, name)
+        if ours != theirs:
+            raise UserError(f"{name} is {ours} in policy_head and {theirs} in ref_head: the heads must share it.")
 
 
-def check_options(vocab: int, softcap: float | None, logits_dtype: str, valid_vocab: int | None) -> int:
-    """The number of columns that exist."""
+def check_options(head: Head, logits_dtype: str) -> None:
+    """A softcap, a scale and a dtype that a head can have."""
     if logits_dtype not in ("float32", "bfloat16"):
         raise UserError(f'logits_dtype is {logits_dtype!r}, expected "float32" or "bfloat16".')
-    if softcap is not None and not softcap > 0:
-        raise UserError(f"softcap is {softcap}, expected a positive number or None.")
+    if head.softcap is not None and not head.softcap > 0:
+        raise UserError(f"softcap is {head.softcap}, expected a positive number or None.")
+    if not head.logit_scale > 0:
+        raise UserError(f"logit_scale is {head.logit_scale}, expected a positive number.")
+
+
+def check_vocab(vocab: int, valid_vocab: int | None) -> int:
+    """The number of columns that exist."""
     valid = vocab if valid_vocab is None else valid_vocab
     if not 1 <= valid <= vocab:
         raise UserError(f"valid_vocab is {valid_vocab}, expected 1 to {vocab}, the number of logits per row.")

@@ -2,19 +2,20 @@
 
 torch.compile: a call is one break between two graphs (`one_graph_break`). Modules that return TokenScores: FSDP2 and
 DDP look for the tensors of a module's output to know when its backward begins, so TokenScores is made known to
-torch's pytrees. Heads that lie in pieces on several processes: `whole`.
+torch's pytrees. Heads that lie in pieces on several processes: `whole_heads`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .types import TokenScores
+from .types import Head, TokenScores
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,8 +38,8 @@ def is_sharded(x: object) -> bool:
     return hasattr(x, "full_tensor")
 
 
-def whole(*heads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Weights [V, H] and biases [V] of heads, gathered if they are DTensors; everything else comes back as it is.
+def whole_heads(*heads: Head | None) -> tuple[Head | None, ...]:
+    """The heads with their weights [V, H] and biases [V] gathered if they are DTensors.
 
     Differentiable. The gradient that reaches a gathered tensor is averaged over the processes and scattered, as
     FSDP2 does with the gradients of the parameters it gathers itself. On a tensor-parallel mesh, where all processes
@@ -46,8 +47,11 @@ def whole(*heads: Tensor | None) -> tuple[Tensor | None, ...]:
     collective operation, in the forward and in the backward: every process of the mesh must take part, with no rows
     if it has none.
     """
-    gathered = {id(x): _gather(x) if is_sharded(x) else x for x in heads}
-    return tuple(gathered[id(x)] for x in heads)
+    tensors = [x for name in ("weight", "bias") for x in (getattr(head, name, None) for head in heads)]
+    gathered = {id(x): _gather(x) if is_sharded(x) else x for x in tensors}
+    return tuple(
+        head and replace(head, weight=gathered[id(head.weight)], bias=gathered[id(head.bias)]) for head in heads
+    )
 
 
 def _gather(sharded: Tensor) -> Tensor:

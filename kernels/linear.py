@@ -66,21 +66,21 @@ class LogitOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """One model's side: hidden states [*, H], weight [V, H], bias [V] or None."""
+class Side:
+    """One model's side of a call: hidden states [*, H], weight [V, H], bias [V] or None."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
 
-    def to(self, dtype: torch.dtype) -> Head:
+    def to(self, dtype: torch.dtype) -> Side:
         """Weight in the compute dtype, bias in float32 or finer; -inf in a bias becomes a finite, hopeless logit."""
         bias = self.bias
         if bias is not None:
             bias = bias.detach().to(torch.promote_types(dtype, torch.float32)).clamp(min=EXCLUDED)
-        return Head(self.hidden.detach(), self.weight.detach().to(dtype), bias)
+        return Side(self.hidden.detach(), self.weight.detach().to(dtype), bias)
 
-    def shares_weights_with(self, other: Head) -> bool:
+    def shares_weights_with(self, other: Side) -> bool:
         """Whether both use the same head in memory, so that one product serves both."""
         a, b = self.weight, other.weight
         same_weight = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
@@ -99,8 +99,8 @@ class LinearSource:
 
     def __init__(
         self,
-        policy: Head,
-        reference: Head | None,
+        policy: Side,
+        reference: Side | None,
         row_ids: Tensor | None,
         options: LogitOptions,
         chunk_rows: int,
@@ -114,7 +114,7 @@ class LinearSource:
             None
             if reference is None
             else (
-                Head(reference.hidden.detach(), self.policy.weight, self.policy.bias) if shared else reference.to(dtype)
+                Side(reference.hidden.detach(), self.policy.weight, self.policy.bias) if shared else reference.to(dtype)
             )
         )
         self.shared, self.row_ids, self.options, self.dtype = shared, row_ids, options, dtype
@@ -199,7 +199,7 @@ class LinearSource:
         out[hi - lo :].zero_()
         out[: hi - lo].copy_(hidden[lo:hi] if self.row_ids is None else hidden.index_select(0, self.row_ids[lo:hi]))
 
-    def _product(self, head: Head, hidden: Tensor, out: Tensor) -> None:
+    def _product(self, head: Side, hidden: Tensor, out: Tensor) -> None:
         torch.mm(hidden, head.weight.t(), out=out)
         if head.bias is not None and not self.raw:
             out.add_(head.bias)

@@ -1,8 +1,9 @@
 """The public operators: border checks, and the one place that decides which path computes a call.
 
-    token_scores         policy and reference logits in
-    linear_token_scores  hidden states and heads in: the logits are never stored for all rows
-    linear_token_loss    the same with a loss linear in the scores, whose gradient is taken at once
+    token_scores        policy and reference logits in
+    head_token_scores   hidden states and heads in: the logits are never stored for all rows
+    head_token_loss     the same with a loss linear in the scores, whose gradient is taken at once
+    linear_token_scores, linear_token_loss      the same two for weights and biases that are not in a Head
 
 All agree with reference.py, which is their definition; TokenScores (types.py) says what comes back.
 """
@@ -10,25 +11,35 @@ All agree with reference.py, which is their definition; TokenScores (types.py) s
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import checks
 from .autograd import Call, ScoreFunction
-from .checks import FLOATS, check_finite, check_heads, check_options, check_rows, check_support, check_tensor
+from .checks import (
+    FLOATS,
+    check_finite,
+    check_heads,
+    check_options,
+    check_rows,
+    check_support,
+    check_tensor,
+    check_vocab,
+)
 from .chunked import Rows
-from .compose import one_graph_break, whole
+from .compose import one_graph_break, whole_heads
 from .dispatch import uses_triton
 from .errors import UserError
-from .linear import Head, LogitOptions
+from .linear import LogitOptions, Side
 from .loss import LossFunction
 from .support import switched_on
-from .types import OUTPUTS, CoefficientsFunction, Support, TokenCoefficients, TokenScores
+from .types import OUTPUTS, CoefficientsFunction, Head, Support, TokenCoefficients, TokenScores
 
 __all__ = [
-    "Support", "TokenCoefficients", "TokenScores", "linear_token_loss", "linear_token_scores", "token_scores",
+    "Head", "Support", "TokenCoefficients", "TokenScores", "head_token_loss", "head_token_scores", "linear_token_loss",
+    "linear_token_scores", "token_scores",
 ]  # fmt: skip
 
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 2 << 30}
@@ -41,6 +52,21 @@ LONG_CHUNK_BYTES = 128 << 20
 where the head's gradient, which every chunk reads and writes, is larger than CACHED_BYTES."""
 
 CACHED_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of an operator beside the logits; token_scores says what each field means."""
+
+    target_ids: Tensor
+    mask: Tensor | None
+    temperature: float | Tensor
+    support: Support | None
+    valid_vocab: int | None
+    logits_dtype: str
+    outputs: Collection[str]
+    chunk_tokens: int | None
+    check_values: bool | None
 
 
 @one_graph_break
@@ -74,15 +100,97 @@ def token_scores(
     check_tensor("policy_logits", policy_logits, (None, None), FLOATS, policy_logits)
     if ref_logits is not None:
         check_tensor("ref_logits", ref_logits, tuple(policy_logits.shape), FLOATS, policy_logits)
-    valid = check_options(policy_logits.shape[1], None, "float32", valid_vocab)
-    rows = policy_logits, target_ids, mask, temperature, support
-    call, check = _call(*rows, valid, outputs, chunk_tokens, check_values, LogitOptions())
-    call = replace(
-        call, reference=None if ref_logits is None else ref_logits.detach()[:, :valid], inplace=inplace_backward
+    valid = check_vocab(policy_logits.shape[1], valid_vocab)
+    request = Request(
+        target_ids, mask, temperature, support, valid_vocab, "float32", outputs, chunk_tokens, check_values
     )
+    reference = None if ref_logits is None else ref_logits.detach()[:, :valid]
+    call = replace(_call(request, policy_logits, valid, LogitOptions()), reference=reference, inplace=inplace_backward)
     if valid < policy_logits.shape[1]:
         policy_logits = policy_logits[:, :valid]
-    return _checked(TokenScores(*ScoreFunction.apply(call, policy_logits)), check)
+    return _checked(TokenScores(*ScoreFunction.apply(call, policy_logits)), call)
+
+
+@one_graph_break
+def head_token_scores(
+    policy_hidden: Tensor,
+    policy_head: Head,
+    ref_hidden: Tensor | None,
+    ref_head: Head | None,
+    target_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    valid_vocab: int | None = None,
+    logits_dtype: str = "float32",
+    outputs: Collection[str] = OUTPUTS,
+    chunk_tokens: int | None = None,
+    check_values: bool | None = None,
+) -> TokenScores:
+    """token_scores of the logits of two language-model heads, without ever storing the logits of all rows.
+
+    policy_hidden [N, H] goes through policy_head (weight [V, H]); the same of the reference, or None, None.
+    logits = softcap * tanh((hidden @ weight^T + bias) / softcap) * logit_scale / temperature, in float32 whatever
+    autocast says; logits_dtype="bfloat16" rounds the head's output first, as an engine with bfloat16 logits does.
+    If both heads hold the same weight (and bias) tensor, one product serves both. softcap and logit_scale must be the
+    same in both. Weights and biases may be DTensors (FSDP2): they are gathered, and their gradient is averaged and
+    scattered. Other arguments: token_scores.
+
+    Returns TokenScores, differentiable towards policy_hidden and the policy head's weight and bias; the backward
+    computes the logits again, chunk_tokens rows at a time, only for rows with a gradient (on a CPU, not for the last
+    chunk, whose logits wait for it). Where the loss's coefficients are known, head_token_loss is cheaper. Raises
+    UserError for inputs that do not fit. Definition: reference.py.
+    """
+    request = Request(
+        target_ids, mask, temperature, support, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values
+    )
+    call, inputs = _head_call(request, policy_hidden, policy_head, ref_hidden, ref_head, keeps_last_chunk=True)
+    return _checked(TokenScores(*ScoreFunction.apply(call, *inputs)), call)
+
+
+@one_graph_break
+def head_token_loss(
+    policy_hidden: Tensor,
+    policy_head: Head,
+    ref_hidden: Tensor | None,
+    ref_head: Head | None,
+    target_ids: Tensor,
+    coefficients: TokenCoefficients | CoefficientsFunction,
+    *,
+    row_splits: Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    support: Support | None = None,
+    valid_vocab: int | None = None,
+    logits_dtype: str = "float32",
+    outputs: Collection[str] = OUTPUTS,
+    chunk_tokens: int | None = None,
+    check_values: bool | None = None,
+) -> tuple[Tensor, TokenScores]:
+    """A loss that is linear in the token scores, with its gradient taken while the logits are at hand.
+
+    loss = sum over rows and scores of coefficient * score. coefficients: a TokenCoefficients of N rows, or a function
+    (slice of rows, their TokenScores) -> TokenCoefficients of these rows, called in order for ranges that begin and end
+    at row_splits (ascending from 0 to N; default: one range of all rows). Give the bounds of the prompt groups there,
+    and a baseline that needs a whole group's scores can be computed inside. A range's logits are held at once:
+    as many whole groups as fit into chunk_tokens rows, but at least one.
+
+    Other arguments: head_token_scores. Returns the loss (a scalar whose backward, to be called once, hands the
+    gradients to policy_hidden and the policy head's weight and bias) and the scores as constants. Costs four head
+    products with the exact KL's gradient where scores and a separate backward cost six. Raises UserError as the others
+    do.
+    """
+    request = Request(
+        target_ids, mask, temperature, support, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values
+    )
+    call, inputs = _head_call(request, policy_hidden, policy_head, ref_hidden, ref_head, keeps_last_chunk=False)
+    num_rows = call.num_rows
+    splits = [0, num_rows] if row_splits is None else [int(s) for s in row_splits]
+    if splits[0] != 0 or splits[-1] != num_rows or any(a > b for a, b in zip(splits, splits[1:], strict=False)):
+        raise UserError(f"row_splits must ascend from 0 to the number of rows, {num_rows}; got {splits[:8]}.")
+    loss, *scores = LossFunction.apply(call, coefficients, splits, *inputs)
+    return loss, _checked(TokenScores(*scores), call)
 
 
 @one_graph_break
@@ -106,25 +214,16 @@ def linear_token_scores(
     chunk_tokens: int | None = None,
     check_values: bool | None = None,
 ) -> TokenScores:
-    """token_scores of the logits of two language-model heads, without ever storing the logits of all rows.
+    """head_token_scores for weights [V, H] and biases [V] that are not in a Head; differentiable towards the policy's.
 
-    policy_hidden [N, H], policy_weight [V, H], policy_bias [V] or None; the same of the reference, or None, None.
-    logits = softcap * tanh((hidden @ weight^T + bias) / softcap) * logit_scale / temperature, in float32 whatever
-    autocast says; logits_dtype="bfloat16" rounds the head's output first, as an engine with bfloat16 logits does.
-    If both sides pass the same weight (and bias) tensor, one product serves both. Weights and biases may be DTensors
-    (FSDP2): they are gathered, and their gradient is averaged and scattered. Other arguments: token_scores.
-
-    Returns TokenScores, differentiable towards policy_hidden, policy_weight and policy_bias; the backward computes the
-    logits again, chunk_tokens rows at a time, only for rows with a gradient (on a CPU, not for the last chunk, whose
-    logits wait for it). Where the loss's coefficients are known,
-    linear_token_loss is cheaper. Raises UserError for inputs that do not fit. Definition: reference.py.
+    softcap and logit_scale hold for both sides; ref_hidden and ref_weight are both given or both None.
     """
-    inputs, call, check = _linear_call(
-        policy_hidden, policy_weight, ref_hidden, ref_weight, target_ids, mask, temperature, support, policy_bias,
-        ref_bias, softcap, logit_scale, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values,
-        keeps_last_chunk=True,
+    return head_token_scores(
+        policy_hidden, Head(policy_weight, policy_bias, softcap, logit_scale),
+        ref_hidden, None if ref_weight is None else Head(ref_weight, ref_bias, softcap, logit_scale), target_ids,
+        mask=mask, temperature=temperature, support=support, valid_vocab=valid_vocab, logits_dtype=logits_dtype,
+        outputs=outputs, chunk_tokens=chunk_tokens, check_values=check_values,
     )  # fmt: skip
-    return _checked(TokenScores(*ScoreFunction.apply(call, *inputs)), check)
 
 
 @one_graph_break
@@ -150,99 +249,77 @@ def linear_token_loss(
     chunk_tokens: int | None = None,
     check_values: bool | None = None,
 ) -> tuple[Tensor, TokenScores]:
-    """A loss that is linear in the token scores, with its gradient taken while the logits are at hand.
-
-    loss = sum over rows and scores of coefficient * score. coefficients: a TokenCoefficients of N rows, or a function
-    (slice of rows, their TokenScores) -> TokenCoefficients of these rows, called in order for ranges that begin and end
-    at row_splits (ascending from 0 to N; default: one range of all rows). Give the bounds of the prompt groups there,
-    and a baseline that needs a whole group's scores can be computed inside. A range's logits are held at once:
-    as many whole groups as fit into chunk_tokens rows, but at least one.
-
-    Other arguments: linear_token_scores. Returns the loss (a scalar whose backward, to be called once, hands the
-    gradients to policy_hidden, policy_weight and policy_bias) and the scores as constants. Costs four head products
-    with the exact KL's gradient where scores and a separate backward cost six. Raises UserError as the others do.
-    """
-    inputs, call, check = _linear_call(
-        policy_hidden, policy_weight, ref_hidden, ref_weight, target_ids, mask, temperature, support, policy_bias,
-        ref_bias, softcap, logit_scale, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values,
-        keeps_last_chunk=False,
+    """head_token_loss for weights and biases that are not in a Head; see linear_token_scores."""
+    return head_token_loss(
+        policy_hidden, Head(policy_weight, policy_bias, softcap, logit_scale),
+        ref_hidden, None if ref_weight is None else Head(ref_weight, ref_bias, softcap, logit_scale), target_ids,
+        coefficients, row_splits=row_splits, mask=mask, temperature=temperature, support=support,
+        valid_vocab=valid_vocab, logits_dtype=logits_dtype, outputs=outputs, chunk_tokens=chunk_tokens,
+        check_values=check_values,
     )  # fmt: skip
-    num_rows = call.num_rows
-    splits = [0, num_rows] if row_splits is None else [int(s) for s in row_splits]
-    if splits[0] != 0 or splits[-1] != num_rows or any(a > b for a, b in zip(splits, splits[1:], strict=False)):
-        raise UserError(f"row_splits must ascend from 0 to the number of rows, {num_rows}; got {splits[:8]}.")
-    loss, *scores = LossFunction.apply(call, coefficients, splits, *inputs)
-    return loss, _checked(TokenScores(*scores), check)
 
 
-def _linear_call(
-    policy_hidden, policy_weight, ref_hidden, ref_weight, target_ids, mask, temperature, support, policy_bias,
-    ref_bias, softcap, logit_scale, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values, *,
-    keeps_last_chunk,
-) -> tuple[tuple[Tensor | None, ...], Call, bool]:  # fmt: skip
-    """The checked call, and the policy's inputs cut to the vocabulary that exists."""
-    policy_weight, ref_weight, policy_bias, ref_bias = whole(policy_weight, ref_weight, policy_bias, ref_bias)
-    check_heads(policy_hidden, policy_weight, ref_hidden, ref_weight, policy_bias, ref_bias)
-    valid = check_options(len(policy_weight), softcap, logits_dtype, valid_vocab)
-    if not logit_scale > 0:
-        raise UserError(f"logit_scale is {logit_scale}, expected a positive number.")
-    options = LogitOptions(softcap=softcap, logit_scale=logit_scale, logits_dtype=logits_dtype)
-    call, check = _call(
-        policy_hidden, target_ids, mask, temperature, support, valid, outputs, chunk_tokens, check_values, options
-    )
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (policy_hidden, policy_weight))
-    keeps = keeps_last_chunk or policy_weight.requires_grad and policy_weight.numel() * 4 > CACHED_BYTES
-    if chunk_tokens is None and policy_hidden.device.type == "cpu" and needs_grad and keeps:
-        long = _default_chunk_rows(policy_hidden, valid, call.dtype, LONG_CHUNK_BYTES)
-        call = replace(call, chunk_rows=long)
-    reference = None
-    if ref_hidden is not None:
-        reference = Head(ref_hidden, _cut(ref_weight, valid), None if ref_bias is None else _cut(ref_bias, valid))
-    inputs = policy_hidden, _cut(policy_weight, valid), None if policy_bias is None else _cut(policy_bias, valid)
-    return inputs, replace(call, reference=reference), check
+def _head_call(
+    request: Request,
+    policy_hidden: Tensor,
+    policy_head: Head,
+    ref_hidden: Tensor | None,
+    ref_head: Head | None,
+    keeps_last_chunk: bool,
+) -> tuple[Call, tuple[Tensor | None, ...]]:
+    """The checked call, and the policy's inputs (hidden, weight, bias) cut to the vocabulary that exists."""
+    policy_head, ref_head = whole_heads(policy_head, ref_head)
+    check_heads(policy_hidden, policy_head, ref_hidden, ref_head)
+    check_options(policy_head, request.logits_dtype)
+    valid = check_vocab(len(policy_head.weight), request.valid_vocab)
+    options = LogitOptions(request.temperature, policy_head.softcap, policy_head.logit_scale, request.logits_dtype)
+    call = _call(request, policy_hidden, valid, options)
+    weight = policy_head.weight
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (policy_hidden, weight))
+    keeps = keeps_last_chunk or weight.requires_grad and weight.numel() * 4 > CACHED_BYTES
+    if request.chunk_tokens is None and policy_hidden.device.type == "cpu" and needs_grad and keeps:
+        call = replace(call, chunk_rows=_default_chunk_rows(policy_hidden, valid, call.dtype, LONG_CHUNK_BYTES))
+    if ref_hidden is not None and ref_head is not None:
+        call = replace(call, reference=Side(ref_hidden, _cut(ref_head.weight, valid), _cut(ref_head.bias, valid)))
+    return call, (policy_hidden, _cut(weight, valid), _cut(policy_head.bias, valid))
 
 
-def _call(
-    policy: Tensor,
-    target_ids: Tensor,
-    mask: Tensor | None,
-    temperature: float | Tensor,
-    support: Support | None,
-    vocab: int,
-    outputs: Collection[str],
-    chunk_tokens: int | None,
-    check: bool | None,
-    options: LogitOptions,
-) -> tuple[Call, bool]:
-    """The part of a call that does not depend on where the logits come from, without the reference."""
+def _call(request: Request, policy: Tensor, vocab: int, options: LogitOptions) -> Call:
+    """The part of a call that does not depend on where the logits come from, without the reference.
+
+    policy: hidden states or logits [N, *].
+    """
+    target_ids, mask, temperature, support = request.target_ids, request.mask, request.temperature, request.support
     check_rows(policy, target_ids, mask, temperature)
     if support is not None:
         check_support(support, policy)
         support = switched_on(support, vocab)
-    if unknown := set(outputs) - set(OUTPUTS):
+    if unknown := set(request.outputs) - set(OUTPUTS):
         raise UserError(f"outputs has {sorted(unknown)}, expected some of {list(OUTPUTS)}.")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise UserError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None for a size that fits the cache.")
+    chunk = request.chunk_tokens
+    if chunk is not None and chunk < 1:
+        raise UserError(f"chunk_tokens is {chunk}, expected at least 1, or None for a size that fits the cache.")
     dtype = torch.float64 if policy.dtype == torch.float64 else torch.float32
-    check = policy.device.type == "cpu" if check is None else check
+    on_cpu = policy.device.type == "cpu"
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(policy.device, dtype).expand(len(policy))
     call = Call(
         num_rows=len(policy),
         row_ids=None,
-        rows=Rows(target_ids, support, entropy="entropy" in outputs, kl="kl" in outputs),
+        rows=Rows(target_ids, support, entropy="entropy" in request.outputs, kl="kl" in request.outputs),
         options=replace(options, temperature=temperature),
         reference=None,
-        outputs=frozenset(outputs),
-        chunk_rows=chunk_tokens or _default_chunk_rows(policy, vocab, dtype, CHUNK_BYTES.get(policy.device.type)),
+        outputs=frozenset(request.outputs),
+        chunk_rows=chunk or _default_chunk_rows(policy, vocab, dtype, CHUNK_BYTES.get(policy.device.type)),
         dtype=dtype,
         use_triton=dtype == torch.float32 and uses_triton(policy),
+        check_values=on_cpu if request.check_values is None else request.check_values,
     )
-    if mask is not None and not (policy.device.type == "cpu" and bool(mask.all())):
+    if mask is not None and not (on_cpu and bool(mask.all())):
         call = call.select(mask.nonzero()[:, 0])
-    if check:
+    if call.check_values:
         checks.check_values(vocab, call.rows.target_ids, call.options.temperature, call.rows.support)
-    return call, check
+    return call
 
 
 def _default_chunk_rows(policy: Tensor, vocab: int, dtype: torch.dtype, num_bytes: int | None) -> int:
@@ -253,15 +330,14 @@ def _default_chunk_rows(policy: Tensor, vocab: int, dtype: torch.dtype, num_byte
     return max(16, rows // unit * unit)
 
 
-def _cut(x: Tensor, valid: int) -> Tensor:
+def _cut(x: Tensor | None, valid: int) -> Tensor | None:
     """The part of the vocabulary that exists; x itself where that is all, which spares the backward a copy."""
-    return x if valid == len(x) else x[:valid]
+    return x if x is None or valid == len(x) else x[:valid]
 
 
-def _checked(scores: TokenScores, check: bool) -> TokenScores:
+def _checked(scores: TokenScores, call: Call) -> TokenScores:
     """The scores, after a look for NaN if wanted."""
-    if check:
-        for name in ("policy_logprobs", "ref_logprobs"):
-            if getattr(scores, name) is not None:
-                check_finite(name, getattr(scores, name))
+    for name in ("policy_logprobs", "ref_logprobs") if call.check_values else ():
+        if getattr(scores, name) is not None:
+            check_finite(name, getattr(scores, name))
     return scores

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from .chunked import Chunks
-from .linear import Head, LinearSource, LogitOptions, room_for_gradient
+from .linear import LinearSource, LogitOptions, Side, room_for_gradient
 from .support import keep_mask
 from .triton_epilogue import score_kernel
 from .triton_gradient import gradient_kernel, scale_kernel
@@ -30,13 +30,13 @@ class GpuLinearSource(LinearSource):
     accumulate in float32.
     """
 
-    def __init__(self, policy: Head, reference: Head | None, row_ids, options: LogitOptions, chunk_rows: int) -> None:
+    def __init__(self, policy: Side, reference: Side | None, row_ids, options: LogitOptions, chunk_rows: int) -> None:
         dtype = policy.hidden.dtype
         super().__init__(policy, reference, row_ids, options, chunk_rows, dtype, raw=True)
         self.dtype = torch.float32  # of the logits
         self.dlogits_buffer = None
 
-    def _product(self, head: Head, hidden: Tensor, out: Tensor) -> None:
+    def _product(self, head: Side, hidden: Tensor, out: Tensor) -> None:
         if hidden.dtype == torch.float32:
             torch.mm(hidden, head.weight.t(), out=out)
         else:
@@ -89,9 +89,9 @@ class DirectLogitsSource:
         """Nothing to do: the kernel wrote it."""
 
 
-def triton_source(policy: Head | Tensor, reference: Head | Tensor | None, row_ids, options, chunk_rows):
+def triton_source(policy: Side | Tensor, reference: Side | Tensor | None, row_ids, options, chunk_rows):
     """The source of a call's logits on a GPU; under the interpreter too, where products stay float32."""
-    if isinstance(policy, Head):
+    if isinstance(policy, Side):
         if policy.hidden.is_cuda:
             return GpuLinearSource(policy, reference, row_ids, options, chunk_rows)
         source = LinearSource(policy, reference, row_ids, options, chunk_rows, torch.float32, raw=True)

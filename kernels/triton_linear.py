@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import RowStats
-from .linear import Head, LogitOptions
+from .linear import LogitOptions, Side
 from .triton_epilogue import finish, fold, store_stats
 from .triton_logits import EXCLUDED, LOG2E, process_logits
 
@@ -192,7 +192,7 @@ def architecture_of(x: Tensor) -> int:
     return 10 * major + minor
 
 
-def fits(policy: Head, reference: Head | None) -> bool:
+def fits(policy: Side, reference: Side | None) -> bool:
     """Whether the kernel can read these heads: one dtype, contiguous features, rows of whole 16-byte units."""
     if architecture_of(policy.hidden) < OLDEST_ARCHITECTURE or (
         policy.hidden.is_cuda and policy.hidden.dtype == torch.float32
@@ -207,8 +207,8 @@ def fits(policy: Head, reference: Head | None) -> bool:
 
 
 def linear_score(
-    policy: Head,
-    reference: Head | None,
+    policy: Side,
+    reference: Side | None,
     target_ids: Tensor,
     row_ids: Tensor | None,
     options: LogitOptions,

@@ -10,9 +10,27 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 OUTPUTS = ("entropy", "kl")
 """The outputs that may be left out to save work; log-probabilities always come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output head of a language model: hidden states in, logits over the vocabulary out."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None  # logits are softcap * tanh(logits / softcap): Gemma-2
+    logit_scale: float = 1.0  # Cohere multiplies by it, Granite divides
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] -> logits [..., V], both in the weight's dtype: logit_scale * softcap * tanh(. / softcap)."""
+        logits = functional.linear(hidden, self.weight, self.bias)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits * self.logit_scale
 
 
 @dataclass(frozen=True, slots=True)

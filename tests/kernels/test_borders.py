@@ -13,7 +13,7 @@ from kernel_cases import make_case, run
 
 from fastkl.errors import UserError
 from fastkl.kernels import operators
-from fastkl.kernels.operators import Support
+from fastkl.kernels.operators import Head, Support, TokenCoefficients
 
 Z = torch.zeros(3, 5)
 T = torch.zeros(3, dtype=torch.int64)
@@ -44,6 +44,15 @@ T = torch.zeros(3, dtype=torch.int64)
         (lambda: operators.linear_token_scores(Z, Z, None, None, T, softcap=0.0), "softcap is 0.0"),
         (lambda: operators.linear_token_scores(Z, Z, None, None, T, logit_scale=0.0), "logit_scale is 0.0"),
         (lambda: operators.linear_token_scores(Z, Z, None, None, T, policy_bias=Z[0]), r"policy_bias has shape \[5\]"),
+        (lambda: operators.head_token_scores(Z, Head(Z.t()), None, None, T), r"policy_weight has shape \[5, 3\]"),
+        (
+            lambda: operators.head_token_scores(Z, Head(Z, softcap=30.0), Z, Head(Z), T),
+            "softcap is 30.0 in policy_head and None in ref_head: the heads must share it",
+        ),
+        (
+            lambda: operators.head_token_loss(Z, Head(Z), Z, Head(Z, logit_scale=0.5), T, TokenCoefficients()),
+            "logit_scale is 1.0 in policy_head and 0.5 in ref_head",
+        ),
         (lambda: operators.token_scores(Z, None, T, support=Support(kept_ids=T)), "kept_offsets belong together"),
         (
             lambda: operators.token_scores(Z, None, T, support=Support(T, torch.tensor([0, 1, 2, 9]))),
@@ -56,6 +65,35 @@ T = torch.zeros(3, dtype=torch.int64)
 def test_a_mistake_is_named_with_what_was_expected(call, words):
     with pytest.raises(UserError, match=words):
         call()
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_heads_score_like_their_weights_and_biases_and_like_their_own_logits(reference):
+    case = make_case(mask="some", bias=True, softcap=4.0, logit_scale=0.5, reference=reference, temperature=0.7)
+    options = {k: case.options[k] for k in ("mask", "temperature")}
+    bias, ref_bias = case.options["policy_bias"], case.options["ref_bias"]
+    policy = Head(case.policy_weight, bias, 4.0, 0.5)
+    ref = Head(case.ref_weight, ref_bias, 4.0, 0.5) if reference else None
+    flat, flat_grads = run(operators.linear_token_scores, case)
+    got, grads = run(
+        lambda h, w, rh, rw, t, policy_bias, **_: operators.head_token_scores(
+            h, Head(w, policy_bias, 4.0, 0.5), rh, ref, t, **options
+        ),
+        case,
+    )
+    r = ref.logits(case.ref_hidden) if reference else None
+    by_logits = operators.token_scores(policy.logits(case.policy_hidden), r, case.target_ids, **options)
+    for name in got.__slots__:
+        assert (getattr(got, name) is None) == (getattr(flat, name) is None), name
+        if getattr(got, name) is not None:
+            assert torch.equal(getattr(got, name), getattr(flat, name)), name
+            torch.testing.assert_close(getattr(got, name), getattr(by_logits, name), rtol=1e-9, atol=1e-9)
+    assert all(torch.equal(grads[name], flat_grads[name]) for name in grads)
+
+    coefficients = TokenCoefficients(policy_logprobs=torch.rand(9, dtype=torch.float64))
+    args = case.policy_hidden, policy, case.ref_hidden, ref, case.target_ids
+    loss, _ = operators.head_token_loss(*args, coefficients, **options)
+    torch.testing.assert_close(loss, (coefficients.policy_logprobs * got.policy_logprobs.detach()).sum())
 
 
 def test_masked_rows_may_hold_anything_and_come_back_exactly_zero():
