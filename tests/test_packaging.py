@@ -77,6 +77,17 @@ def test_import_loads_nothing_heavy_and_scoring_torch_alone(tmp_path):
     assert python(code, cwd=tmp_path) == "True"
 
 
+def test_public_names_are_listed_before_they_are_loaded_and_are_those_of_their_homes(tmp_path):
+    code = (
+        "import fastkl\nprint(set(fastkl.__all__) <= set(dir(fastkl)), 'torch' in sys.modules)\n"
+        "from fastkl.config.settings import TrainConfig\nfrom fastkl.errors import UserError\n"
+        "from fastkl.kernels.operators import token_scores\nfrom fastkl.training.loop import train\n"
+        "public = fastkl.TrainConfig, fastkl.UserError, fastkl.token_scores, fastkl.train\n"
+        "print(public == (TrainConfig, UserError, token_scores, train))"
+    )
+    assert python(code, cwd=tmp_path).split() == ["True", "False", "True"]
+
+
 def test_integrations_import_their_hosts_only_when_used(tmp_path):
     hosts = ["transformers", "trl", "verl", "openrlhf", "vllm", "datasets", "peft", "accelerate"]
     folder = ROOT / "fastkl" / "integrations"
@@ -94,6 +105,14 @@ def test_integrations_import_their_hosts_only_when_used(tmp_path):
 def test_a_module_called_kernels_stays_free_for_others(tmp_path):
     code = "import importlib.util, fastkl.kernels\nprint(getattr(importlib.util.find_spec('kernels'), 'origin', None))"
     assert python(code, cwd=tmp_path) == "None"
+
+
+def test_transformers_imports_from_the_root_of_a_checkout_where_a_folder_kernels_lies(tmp_path):
+    pytest.importorskip("transformers")
+    code = "import transformers.integrations.hub_kernels\nprint(transformers.LlamaForCausalLM.__name__)"
+    assert (ROOT / "kernels").is_dir() and not (ROOT / "kernels" / "__init__.py").exists()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "LlamaForCausalLM\n", done.stderr
 
 
 def test_plain_installation_needs_torch_alone():
