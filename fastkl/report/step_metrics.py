@@ -92,7 +92,9 @@ class StepReport:
         self.max_gap = max(self.max_gap, gap_max)
         self.num_tokens += count
 
-    def metrics(self, lr: float, seconds: Mapping[str, float], well_formed: Callable | None) -> dict[str, float | int]:
+    def metrics(
+        self, lr: float, seconds: Mapping[str, float], well_formed: Callable[..., float] | None
+    ) -> dict[str, float | int]:
         """The step's line of metrics.jsonl, but for the run's own counters."""
         batch, scored = self.batch, ~self.sums[..., 0].isnan()
         completions = [completion for group in batch.completions for completion in group]
