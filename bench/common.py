@@ -35,7 +35,6 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
     """A results file: the machine, then the record."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"machine": machine(), **record}, indent=1, ensure_ascii=False) + "\n")
-    print(f"written to {output}", file=sys.stderr)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
