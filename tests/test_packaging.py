@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from building import ROOT, build_wheel
+
+import fastkl
 
 
 def python(code: str, *, cwd: Path, path: Path | None = None) -> str:
@@ -106,3 +109,14 @@ def test_plain_installation_needs_torch_alone():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert [requirement.partition(">")[0] for requirement in project["dependencies"]] == ["torch"]
     assert {"train", "vllm", "vllm-cpu", "dev"} <= set(project["optional-dependencies"])
+
+
+def test_ruff_is_the_same_one_everywhere():
+    dev = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
+    (pinned,) = (requirement for requirement in dev if requirement.startswith("ruff"))
+    assert set(re.findall(r"ruff==[\d.]+", (ROOT / ".pre-commit-config.yaml").read_text())) == {pinned}
+
+
+def test_the_citation_names_this_version():
+    version = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version and version[1] == fastkl.__version__
