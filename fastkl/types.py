@@ -1,7 +1,7 @@
 """The data that moves between the stages, one type per arrow.
 
     prompts (B) -> rollout -> completions (B x K) -> reward -> RolloutBatch
-        -> pack -> PackedBatch -> score -> TokenScores -> rloo
+        -> pack -> PackedBatch -> score -> TokenScores -> objective -> TokenCoefficients, Breakdown
 
 Letters used for shapes everywhere in the project:
 
@@ -78,3 +78,43 @@ class PackedBatch:
     def completion_lengths(self) -> torch.Tensor:
         """Scored tokens per sequence, i64 [s]."""
         return self.completion_cu_seqlens.diff().long()
+
+
+SAMPLE_SUMS = ("logprob", "ref_logprob", "entropy", "kl_exact", "kl_support", "kl_penalized", "reward_penalized")
+"""What is summed over a completion's tokens, in nats; the last is its penalised reward R_i."""
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """What the objective computed for one micro-batch of G groups, or for a whole step of B. Sums are over tokens."""
+
+    sums: torch.Tensor  # f32 [G, K, len(SAMPLE_SUMS)], CPU; NaN where the sample was not scored
+    loss: float = 0.0  # the micro-batch's share
+    num_tokens: int = 0  # scored tokens
+    gap_sum: float = 0.0  # |engine's - trainer's log-prob|, nats
+    gap_max: float = 0.0  # the largest of them
+    engine_kl_sum: float = 0.0  # k3 estimate of KL(engine, trainer), nats
+    num_weights_cut: int = 0  # importance weights cut at the cap
+
+    @property
+    def mean_gap(self) -> float:
+        """Mean |engine - trainer| log-prob over the scored tokens, nats."""
+        return self.gap_sum / max(1, self.num_tokens)
+
+    def column(self, name: str) -> torch.Tensor:
+        """One of SAMPLE_SUMS, f32 [G, K]."""
+        return self.sums[..., SAMPLE_SUMS.index(name)]
+
+    def mean(self, name: str) -> float:
+        """Its mean over the scored samples, nats; NaN where there are none."""
+        values = self.column(name)
+        return float(values[~values.isnan()].mean())
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What became of one optimisation step."""
+
+    total: Breakdown  # of the whole step
+    grad_norm: float = 0.0  # before clipping
+    applied: bool = True  # False: loss or gradient was not finite, and the weights are as they were

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastkl.config.settings import TrainConfig
+from fastkl.rollout.generator import Generator
+from fastkl.rollout.requests import grouped, requests_of
 from fastkl.rollout.transformers import TransformersGenerator
 from fastkl.sampling.params import Sampling
 from fastkl.scoring.models import without_dropout
@@ -46,11 +50,18 @@ def prompt(*token_ids: int, text: str = "p") -> Prompt:
     return Prompt(token_ids=token_ids, text=text, raw=text, row=0)
 
 
+def draw(
+    generator: Generator, prompts: Sequence[Prompt], num_samples: int, *, seed: int, step: int
+) -> tuple[tuple[Completion, ...], ...]:
+    """K completions for each of the B prompts: [B][K]."""
+    return grouped(generator.generate(requests_of(prompts, num_samples, seed=seed, step=step)), num_samples)
+
+
 def toy_rollouts(
     model: nn.Module, prompts: tuple[Prompt, ...], num_samples: int, *, max_new_tokens: int = 6, step: int = 1
 ) -> tuple[tuple[Completion, ...], ...]:
     sampling = Sampling(temperature=1.0, max_new_tokens=max_new_tokens, stop_token_ids=(STOP,))
-    return TransformersGenerator(model, ToyTokenizer(), sampling).generate(prompts, num_samples, seed=7, step=step)
+    return draw(TransformersGenerator(model, ToyTokenizer(), sampling), prompts, num_samples, seed=7, step=step)
 
 
 def toy_batch(model: nn.Module, num_samples: int = 4, max_new_tokens: int = 6) -> RolloutBatch:

@@ -1,16 +1,20 @@
-"""One update() of a toy run, without files, engines or displays: its gradient and its report."""
+"""One update() of toy models: its gradient and its outcome."""
 
 from __future__ import annotations
 
-import torch
-from toy import STOP, ToyTokenizer
+from dataclasses import replace
 
-from fastkl.report.step_metrics import StepReport
+import torch
+from toy import STOP
+
+from fastkl.config.settings import TrainConfig
+from fastkl.objective.rloo import Objective
 from fastkl.scoring import backbone
+from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training.loop import update
-from fastkl.training.setup import sampling_of
-from fastkl.training.state import Run
+from fastkl.training.setup import limits_of, objective_of, sampling_of
 from fastkl.training.stopwatch import Stopwatch
+from fastkl.types import RolloutBatch, StepOutcome
 
 CPU = torch.device("cpu")
 
@@ -22,27 +26,24 @@ class Recorder(torch.optim.SGD):
         self.gradients = [p.grad.clone() for p in self.param_groups[0]["params"]]
 
 
-def toy_run(policy, reference, config) -> Run:
+def toy_objective(config: TrainConfig) -> Objective:
+    return objective_of(config, sampling_of(config, (STOP,)))
+
+
+def toy_update(
+    policy, reference, optimizer, batch: RolloutBatch, config: TrainConfig, *, step: int = 1, **limits
+) -> StepOutcome:
+    """update() with the objective and the limits that the settings ask for; `limits` replaces some of them."""
     backbone.register_packed_attention()
-    unused = dict.fromkeys(("folder", "prompts", "rewards", "generator", "log", "view", "well_formed"))
-    return Run(
-        config=config,
-        device=CPU,
-        compute_dtype=torch.float32,
-        policy=policy,
-        reference=reference,
-        layout="packed",
-        tokenizer=ToyTokenizer(),
-        optimizer=Recorder(policy.parameters(), lr=1.0),
-        sampling=sampling_of(config, (STOP,)),
-        kl_coef=config.kl_coef,
-        **unused,
-    )
+    bounds = replace(limits_of(config, CPU, torch.float32), **limits)
+    models = ScoredModel(policy), ScoredModel(reference)
+    return update(*models, optimizer, batch, toy_objective(config), bounds, Stopwatch(CPU), step=step)
 
 
-def step_gradient(policy, reference, batch, config) -> tuple[dict[str, torch.Tensor], StepReport]:
-    """The gradient that update() hands to the optimizer, and its report."""
-    report, run = StepReport(1, batch, {}, config), toy_run(policy, reference, config)
-    assert update(run, batch, report, Stopwatch(CPU))
+def step_gradient(policy, reference, batch, config) -> tuple[dict[str, torch.Tensor], StepOutcome]:
+    """The gradient that update() hands to the optimizer, and its outcome."""
+    recorder = Recorder(policy.parameters(), lr=1.0)
+    outcome = toy_update(policy, reference, recorder, batch, config)
+    assert outcome.applied
     names = [name for name, _ in policy.named_parameters()]
-    return dict(zip(names, run.optimizer.gradients, strict=True)), report
+    return dict(zip(names, recorder.gradients, strict=True)), outcome

@@ -220,12 +220,7 @@ def run_storyteller(arguments: argparse.Namespace) -> int:
     """`fastkl storyteller`."""
     if arguments.output.exists() and not arguments.output.is_dir():
         raise UserError(f"output: {str(arguments.output)!r} is a file, not a folder; choose another --output.")
-    try:
-        from tools.storyteller.make import make_storyteller
-    except ModuleNotFoundError as missing:
-        if str(missing.name).partition(".")[0] != "tools":
-            raise
-        raise UserError("storyteller: needs a checkout of the repository; a wheel holds the finished model.") from None
+    from tools.storyteller.make import make_storyteller
 
     make_storyteller(arguments.output, seed=arguments.seed)
     return 0

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastkl.errors import UserError, nearest
-from fastkl.objective.penalty import Penalty, check_penalty
+from fastkl.objective.advantages import find_advantage
+from fastkl.objective.kl_estimators import Penalty, check_penalty
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class TrainConfig:
     kl_coef: float = 0.2
     """beta: the reward lost per nat of KL(policy, reference)."""
     kl_estimator: str = "k1"
-    """"k1", "k2", "k3", "exact" (over the ids that could be sampled), "exact_full" (over all ids)."""
+    """"k1", "k2", "k3", "exact" (over the ids that could be sampled), "exact_full" (over all ids), or
+    file.py:function."""
     kl_placement: str = "reward"
     """"reward": taken from the reward; "loss": added to the loss. Pairs that are biased are refused."""
     kl_reduction: str = "sum"
@@ -46,8 +48,8 @@ class TrainConfig:
     """Steps between renewals of the reference from the policy; 0 keeps it frozen."""
     reference_share: float = 1.0
     """The policy's share in a renewed reference: 1 copies; with reference_every 1, below 1 is a moving average."""
-    baseline: str = "leave_one_out"
-    """"leave_one_out" (RLOO) or "none" (plain REINFORCE)."""
+    advantage: str = "rloo"
+    """"rloo" (leave one out), "none" (plain REINFORCE), or file.py:function."""
     truncated: str = "keep"
     """Completions cut at max_new_tokens: "keep" scores them whole, "drop" takes them out of their group."""
     importance: str = "none"
@@ -122,13 +124,11 @@ class TrainConfig:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "kl_estimator": ("k1", "k2", "k3", "exact", "exact_full"),
     "kl_placement": ("reward", "loss"),
     "kl_reduction": ("sum", "mean"),
     "kl_credit": ("completion", "caused"),
     "truncated": ("keep", "drop"),
     "importance": ("none", "token", "sequence"),
-    "baseline": ("leave_one_out", "none"),
     "generator": ("auto", "vllm", "transformers"),
     "lr_decay": ("linear", "cosine", "constant"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -192,10 +192,11 @@ def check_rewards(config: TrainConfig) -> None:
 
 def check_combinations(config: TrainConfig) -> None:
     """Settings that are right alone and wrong together."""
-    if config.baseline == "leave_one_out" and config.num_samples < 2:
+    needed = find_advantage(config.advantage).min_samples
+    if config.num_samples < needed:
         raise UserError(
-            f"num_samples: {config.num_samples} leaves the leave-one-out baseline no other sample to compare with; "
-            "use 2 or more, or --baseline none."
+            f"num_samples: {config.num_samples} leaves the advantage {config.advantage} no other sample to compare "
+            f"with; use {needed} or more, or --advantage none."
         )
     if config.min_tokens > config.max_new_tokens:
         raise UserError(

@@ -53,7 +53,7 @@ from a module's forward, so give them one that scores, as `DistributedDataParall
 
 from __future__ import annotations
 
-from fastkl.scoring.head import Head
+from fastkl.kernels.types import Head
 from fastkl.scoring.score_tokens import completion_mask, head_scores, layout_of, score_tokens, trunk_and_head
 
 __all__ = ["Head", "completion_mask", "head_scores", "layout_of", "score_tokens", "trunk_and_head"]

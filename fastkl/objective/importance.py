@@ -1,4 +1,4 @@
-"""Mismatch: how far the engine that sampled and the trainer that scores are apart, and weights that correct for it.
+"""Importance weights: how far the engine that sampled and the trainer that scores are apart, and what corrects for it.
 
 Both claim the log-probs of the same tokens under the same distribution; g = log pi_engine(y) - log pi_trainer(y) is
 zero but for rounding, or the engine is stale, or the two replay different settings. In bfloat16 the rounding is large
@@ -12,16 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fastkl.objective.rloo import per_token, sequence_sums
+from fastkl.objective.sequences import per_token, sequence_sums
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Importance weights of a micro-batch's tokens, and how many of them the cap has cut."""
+    """Importance weights of some tokens, and how many of them the cap has cut."""
 
     values: torch.Tensor | None  # f32 [N], constants; None: all one
     num_cut: int
-    num_tokens: int
 
 
 def importance_weights(
@@ -31,17 +30,24 @@ def importance_weights(
 
     Each weight is that of one token, or of its whole completion, whose tokens then share it.
     """
-    num_tokens = policy_logprobs.numel()
     if level == "none":
-        return Weights(None, 0, num_tokens)
+        return Weights(None, 0)
     log_ratio = policy_logprobs.detach() - engine_logprobs
     if level == "sequence":
         log_ratio = per_token(sequence_sums(log_ratio, cu_seqlens), cu_seqlens)
     ratio = log_ratio.exp()
-    return Weights(ratio.clamp(max=cap), int((ratio > cap).sum()), num_tokens)
+    return Weights(ratio.clamp(max=cap), int((ratio > cap).sum()))
 
 
 def engine_kl_sum(engine_logprobs: torch.Tensor, policy_logprobs: torch.Tensor) -> float:
     """Sum over tokens of the k3 estimate of KL(engine, trainer), nats; each term is >= 0. Both f32 [N]."""
     log_ratio = policy_logprobs.detach() - engine_logprobs
     return float((torch.expm1(log_ratio) - log_ratio).sum())
+
+
+def logprob_gaps(engine_logprobs: torch.Tensor, policy_logprobs: torch.Tensor) -> tuple[float, float, int]:
+    """(sum, max, count) of |engine - trainer| over tokens, nats. Both f32 [N]."""
+    if engine_logprobs.numel() == 0:
+        return 0.0, 0.0, 0
+    gaps = (engine_logprobs - policy_logprobs).abs()
+    return float(gaps.sum()), float(gaps.max()), gaps.numel()

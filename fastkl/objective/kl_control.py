@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,16 +12,22 @@ GAIN = 0.2
 """Relative change of the coefficient per step at full error: at most 10 % a step."""
 
 
-def adapted_coef(coef: float, kl: float, target: float) -> float:
-    """The next step's beta: raised where the mean KL of a completion is above `target` (nats), else lowered.
+@dataclass(slots=True)
+class KlController:
+    """The one home of beta. It stays as it is, or follows the KL where there is a target.
 
     beta <- beta * (1 + GAIN * e), e = KL / target - 1 clipped to +-0.5 (the controller of Ziegler et al. 2019,
-    "Fine-tuning language models from human preferences", made faster for short runs). Unchanged if kl is not finite.
+    "Fine-tuning language models from human preferences", made faster for short runs).
     """
-    if not math.isfinite(kl):
-        return coef
-    error = min(max(kl / target - 1.0, -0.5), 0.5)
-    return coef * (1.0 + GAIN * error)
+
+    coef: float  # beta: reward per nat
+    target: float = 0.0  # nats per completion; 0: coef stays
+
+    def follow(self, kl: float) -> None:
+        """Takes in a step's mean KL per completion, nats. Leaves beta where that is not finite."""
+        if self.target and math.isfinite(kl):
+            error = min(max(kl / self.target - 1.0, -0.5), 0.5)
+            self.coef *= 1.0 + GAIN * error
 
 
 @torch.no_grad()

@@ -16,55 +16,155 @@ it is added to the loss and differentiated. What that does to the expected gradi
     exact  loss:   the token-level gradient of KL(pi, q)
 
 "Token-level" holds the texts before each token fixed: it ignores that today's token leads to tomorrow's KL.
+
+Another estimator is an entry of ESTIMATORS, or a function in a file of your own (`user_estimator`). torch is imported
+for type checking only, so that a refusal comes at once.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING
 
-from fastkl.kernels.types import TokenScores
+from fastkl.errors import UserError
+from fastkl.plugins import find_function
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastkl.kernels.types import TokenScores
+
+PLACEMENTS = ("reward", "loss")
 
 
-def sampled_logprobs(scores: TokenScores) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class KlEstimator:
+    """One way of estimating the KL at a token.
+
+    value: scores -> f32 [N], nats. slope: d value / d log pi(y), f32 [N], which multiplies the log-prob where the
+    estimate is in the loss. exact: the estimate is the operator's own KL over these ids ("support" or "all"), which the
+    operator differentiates; slope is then unused. refused: placement -> why its expected gradient is that of no KL.
+    """
+
+    value: Callable[[TokenScores], Tensor]
+    slope: Callable[[TokenScores], Tensor] | None = None
+    exact: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    remedy: str = ""
+
+
+def sampled_logprobs(scores: TokenScores) -> Tensor:
     """log pi(y) under the distribution that was sampled from, f32 [N]: on the support where there is one."""
     on_support = scores.policy_logprobs_support
     return scores.policy_logprobs if on_support is None else on_support
 
 
-def sampled_ref_logprobs(scores: TokenScores) -> torch.Tensor:
+def sampled_ref_logprobs(scores: TokenScores) -> Tensor:
     """log q(y) on the same ids, f32 [N]."""
-    on_support = scores.ref_logprobs_support
-    return scores.ref_logprobs if on_support is None else on_support
+    logprobs = scores.ref_logprobs if scores.ref_logprobs_support is None else scores.ref_logprobs_support
+    assert logprobs is not None, "a KL needs a reference"
+    return logprobs
 
 
-def support_kl(scores: TokenScores) -> torch.Tensor:
+def support_kl(scores: TokenScores) -> Tensor:
     """The exact KL on the support, f32 [N]: over all ids where there is no support."""
-    return scores.kl if scores.kl_support is None else scores.kl_support
+    return full_kl(scores) if scores.kl_support is None else scores.kl_support
 
 
-def token_kl(scores: TokenScores, estimator: str) -> torch.Tensor:
-    """The estimator's value at every token, f32 [N], in nats."""
-    if estimator == "exact":
-        return support_kl(scores)
-    if estimator == "exact_full":
-        return scores.kl
-    log_ratio = sampled_logprobs(scores) - sampled_ref_logprobs(scores)
-    if estimator == "k1":
-        return log_ratio
-    if estimator == "k2":
-        return 0.5 * log_ratio.square()
-    if estimator == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
-    raise ValueError(f"kl estimator is {estimator!r}; use 'k1', 'k2', 'k3', 'exact' or 'exact_full'")
+def full_kl(scores: TokenScores) -> Tensor:
+    """The exact KL over all ids, f32 [N]."""
+    assert scores.kl is not None, "a KL needs a reference"
+    return scores.kl
 
 
-def token_kl_slope(scores: TokenScores, estimator: str) -> torch.Tensor:
-    """d estimate / d log pi(y) at every token, f32 [N]: what k1, k2 or k3 in the loss multiplies the log-prob with."""
-    log_ratio = sampled_logprobs(scores) - sampled_ref_logprobs(scores)
-    if estimator == "k1":
-        return torch.ones_like(log_ratio)
-    if estimator == "k2":
-        return log_ratio
-    if estimator == "k3":
-        return -torch.expm1(-log_ratio)
-    raise ValueError(f"kl estimator is {estimator!r}; use 'k1', 'k2' or 'k3'")
+def log_ratio(scores: TokenScores) -> Tensor:
+    """k = log pi(y) - log q(y), f32 [N]."""
+    return sampled_logprobs(scores) - sampled_ref_logprobs(scores)
+
+
+ESTIMATORS: dict[str, KlEstimator] = {
+    "k1": KlEstimator(
+        log_ratio,
+        slope=lambda scores: log_ratio(scores).new_ones(len(scores.policy_logprobs)),
+        refused={"loss": "its expected gradient is zero: nothing would hold the policy near the reference"},
+        remedy="put k1 into the reward",
+    ),
+    "k2": KlEstimator(
+        lambda scores: 0.5 * log_ratio(scores).square(),
+        slope=log_ratio,
+        refused={
+            "reward": "it is biased: its mean is not the KL, and without its pathwise term its gradient is not either"
+        },
+        remedy="put k2 into the loss",
+    ),
+    "k3": KlEstimator(
+        lambda scores: (-log_ratio(scores)).expm1() + log_ratio(scores),
+        slope=lambda scores: -(-log_ratio(scores)).expm1(),
+        refused={
+            "reward": "its mean is the KL but its gradient is not: the pathwise term that is left out is not zero"
+        },
+        remedy="use k1 or exact, or put k3 into the loss",
+    ),
+    "exact": KlEstimator(support_kl, exact="support"),
+    "exact_full": KlEstimator(full_kl, exact="all"),
+}
+"""A test shows the bias of each refused pair, and that every other one has the gradient it claims."""
+
+
+@cache
+def find_estimator(name: str) -> KlEstimator:
+    """The entry of ESTIMATORS, or the user's own function behind place:function. UserError where there is none."""
+    return ESTIMATORS[name] if name in ESTIMATORS else user_estimator(name)
+
+
+def user_estimator(name: str) -> KlEstimator:
+    """A function of one's own, TokenScores -> f32 [N] in nats, that says where it is unbiased.
+
+    Its attribute `unbiased_in` lists "reward", "loss" or both. For the loss it also needs `slope`, a function of the
+    same form: its derivative by log pi(y).
+    """
+    function = find_function("kl_estimator", name, ESTIMATORS)
+    places = getattr(function, "unbiased_in", None)
+    if not isinstance(places, tuple | list) or not places or set(places) - set(PLACEMENTS):
+        raise UserError(
+            f"kl_estimator: {name} does not say where it is unbiased; set its attribute unbiased_in to ('reward',), "
+            "('loss',) or both."
+        )
+    slope = getattr(function, "slope", None)
+    if "loss" in places and not callable(slope):
+        raise UserError(
+            f"kl_estimator: {name} is to be used in the loss and has no slope; set its attribute slope to a function "
+            "of TokenScores, its derivative by the log-prob of the sampled token."
+        )
+    refused = dict.fromkeys(set(PLACEMENTS) - set(places), "it does not claim to be unbiased there (unbiased_in)")
+    return KlEstimator(function, slope, refused=refused, remedy=f"put it into the {places[0]}")
+
+
+@dataclass(frozen=True, slots=True)
+class Penalty:
+    """The KL penalty's settings; see the module's text and `check_penalty`."""
+
+    coef: float  # beta
+    estimator: str = "k1"  # an entry of ESTIMATORS, or place:function
+    placement: str = "reward"  # "reward" or "loss"
+    reduction: str = "sum"  # over a completion's tokens: "sum" or "mean"
+    credit: str = "completion"  # whom KL_t is charged to: every token of the completion, or only those that "caused" it
+
+
+def check_penalty(penalty: Penalty) -> None:
+    """Raises UserError for a combination whose expected gradient is that of no KL."""
+    estimator = find_estimator(penalty.estimator)
+    if reason := estimator.refused.get(penalty.placement):
+        raise UserError(
+            f"kl_estimator: {penalty.estimator} in the {penalty.placement} is refused, since {reason}; "
+            f"{estimator.remedy} (kl_placement)."
+        )
+    if penalty.credit == "caused" and penalty.placement == "loss":
+        raise UserError("kl_credit: a KL in the loss is not credited to tokens at all; use kl_credit completion.")
+    if penalty.credit == "caused" and penalty.reduction == "mean":
+        raise UserError(
+            "kl_credit: caused is biased with kl_reduction mean (the number of tokens divided by depends on the later "
+            "tokens); use kl_reduction sum or kl_credit completion."
+        )

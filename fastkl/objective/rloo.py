@@ -10,12 +10,16 @@ Notation, for the K samples y_1..y_K of one prompt x, policy pi, reference q, ta
 With y sampled from pi and normalizer = number of samples, -grad(loss) is an unbiased estimate of
 grad E[r - beta * KL(pi, q)]: the pathwise term that k1 omits has mean zero (Kool, van Hoof and Welling 2019, "Buy 4
 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024, "Back to basics"). Other estimators, and the KL in
-the loss instead of the reward: estimators.py. With the mean over t the penalty is a reward like any other: where the
-length T is random, E[grad log pi(y) / T] need not vanish and is left out. The normalizer is handed in, so that the
-losses of micro-batches add up to the loss of the whole batch.
+the loss instead of the reward: kl_estimators.py. Other advantages: advantages.py. With the mean over t the penalty is a
+reward like any other: where the length T is random, E[grad log pi(y) / T] need not vanish and is left out. The
+normalizer is handed in, so that the losses of micro-batches add up to the loss of the whole batch.
 
 The KL of token t depends on the tokens up to t only, so it may be credited to them alone: with credit "caused", token
 s has the advantage A_i + beta * (KL of the tokens that s did not cause), the same in expectation, with less noise.
+
+The loss is linear in the scores, with factors that need a whole group's scores (the KL in the reward, the mean of the
+others). So the operator calls `BatchObjective` as soon as a run of whole groups is scored, takes the factors, and has
+the gradient while the logits are still in its buffer: no logit is computed twice.
 
 Left out on purpose: whitening of advantages, ratio clipping (one update per batch is on-policy), and any KL term added
 after the baseline.
@@ -23,75 +27,86 @@ after the baseline.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import torch
 
 from fastkl.kernels.types import TokenCoefficients, TokenScores
-from fastkl.objective.advantages import advantages
-from fastkl.objective.kl_estimators import token_kl, token_kl_slope
-from fastkl.objective.penalty import EXACT, Penalty
+from fastkl.objective.advantages import Advantage
+from fastkl.objective.importance import engine_kl_sum, importance_weights, logprob_gaps
+from fastkl.objective.kl_estimators import Penalty, find_estimator, sampled_logprobs, sampled_ref_logprobs, support_kl
+from fastkl.objective.sequences import per_token, sequence_sums
+from fastkl.sampling.params import Sampling
+from fastkl.types import SAMPLE_SUMS, Breakdown, PackedBatch
 
 
-def sequence_sums(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Sums of consecutive runs: values [N], cu_seqlens i32 [s + 1] -> [s]. An empty run sums to 0. Differentiable."""
-    num_sequences = cu_seqlens.numel() - 1
-    run_of_value = torch.repeat_interleave(
-        torch.arange(num_sequences, device=values.device), cu_seqlens.diff().long(), output_size=values.numel()
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a step optimises, and the distribution that its completions were drawn from."""
+
+    penalty: Penalty
+    advantage: Advantage
+    sampling: Sampling
+    importance: str = "none"  # "none", "token" or "sequence"
+    importance_cap: float = 2.0
+
+    def at(self, coef: float) -> Objective:
+        """The same with the coefficient of now."""
+        return replace(self, penalty=replace(self.penalty, coef=coef))
+
+
+@dataclass(frozen=True, slots=True)
+class Penalized:
+    """The KL of whole prompt groups, and what it makes of their rewards. Constants."""
+
+    kl_tokens: torch.Tensor  # f32 [N]; each token's share in its sequence's KL, nats
+    kl: torch.Tensor  # f32 [G * K]; KL_i before beta
+    rewards: torch.Tensor  # f32 [G, K]; R_i = r_i - beta * KL_i, or r_i where the KL is in the loss
+
+
+def penalize(scores: TokenScores, rewards: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penalty) -> Penalized:
+    """scores [N], constants; rewards f32 [G, K]; cu_seqlens i32 [G * K + 1], an empty sequence has KL 0."""
+    kl_tokens = _reduced(find_estimator(penalty.estimator).value(scores), cu_seqlens, penalty)
+    kl = sequence_sums(kl_tokens, cu_seqlens)
+    return Penalized(
+        kl_tokens, kl, rewards - penalty.coef * kl.view_as(rewards) if penalty.placement == "reward" else rewards
     )
-    return values.new_zeros(num_sequences).index_add(0, run_of_value, values)
-
-
-def sequence_penalty(scores: TokenScores, cu_seqlens: torch.Tensor, penalty: Penalty) -> torch.Tensor:
-    """KL_i before beta, nats, f32 [s]: the estimates summed or averaged over each sequence; 0 for an empty one.
-
-    scores [N], constants; cu_seqlens i32 [s + 1].
-    """
-    return sequence_sums(_reduced(token_kl(scores, penalty.estimator), cu_seqlens, penalty), cu_seqlens)
-
-
-def penalized_rewards(rewards: torch.Tensor, kl: torch.Tensor, penalty: Penalty) -> torch.Tensor:
-    """R_i = r_i - beta * KL_i; the rewards themselves where the KL is in the loss. f32 [G, K]; kl f32 [G * K]."""
-    return rewards - penalty.coef * kl.view_as(rewards) if penalty.placement == "reward" else rewards
 
 
 def token_coefficients(
     scores: TokenScores,
-    rewards: torch.Tensor,
+    penalized: Penalized,
     valid: torch.Tensor,
     cu_seqlens: torch.Tensor,
     penalty: Penalty,
     *,
-    baseline: str,
+    advantage: Advantage,
     normalizer: float,
     weights: torch.Tensor | None = None,
 ) -> TokenCoefficients:
     """The factor of every score in the loss: the gradient of sum over tokens of factor * score is the update's.
 
-    scores [N], constants, of whole prompt groups; rewards f32 [G, K], valid bool [G, K]; cu_seqlens i32 [G * K + 1] (a
-    sequence that is not valid has no tokens); normalizer: the number of valid samples in the whole step, not in this
-    micro-batch; weights f32 [N] or None: importance weights of the tokens (mismatch.py).
+    scores [N], constants, of whole prompt groups, and what `penalize` made of them; valid bool [G, K]; cu_seqlens i32
+    [G * K + 1] (a sequence that is not valid has no tokens); normalizer: the number of valid samples in the whole step,
+    not in this micro-batch; weights f32 [N] or None: importance weights of the tokens (importance.py).
     """
-    kl_tokens = _reduced(token_kl(scores, penalty.estimator), cu_seqlens, penalty)
-    penalized = penalized_rewards(rewards, sequence_sums(kl_tokens, cu_seqlens), penalty)
-    factor = -per_token(advantages(penalized, valid, baseline).flatten(), cu_seqlens)
+    estimator = find_estimator(penalty.estimator)
+    factor = -per_token(advantage.function(penalized.rewards, valid).flatten(), cu_seqlens)
     if penalty.credit == "caused":
-        factor = factor - penalty.coef * not_caused(kl_tokens, cu_seqlens, penalty)
+        factor = factor - penalty.coef * not_caused(penalized.kl_tokens, cu_seqlens, exact=bool(estimator.exact))
     slope = _reduced(torch.full_like(factor, penalty.coef), cu_seqlens, penalty)
-    if penalty.placement == "loss" and penalty.estimator not in EXACT:
-        factor = factor + slope * token_kl_slope(scores, penalty.estimator)
+    if penalty.placement == "loss" and estimator.slope is not None:
+        factor = factor + slope * estimator.slope(scores)
     scale = 1.0 / normalizer if weights is None else weights / normalizer
-    slope = slope * scale if penalty.estimator in EXACT else None
-    on_support, full = scores.policy_logprobs_support is not None, penalty.estimator == "exact_full"
+    exact_slope = slope * scale if estimator.exact else None
+    on_support, over_all = scores.policy_logprobs_support is not None, estimator.exact == "all"
     return TokenCoefficients(
         policy_logprobs=None if on_support else factor * scale,
         policy_logprobs_support=factor * scale if on_support else None,
-        kl=slope if full or not on_support else None,
-        kl_support=slope if on_support and not full else None,
+        kl=exact_slope if over_all or not on_support else None,
+        kl_support=exact_slope if on_support and not over_all else None,
     )
-
-
-def per_token(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Each sequence's value at each of its tokens: values [s], cu_seqlens i32 [s + 1] -> [N]."""
-    return values.repeat_interleave(cu_seqlens.diff().long())
 
 
 def _reduced(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penalty) -> torch.Tensor:
@@ -101,7 +116,7 @@ def _reduced(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penalty
     return kl_tokens / per_token(cu_seqlens.diff().to(kl_tokens.dtype), cu_seqlens)
 
 
-def not_caused(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penalty) -> torch.Tensor:
+def not_caused(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, exact: bool) -> torch.Tensor:
     """The KL in each token's sequence that the token had no part in: f32 [N] -> f32 [N].
 
     The exact KL_t is settled before token t is drawn, so token s has no part in KL_1..KL_s; the sampled k_t is settled
@@ -110,4 +125,77 @@ def not_caused(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penal
     up_to_here = kl_tokens.double().cumsum(0)  # float64: the difference of two long sums
     before_sequence = torch.cat([up_to_here.new_zeros(1), up_to_here])[cu_seqlens[:-1].long()]
     settled = up_to_here - per_token(before_sequence, cu_seqlens)
-    return (settled if penalty.estimator in EXACT else settled - kl_tokens).to(kl_tokens.dtype)
+    return (settled if exact else settled - kl_tokens).to(kl_tokens.dtype)
+
+
+class BatchObjective:
+    """The objective over one micro-batch. The operator calls it with runs of whole groups, in order; it keeps what it
+    computed, so that what is reported is what was optimised.
+    """
+
+    def __init__(self, objective: Objective, batch: PackedBatch, normalizer: float) -> None:
+        self.objective, self.batch, self.normalizer = objective, batch, normalizer
+        self.row_splits: list[int] = batch.completion_cu_seqlens[:: batch.rewards.shape[1]].tolist()
+        self._group_at = {row: group for group, row in enumerate(self.row_splits)}
+        self.kl = torch.zeros_like(batch.rewards).flatten()  # f32 [G * K]
+        self.penalized = torch.zeros_like(batch.rewards)  # f32 [G, K]
+        self.num_weights_cut = 0
+
+    def __call__(self, rows: slice, scores: TokenScores) -> TokenCoefficients:
+        """The factors of the scores of these rows, which are those of whole groups."""
+        objective, batch, penalty = self.objective, self.batch, self.objective.penalty
+        groups = slice(self._group_at[rows.start], self._group_at[rows.stop])
+        samples = slice(*(g * batch.rewards.shape[1] for g in (groups.start, groups.stop)))
+        cu_seqlens = batch.completion_cu_seqlens[samples.start : samples.stop + 1] - rows.start
+        penalized = penalize(scores, batch.rewards[groups], cu_seqlens, penalty)
+        self.kl[samples], self.penalized[groups] = penalized.kl, penalized.rewards
+        engine_logprobs, level = batch.engine_logprobs[rows], objective.importance
+        weights = importance_weights(
+            engine_logprobs, sampled_logprobs(scores), cu_seqlens, level, objective.importance_cap
+        )
+        self.num_weights_cut += weights.num_cut
+        return token_coefficients(
+            scores,
+            penalized,
+            batch.valid[groups],
+            cu_seqlens,
+            penalty,
+            advantage=objective.advantage,
+            normalizer=self.normalizer,
+            weights=weights.values,
+        )
+
+    def breakdown(self, scores: TokenScores, loss: torch.Tensor) -> Breakdown:
+        """What the micro-batch's N scores, and what was made of them, come to; afterwards nothing is on the device."""
+        batch, logprobs = self.batch, sampled_logprobs(scores)
+        assert scores.entropy is not None and scores.kl is not None
+        values = (logprobs, sampled_ref_logprobs(scores), scores.entropy, scores.kl, support_kl(scores))
+        columns = [sequence_sums(column, batch.completion_cu_seqlens) for column in values]
+        table = torch.stack([*columns, self.kl, self.penalized.flatten()], dim=-1).float().cpu()
+        gap_sum, gap_max, num_tokens = logprob_gaps(batch.engine_logprobs, logprobs)
+        return Breakdown(
+            sums=table.view(*batch.valid.shape, -1).masked_fill(~batch.valid.cpu()[..., None], torch.nan),
+            loss=float(loss.detach()),
+            num_tokens=num_tokens,
+            gap_sum=gap_sum,
+            gap_max=gap_max,
+            engine_kl_sum=engine_kl_sum(batch.engine_logprobs, logprobs),
+            num_weights_cut=self.num_weights_cut,
+        )
+
+
+def whole_step(shape: Sequence[int], parts: Sequence[tuple[Sequence[int], Breakdown]]) -> Breakdown:
+    """The breakdown of a step of [B, K] samples from those of its micro-batches, each with its groups' indices."""
+    sums = torch.full((*shape, len(SAMPLE_SUMS)), torch.nan)
+    for members, part in parts:
+        sums[list(members)] = part.sums
+    found = [part for _, part in parts]
+    return Breakdown(
+        sums,
+        loss=sum(part.loss for part in found),
+        num_tokens=sum(part.num_tokens for part in found),
+        gap_sum=sum(part.gap_sum for part in found),
+        gap_max=max((part.gap_max for part in found), default=0.0),
+        engine_kl_sum=sum(part.engine_kl_sum for part in found),
+        num_weights_cut=sum(part.num_weights_cut for part in found),
+    )

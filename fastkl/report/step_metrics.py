@@ -1,4 +1,4 @@
-"""Metrics: what a step reports about itself. Standard library and torch only."""
+"""One step's account of itself: what the update computed, as a line of metrics.jsonl and records of samples.jsonl."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from typing import Any
 
 import torch
 
-from fastkl.config.settings import TrainConfig, penalty_of
-from fastkl.kernels.types import TokenScores
-from fastkl.objective.importance import engine_kl_sum, importance_weights
-from fastkl.objective.kl_estimators import sampled_logprobs, sampled_ref_logprobs, support_kl
-from fastkl.objective.rloo import penalized_rewards, sequence_penalty, sequence_sums
-from fastkl.rollout.agreement import logprob_gaps
-from fastkl.types import PackedBatch, RolloutBatch
+from fastkl.types import SAMPLE_SUMS, RolloutBatch, StepOutcome
 
 
 def distinct_2(texts: Sequence[str]) -> float:
@@ -26,83 +20,35 @@ def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
     return zip(words, words[1:], strict=False)
 
 
-# Per-sequence sums over a completion's tokens, each a column of StepReport.sums.
-COLUMNS = ("logprob", "ref_logprob", "entropy", "kl_exact", "kl_support", "kl_penalized", "reward_penalized")
-
-
 class StepReport:
-    """Collects what the micro-batches of one step report, then words it."""
+    """Words what one step did: its line of metrics.jsonl and its records of samples.jsonl."""
 
     def __init__(
         self,
         step: int,
         batch: RolloutBatch,
         reward_by_function: Mapping[str, float],
-        config: TrainConfig,
-        kl_coef: float | None = None,
+        kl_coef: float,
+        outcome: StepOutcome,
     ) -> None:
-        """kl_coef: the step's beta, where it is not the configured one."""
+        """kl_coef: the beta that the step's loss was computed with."""
         self.step = step
         self.batch = batch
-        self.config = config
-        self.penalty = penalty_of(config, kl_coef)
         self.reward_by_function = reward_by_function
-        self.sums = torch.full((*batch.rewards.shape, len(COLUMNS)), torch.nan)  # f32 [B, K, columns]; NaN: not scored
-        self.loss = 0.0
-        self.grad_norm = 0.0
-        self.num_tokens = 0
-        self.max_gap = 0.0
-        self.num_weights_cut = 0
-        self._gap_sum = 0.0
-        self._engine_kl_sum = 0.0
+        self.kl_coef = kl_coef
+        self.outcome = outcome
 
-    @property
-    def mean_support_kl(self) -> float:
-        """Mean over scored samples of the exact KL on the support, summed over the completion, nats."""
-        values = self.sums[..., COLUMNS.index("kl_support")]
-        return float(values[~values.isnan()].mean())
-
-    @property
-    def mean_gap(self) -> float:
-        """Mean |engine - trainer| log-prob over the scored tokens, nats."""
-        return self._gap_sum / max(1, self.num_tokens)
-
-    def add(
-        self,
-        members: Sequence[int],
-        micro: PackedBatch,
-        scores: TokenScores,
-        loss: torch.Tensor,
-    ) -> None:
-        """Takes in one micro-batch: its groups' indices, its tokens' scores [N] and its share of the loss."""
-        config, cu_seqlens, logprobs = self.config, micro.completion_cu_seqlens, sampled_logprobs(scores)
-        values = (logprobs, sampled_ref_logprobs(scores), scores.entropy, scores.kl, support_kl(scores))
-        columns = [sequence_sums(column, cu_seqlens) for column in values]
-        kl = sequence_penalty(scores, cu_seqlens, self.penalty)
-        penalized = penalized_rewards(micro.rewards, kl, self.penalty)
-        table = torch.stack([*columns, kl, penalized.flatten()], dim=-1).float().cpu().view(*micro.valid.shape, -1)
-        self.sums[list(members)] = table.masked_fill(~micro.valid.cpu()[..., None], torch.nan)
-        self.loss += float(loss.detach())
-        self.num_weights_cut += importance_weights(
-            micro.engine_logprobs, logprobs, cu_seqlens, config.importance, config.importance_cap
-        ).num_cut
-        self._engine_kl_sum += engine_kl_sum(micro.engine_logprobs, logprobs)
-        gap_sum, gap_max, count = logprob_gaps(micro.engine_logprobs, logprobs)
-        self._gap_sum += gap_sum
-        self.max_gap = max(self.max_gap, gap_max)
-        self.num_tokens += count
-
-    def metrics(
-        self, lr: float, seconds: Mapping[str, float], well_formed: Callable[..., float] | None
-    ) -> dict[str, float | int]:
+    def metrics(self, lr: float, seconds: Mapping[str, float], well_formed: Callable | None) -> dict[str, float | int]:
         """The step's line of metrics.jsonl, but for the run's own counters."""
-        batch, scored = self.batch, ~self.sums[..., 0].isnan()
+        batch, total = self.batch, self.outcome.total
+        scored = ~total.sums[..., 0].isnan()
         completions = [completion for group in batch.completions for completion in group]
         texts = [completion.text for completion in completions]
         lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float32)
-        mean = {name: float(self.sums[..., i][scored].mean()) for i, name in enumerate(COLUMNS)}
+        mean = {name: float(total.sums[..., i][scored].mean()) for i, name in enumerate(SAMPLE_SUMS)}
         per_token = {
-            name: float(self.sums[..., i][scored].sum()) / max(1, self.num_tokens) for i, name in enumerate(COLUMNS)
+            name: float(total.sums[..., i][scored].sum()) / max(1, total.num_tokens)
+            for i, name in enumerate(SAMPLE_SUMS)
         }
         rewards = batch.rewards[batch.valid]
         values: dict[str, float | int] = {
@@ -115,13 +61,13 @@ class StepReport:
             "kl/per_token": per_token["logprob"] - per_token["ref_logprob"],
             "kl/exact": mean["kl_exact"],
             "kl/support": mean["kl_support"],
-            "kl/penalty": self.penalty.coef * mean["kl_penalized"],
-            "kl/coef": self.penalty.coef,
+            "kl/penalty": self.kl_coef * mean["kl_penalized"],
+            "kl/coef": self.kl_coef,
             "lm_cross_entropy": -per_token["logprob"],
             "original_lm_cross_entropy": -per_token["ref_logprob"],
             "entropy": per_token["entropy"],
-            "loss": self.loss,
-            "grad_norm": self.grad_norm,
+            "loss": total.loss,
+            "grad_norm": self.outcome.grad_norm,
             "lr": lr,
             "diversity/distinct_2": distinct_2(texts),
             "completion/mean_length": float(lengths.mean()),
@@ -133,10 +79,10 @@ class StepReport:
                 for stage in ("generate", "reward", "score", "update", "sync")
             },
             "time/step_s": sum(seconds.values()),
-            "mismatch/mean_abs_logprob": self.mean_gap,
-            "mismatch/max_abs_logprob": self.max_gap,
-            "mismatch/engine_kl": self._engine_kl_sum / max(1, self.num_tokens),
-            "mismatch/weights_cut": self.num_weights_cut / max(1, self.num_tokens),
+            "mismatch/mean_abs_logprob": total.mean_gap,
+            "mismatch/max_abs_logprob": total.gap_max,
+            "mismatch/engine_kl": total.engine_kl_sum / max(1, total.num_tokens),
+            "mismatch/weights_cut": total.num_weights_cut / max(1, total.num_tokens),
             "policy_version": self.batch.policy_version,
         }
         if well_formed is not None:
@@ -152,7 +98,7 @@ class StepReport:
         for b, (prompt, group) in enumerate(zip(self.batch.prompts, self.batch.completions, strict=True)):
             for k, completion in enumerate(group):
                 valid = bool(self.batch.valid[b, k])
-                row = dict(zip(COLUMNS, self.sums[b, k].tolist(), strict=True))
+                row = dict(zip(SAMPLE_SUMS, self.outcome.total.sums[b, k].tolist(), strict=True))
                 num_tokens = len(completion.token_ids)
                 records.append(
                     {

@@ -8,7 +8,7 @@ The arguments are lists with one entry per completion: texts (for chat prompts t
 [{"role": "assistant", "content": ...}]), token ids, and the data set's other columns. A function gets the arguments it
 names, all of them if it takes **kwargs; beside the lists there are `trainer_state`, whose global_step is the step, and
 `log_metric(name, value)`. None means that the function does not apply to that completion. Async functions run
-concurrently. Where functions come from is reward_functions.py's business.
+concurrently. Where functions come from is load.py's business.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 from fastkl.errors import UserError
-from fastkl.rewards.load import RewardFunction, summary
+from fastkl.plugins import summary
+from fastkl.rewards.load import RewardFunction
 from fastkl.types import Completion, Prompt
 
 

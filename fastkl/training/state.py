@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,25 +12,39 @@ import torch
 from torch import nn
 
 from fastkl.audit.alarm import KlAlarm
-from fastkl.config.settings import TrainConfig, penalty_of
+from fastkl.config.settings import TrainConfig
 from fastkl.data.prompts import PromptSource
-from fastkl.objective.penalty import Penalty
+from fastkl.objective.kl_control import KlController
+from fastkl.objective.rloo import Objective
 from fastkl.report.loggers import RunLog
 from fastkl.report.page import write_report
 from fastkl.report.step_metrics import StepReport
 from fastkl.report.terminal import View
 from fastkl.rewards.load import RewardFunction
 from fastkl.rollout.generator import Generator
-from fastkl.rollout.vllm import VllmGenerator
-from fastkl.rollout.weight_sync import push_weights
-from fastkl.sampling.params import Sampling
 from fastkl.scoring import models
+from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training import checkpoint
+from fastkl.training.callbacks import notify
 from fastkl.training.stopwatch import Stopwatch
 
-# Large tensors are fresh memory every time, and a CPU pays for each page of it: 12,700 tokens through a trunk of 2.6
-# million parameters, forward without and forward and backward with gradients, took 2.54 s at once, 2.28 s by the 3,200.
-MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The numbers that bound an update."""
+
+    micro_batch_tokens: int  # packed tokens per forward and backward
+    max_grad_norm: float  # 0: no clipping
+    agreement_nats: float  # mean |engine - trainer| log-prob above which a step is refused
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run has left."""
+
+    folder: Path  # the run's folder: metrics.jsonl, checkpoints/, report.html, ...
+    metrics: dict[str, Any]  # the last step's line of metrics.jsonl; empty if no step was left to run
+    policy: nn.Module  # the trained model, a causal language model of transformers
 
 
 @dataclass(slots=True)
@@ -41,55 +53,34 @@ class Run:
 
     config: TrainConfig
     folder: Path
-    device: torch.device
-    compute_dtype: torch.dtype  # of the trunk's matrix products; weights are float32
-    policy: nn.Module
-    reference: nn.Module
-    layout: str  # how the trunk batches sequences: "packed" or "padded" (trunk.py)
+    policy: ScoredModel
+    reference: ScoredModel
     tokenizer: Any
     optimizer: torch.optim.Optimizer
     prompts: PromptSource
     rewards: tuple[RewardFunction, ...]
     generator: Generator
-    sampling: Sampling
+    objective: Objective
+    controller: KlController  # the one home of beta
+    limits: StepLimits
     log: RunLog
     view: View
     well_formed: Callable[[list[str]], float] | None  # the checker of the storyteller's language, where it applies
+    callbacks: tuple[object, ...] = ()
     first_step: int = 1
     skipped_steps: int = 0
     tokens_generated: int = 0
     completed_step: int = 0
     saved_step: int = 0
     prompt_state: dict[str, Any] = field(default_factory=dict)  # after the completed step
-    kl_coef: float = 0.0  # beta, as the controller has moved it
+    last_metrics: dict[str, Any] = field(default_factory=dict)  # of the completed step
     alarm: KlAlarm = field(default_factory=KlAlarm)
     alarm_rang: bool = False
 
     @property
-    def micro_batch_tokens(self) -> int:
-        """Packed tokens per forward and backward."""
-        return self.config.micro_batch_tokens or MICRO_BATCH_TOKENS[self.device.type]
-
-    @property
-    def penalty(self) -> Penalty:
-        """The KL penalty at the coefficient of now."""
-        return penalty_of(self.config, self.kl_coef)
-
-    @property
-    def generator_dtype(self) -> str:
-        """The dtype that the generator computes in, for the tolerance of its agreement with the trainer."""
-        return str(self.compute_dtype).removeprefix("torch.")
-
-    def autocast(self) -> AbstractContextManager:
-        """bfloat16 matrix products over float32 weights, or nothing."""
-        if self.compute_dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
-
-    def push_weights(self) -> None:
-        """Brings the generator up to the policy's weights; one that decodes with the policy has them already."""
-        if isinstance(self.generator, VllmGenerator):
-            push_weights(self.generator.llm, self.policy)
+    def device(self) -> torch.device:
+        """Where policy and reference are."""
+        return self.policy.device
 
     def record(self, report: StepReport, watch: Stopwatch) -> None:
         """Logs and shows a completed step."""
@@ -97,6 +88,7 @@ class Run:
         metrics = report.metrics(lr, watch.seconds, self.well_formed)
         samples = report.samples()
         self.tokens_generated += sum(sample["num_tokens"] for sample in samples)
+        self.skipped_steps += not report.outcome.applied
         metrics |= {"steps/skipped": self.skipped_steps, "tokens/generated": self.tokens_generated}
         self.completed_step, self.prompt_state = report.step, self.prompts.state()
         warning = self.alarm.add(sample["kl"] for sample in samples)
@@ -104,41 +96,44 @@ class Run:
         if warning and not self.alarm_rang:
             self.view.note(warning)
         self.alarm_rang = warning is not None
+        self.last_metrics = metrics
         self.log.log(metrics, samples)
         self.view.step(metrics)
         if self.config.sample_every and report.step % self.config.sample_every == 0:
             best = max(samples, key=lambda sample: sample["reward"] or 0.0)
             self.view.sample(best["prompt"], best["completion"], best["reward"] or 0.0)
+        notify(self.callbacks, "on_step_end", metrics, samples)
 
     def save(self) -> None:
         """Saves the completed step; when the disk refuses, says so and lets training go on with the last good one."""
         if self.completed_step == self.saved_step:
             return
         try:
-            checkpoint.save_checkpoint(
+            folder = checkpoint.save_checkpoint(
                 self.folder / "checkpoints",
                 self.completed_step,
-                policy=self.policy,
+                policy=self.policy.model,
                 tokenizer=self.tokenizer,
                 optimizer=self.optimizer,
                 state={
                     "prompts": self.prompt_state,
                     "skipped_steps": self.skipped_steps,
                     "tokens_generated": self.tokens_generated,
-                    "kl_coef": self.kl_coef,
+                    "kl_coef": self.controller.coef,
                 },
-                reference=self.reference if self.config.reference_every else None,
+                reference=self.reference.model if self.config.reference_every else None,
                 config=dataclasses.asdict(self.config),
                 keep=self.config.keep_checkpoints,
             )
             self.saved_step = self.completed_step
+            notify(self.callbacks, "on_checkpoint", self.completed_step, folder)
         except (OSError, RuntimeError) as failure:  # safetensors reports a full disk as its own error
             self.view.note(
                 f"The checkpoint of step {self.completed_step} could not be written ({models.first_line(failure)}); "
                 "training goes on, the last good checkpoint stays. Free space or mend the folder before the run ends."
             )
 
-    def finish(self) -> None:
+    def finish(self) -> TrainResult:
         """Saves, writes the report, and says where everything is."""
         self.save()
         report = write_report([self.folder])
@@ -148,3 +143,4 @@ class Run:
             self.view.note(f"Model: {self.folder / 'checkpoints' / f'step-{self.saved_step}'}")
         if last < self.config.steps:
             self.view.note(f"Go on with: fastkl train --output {self.config.output} --resume")
+        return TrainResult(self.folder, self.last_metrics, self.policy.model)

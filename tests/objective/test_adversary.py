@@ -13,13 +13,12 @@ import torch
 from fastkl.audit.alarm import mean_and_error
 from fastkl.kernels.operators import token_scores
 from fastkl.kernels.support import keep_mask
-from fastkl.objective.penalty import Penalty
-from fastkl.objective.rloo import sequence_penalty
+from fastkl.objective.kl_estimators import Penalty
+from fastkl.objective.rloo import penalize
 from fastkl.rollout.transformers import sample
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
-from fastkl.scoring.pack import pack
-from fastkl.training.loop import scorable
+from fastkl.scoring.pack import pack, scorable
 from fastkl.types import Completion, Prompt, RolloutBatch
 
 VOCAB, LENGTH, STOP, PAD = 24, 4, 23, 0
@@ -98,7 +97,7 @@ def trainer_estimates(policy, ref, sampling: Sampling, completions: tuple[Comple
     place = micro.position_ids[micro.score_positions]  # the prompt is one token: it predicts position 0 of the tables
     support = support_of(sampling, micro.completion_positions, VOCAB)
     scores = token_scores(policy[place], ref[place], micro.target_ids, support=support)
-    return sequence_penalty(scores, micro.completion_cu_seqlens, Penalty(1.0))[valid[0]].tolist()
+    return penalize(scores, micro.rewards, micro.completion_cu_seqlens, Penalty(1.0)).kl[valid[0]].tolist()
 
 
 def naive_estimates(policy, ref, case: str, completions: tuple[Completion, ...]) -> list[float]:

@@ -21,11 +21,18 @@ from toy_step import step_gradient
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
 from fastkl.objective.importance import engine_kl_sum, importance_weights
-from fastkl.objective.kl_control import adapted_coef, renew_reference
+from fastkl.objective.kl_control import KlController, renew_reference
 from fastkl.rollout import agreement
 from fastkl.training import loop
 from fastkl.training.checkpoint import open_checkpoint, restore_reference, save_checkpoint
 from fastkl.types import Completion
+
+
+def adapted_coef(coef: float, kl: float, target: float) -> float:
+    """The coefficient after one step of the controller."""
+    controller = KlController(coef, target)
+    controller.follow(kl)
+    return controller.coef
 
 
 def test_the_controller_holds_at_the_target_and_moves_towards_it_from_both_sides():
@@ -34,6 +41,7 @@ def test_the_controller_holds_at_the_target_and_moves_towards_it_from_both_sides
     assert adapted_coef(0.5, kl=400.0, target=4.0) == pytest.approx(0.55)
     assert adapted_coef(0.5, kl=0.0, target=4.0) == pytest.approx(0.45)
     assert adapted_coef(0.5, kl=math.nan, target=4.0) == 0.5
+    assert adapted_coef(0.5, kl=400.0, target=0.0) == 0.5, "without a target the coefficient stays"
 
 
 def test_the_controller_finds_the_coefficient_of_a_target():
@@ -110,12 +118,12 @@ def test_importance_weights_reach_the_gradient_of_a_real_step(level, monkeypatch
 
     other = dataclasses.replace(batch, completions=tuple(tuple(map(lowered, group)) for group in batch.completions))
     monkeypatch.setitem(agreement.AGREEMENT_NATS, "float32", 1.0)
-    weighted, report = step_gradient(policy, reference, other, toy_config(importance=level))
-    assert report.num_weights_cut == 0
+    weighted, outcome = step_gradient(policy, reference, other, toy_config(importance=level))
+    assert outcome.total.num_weights_cut == 0
     for name, value in plain.items():
         torch.testing.assert_close(weighted[name], 1.5 * value, rtol=1e-4, atol=1e-6)
-    capped, report = step_gradient(policy, reference, other, toy_config(importance=level, importance_cap=1.25))
-    assert report.num_weights_cut == report.num_tokens
+    capped, outcome = step_gradient(policy, reference, other, toy_config(importance=level, importance_cap=1.25))
+    assert outcome.total.num_weights_cut == outcome.total.num_tokens
     for name, value in plain.items():
         torch.testing.assert_close(capped[name], 1.25 * value, rtol=1e-4, atol=1e-6)
 
@@ -150,10 +158,10 @@ from test_kl_control import steered
 
 update = loop.update
 
-def killed_in_step_3(run, batch, report, watch):
-    if report.step == 3:
+def killed_in_step_3(*arguments, step):
+    if step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return update(run, batch, report, watch)
+    return update(*arguments, step=step)
 
 loop.update = killed_in_step_3
 loop.train(steered(Path({folder!r})))

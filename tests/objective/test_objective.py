@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, fields
 import pytest
 import torch
 
-from fastkl.config.settings import CHOICES
 from fastkl.errors import UserError
 from fastkl.kernels.operators import token_scores
 from fastkl.kernels.types import TokenScores
-from fastkl.objective.penalty import REFUSED, Penalty, check_penalty
-from fastkl.objective.rloo import token_coefficients
+from fastkl.objective.advantages import find_advantage
+from fastkl.objective.kl_estimators import ESTIMATORS, PLACEMENTS, Penalty, check_penalty
+from fastkl.objective.rloo import penalize, token_coefficients
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
 
@@ -127,7 +127,7 @@ def values_of(scores: TokenScores) -> list[torch.Tensor | None]:
     return [getattr(scores, f.name) for f in fields(scores)]
 
 
-def expected_gradient(world: World, penalty: Penalty, baseline: str) -> torch.Tensor:
+def expected_gradient(world: World, penalty: Penalty, advantage: str) -> torch.Tensor:
     """E over all pairs (K = 2) of the gradient that the trainer would apply, by enumeration.
 
     One call scores every pair as a group; the weight of a group's tokens is the chance of drawing that pair.
@@ -141,15 +141,18 @@ def expected_gradient(world: World, penalty: Penalty, baseline: str) -> torch.Te
     cu = torch.tensor([0, *(len(owners[i]) for i in samples)]).cumsum(0).int()
     rewards = world.reward[samples].view(-1, 2)
     weights = torch.cat([(chance[i] * chance[j]).expand(len(owners[k])) for i, j in pairs for k in (i, j)])
-    loss = applied_loss(picked(scores, rows), rewards, cu, penalty, baseline, normalizer=2.0, weights=weights)
+    loss = applied_loss(picked(scores, rows), rewards, cu, penalty, advantage, normalizer=2.0, weights=weights)
     return -torch.autograd.grad(loss, world.table)[0]
 
 
-def applied_loss(scores: TokenScores, rewards, cu, penalty, baseline, **options) -> torch.Tensor:
+def applied_loss(scores: TokenScores, rewards, cu, penalty, advantage, **options) -> torch.Tensor:
     """The loss whose gradient the trainer applies: its coefficients (constants) times the scores."""
     constants = TokenScores(*(None if x is None else x.detach() for x in values_of(scores)))
     valid = torch.ones_like(rewards, dtype=torch.bool)
-    factors = token_coefficients(constants, rewards, valid, cu, penalty, baseline=baseline, **options)
+    penalized = penalize(constants, rewards, cu, penalty)
+    factors = token_coefficients(
+        constants, penalized, valid, cu, penalty, advantage=find_advantage(advantage), **options
+    )
     named = [f.name for f in fields(factors) if getattr(factors, f.name) is not None]
     return sum((getattr(factors, name) * getattr(scores, name)).sum() for name in named)
 
@@ -167,12 +170,13 @@ def exact_gradient(world: World, estimator: str, placement: str, reduction: str 
     return torch.autograd.grad(total, world.table)[0]
 
 
+REFUSED = [(name, place) for name, estimator in ESTIMATORS.items() for place in estimator.refused]
 ALLOWED = [("k1", "reward"), ("exact", "reward"), ("exact_full", "reward"),
            ("k2", "loss"), ("k3", "loss"), ("exact", "loss"), ("exact_full", "loss")]  # fmt: skip
 
 
 def test_every_pair_is_either_proven_here_or_refused():
-    pairs = set(itertools.product(CHOICES["kl_estimator"], CHOICES["kl_placement"]))
+    pairs = set(itertools.product(ESTIMATORS, PLACEMENTS))
     assert set(ALLOWED) | set(REFUSED) == pairs
     assert set(REFUSED) == {("k1", "loss"), ("k2", "reward"), ("k3", "reward")}
 
@@ -182,16 +186,16 @@ def test_every_pair_is_either_proven_here_or_refused():
 def test_expected_gradient_of_every_allowed_pair_is_that_of_the_objective(estimator, placement, sampling):
     world, penalty = make_world(sampling), Penalty(BETA, estimator, placement)
     check_penalty(penalty)
-    got = expected_gradient(world, penalty, "leave_one_out")
+    got = expected_gradient(world, penalty, "rloo")
     torch.testing.assert_close(got, exact_gradient(world, estimator, placement), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("sampling", ["whole", "all"])
-@pytest.mark.parametrize("baseline", ["leave_one_out", "none"])
+@pytest.mark.parametrize("advantage", ["rloo", "none"])
 @pytest.mark.parametrize("estimator", ["k1", "exact", "exact_full"])
-def test_crediting_only_what_a_token_caused_leaves_the_expected_gradient(estimator, baseline, sampling):
+def test_crediting_only_what_a_token_caused_leaves_the_expected_gradient(estimator, advantage, sampling):
     world = make_world(sampling)
-    got = expected_gradient(world, Penalty(BETA, estimator, credit="caused"), baseline)
+    got = expected_gradient(world, Penalty(BETA, estimator, credit="caused"), advantage)
     torch.testing.assert_close(got, exact_gradient(world, estimator, "reward"), rtol=0, atol=1e-9)
 
 
@@ -215,7 +219,7 @@ def test_crediting_only_what_a_token_caused_has_less_noise():
 
 def test_the_mean_over_tokens_in_the_reward_has_the_gradient_of_the_mean_kl():
     world = make_world("top_p")
-    got = expected_gradient(world, Penalty(BETA, "exact", "reward", "mean"), "leave_one_out")
+    got = expected_gradient(world, Penalty(BETA, "exact", "reward", "mean"), "rloo")
     torch.testing.assert_close(got, exact_gradient(world, "exact", "reward", "mean"), rtol=0, atol=1e-9)
 
 
@@ -225,12 +229,12 @@ def test_every_refused_pair_is_biased(estimator, placement, sampling):
     world, penalty = make_world(sampling), Penalty(BETA, estimator, placement)
     with pytest.raises(UserError, match=f"{estimator} in the {placement} is refused"):
         check_penalty(penalty)
-    got = expected_gradient(world, penalty, "leave_one_out")
+    got = expected_gradient(world, penalty, "rloo")
     for candidate in ("exact", "k3"):  # neither direction's KL
         for place in ("reward", "loss"):
             assert (got - exact_gradient(world, candidate, place)).abs().max() > 1e-2
     if estimator == "k1":
-        no_penalty = expected_gradient(world, Penalty(0.0), "leave_one_out")
+        no_penalty = expected_gradient(world, Penalty(0.0), "rloo")
         torch.testing.assert_close(got, no_penalty, rtol=0, atol=1e-9)
 
 
@@ -239,7 +243,7 @@ def test_crediting_the_mean_to_later_tokens_only_is_biased():
     world, penalty = make_world("whole"), Penalty(BETA, "exact", reduction="mean", credit="caused")
     with pytest.raises(UserError, match="caused is biased with kl_reduction mean"):
         check_penalty(penalty)
-    got = expected_gradient(world, penalty, "leave_one_out")
+    got = expected_gradient(world, penalty, "rloo")
     assert (got - exact_gradient(world, "exact", "reward", "mean")).abs().max() > 1e-3
 
 
@@ -268,12 +272,10 @@ def test_scoring_over_the_whole_vocabulary_what_was_drawn_from_a_part_is_biased(
 @pytest.mark.parametrize("estimator", ["k1", "k3", "exact"])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_expected_value_of_the_estimator_is_the_exact_kl_on_the_support(estimator, sampling):
-    from fastkl.objective.kl_estimators import token_kl
-
     world = make_world(sampling, seed=3)
     scores, owners = scores_of(world)
     chance = torch.stack([world.logprob(c).exp() for c in world.completions]).detach()
-    values = token_kl(scores, estimator).detach()
+    values = ESTIMATORS[estimator].value(scores).detach()
     mean = sum(p * values[rows].sum() for p, rows in zip(chance, owners, strict=True))
     exact = sum(
         p * sum(world.kl(c[:t]).detach() for t in range(len(c))) for p, c in zip(chance, world.completions, strict=True)

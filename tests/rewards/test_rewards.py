@@ -155,7 +155,7 @@ def raises_on_bad(completions):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (raises_on_bad, ["f failed at step 3", "'bad " + "x" * 53 + "...'", "KeyError", "test_reward.py line"]),
+        (raises_on_bad, ["f failed at step 3", "'bad " + "x" * 53 + "...'", "KeyError", "test_rewards.py line"]),
         (lambda completions: [1.0], ["f at step 3", "returned 1 rewards for 2 completions", "'good'"]),
         (lambda completions: [0.0, float("nan")], ["f at step 3", "returned nan", "'bad x"]),
         (lambda completions: [float("-inf"), 0.0], ["f at step 3", "returned -inf", "'good'"]),

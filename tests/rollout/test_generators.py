@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import STOP, VOCAB, ToyTokenizer, prompt, toy_model, toy_rollouts
+from toy import STOP, VOCAB, ToyTokenizer, draw, prompt, toy_model, toy_rollouts
 
-from fastkl.rollout.agreement import StaleEngineError, check_agreement
+from fastkl.rollout.agreement import AGREEMENT_NATS, StaleEngineError, check_agreement
 from fastkl.rollout.generator import sample_seed
 from fastkl.rollout.transformers import TransformersGenerator, sample
 from fastkl.rollout.vllm import VllmGenerator, choose_generator
-from fastkl.rollout.weight_sync import _repack_tied_head, push_weights
+from fastkl.rollout.weight_sync import _repack_tied_head
 from fastkl.sampling.params import Sampling
 
 PROMPTS = (prompt(1, 2, 3), prompt(4), prompt(5, 6, 7, 8, 9))
@@ -46,14 +46,14 @@ def test_transformers_generator_records_the_models_own_logprobs():
     model = toy_model()
     for temperature in (1.0, 0.6):
         generator = TransformersGenerator(model, ToyTokenizer(), Sampling(temperature, 8, (STOP,)), max_rows=8)
-        completions = generator.generate(PROMPTS, 4, seed=1, step=1)
+        completions = draw(generator, PROMPTS, 4, seed=1, step=1)
         assert gaps(model, PROMPTS, completions, temperature).max() < 1e-5
 
 
 def test_transformers_generator_under_bfloat16_records_the_log_probs_of_a_bfloat16_trunk_and_a_float32_head():
     model = toy_model(dtype=torch.float32)
     generator = TransformersGenerator(model, ToyTokenizer(), Sampling(1.0, 8, (STOP,)), dtype=torch.bfloat16)
-    completions = generator.generate(PROMPTS, 32, seed=1, step=1)
+    completions = draw(generator, PROMPTS, 32, seed=1, step=1)
 
     def mean_gap(bfloat16: bool) -> float:
         values = []
@@ -90,7 +90,7 @@ def test_a_sample_depends_on_its_own_seed_alone():
     torch.manual_seed(2)
     assert token_ids(toy_rollouts(model, PROMPTS[:1], 3))[0] == token_ids(many)[0][:3]
     narrow = TransformersGenerator(model, ToyTokenizer(), Sampling(1.0, 6, (STOP,)), max_rows=6)
-    assert token_ids(narrow.generate(PROMPTS, 6, seed=7, step=1)) == token_ids(many)
+    assert token_ids(draw(narrow, PROMPTS, 6, seed=7, step=1)) == token_ids(many)
     assert token_ids(toy_rollouts(model, PROMPTS, 6, step=2)) != token_ids(many)
 
 
@@ -145,28 +145,28 @@ def engine(tmp_path_factory):
 def test_vllm_records_the_trainers_logprobs_before_and_after_a_sync(engine):
     for seed in (0, 1, 2):
         model = tied_model(seed)
-        push_weights(engine.llm, model)
-        completions = engine.generate(PROMPTS, 8, seed=3, step=seed)
+        engine.sync(model)
+        completions = draw(engine, PROMPTS, 8, seed=3, step=seed)
         worst = gaps(model, PROMPTS, completions)
         assert worst.max() < 1e-4
-        check_agreement(float(worst.mean()), float(worst.max()), "float32", step=seed + 1)
+        check_agreement(float(worst.mean()), float(worst.max()), AGREEMENT_NATS[torch.float32], step=seed + 1)
 
 
 def test_vllm_without_the_tied_heads_cure_is_stale_and_is_caught(engine):
-    """The control: the plain reload leaves the packed head behind; check_agreement must stop the run."""
-    push_weights(engine.llm, tied_model(0))
+    """The control: the plain reload leaves the packed head behind; `check_agreement` must stop the run."""
+    engine.sync(tied_model(0))
     moved = tied_model(0)
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
     weights = iter(moved.named_parameters())
     engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-    stale = gaps(moved, PROMPTS, engine.generate(PROMPTS, 8, seed=3, step=1))
+    stale = gaps(moved, PROMPTS, draw(engine, PROMPTS, 8, seed=3, step=1))
     assert stale.max() > 1e-3, "the trap has gone: vLLM renews the packed head by itself now"
     with pytest.raises(StaleEngineError):
-        check_agreement(float(stale.mean()), float(stale.max()), "float32", step=2)
+        check_agreement(float(stale.mean()), float(stale.max()), AGREEMENT_NATS[torch.float32], step=2)
     engine.llm.apply_model(_repack_tied_head)
-    assert gaps(moved, PROMPTS, engine.generate(PROMPTS, 8, seed=3, step=1)).max() < 1e-4
+    assert gaps(moved, PROMPTS, draw(engine, PROMPTS, 8, seed=3, step=1)).max() < 1e-4
 
 
 def test_vllm_prefix_cache_is_off_so_no_old_keys_and_values_survive_a_sync(engine):
@@ -174,18 +174,18 @@ def test_vllm_prefix_cache_is_off_so_no_old_keys_and_values_survive_a_sync(engin
 
 
 def test_a_vllm_sample_depends_on_its_own_seed_alone(engine):
-    push_weights(engine.llm, tied_model(0))
-    many = engine.generate(PROMPTS, 6, seed=7, step=1)
+    engine.sync(tied_model(0))
+    many = draw(engine, PROMPTS, 6, seed=7, step=1)
     torch.manual_seed(99)
-    assert token_ids(engine.generate(PROMPTS[:1], 3, seed=7, step=1))[0] == token_ids(many)[0][:3]
+    assert token_ids(draw(engine, PROMPTS[:1], 3, seed=7, step=1))[0] == token_ids(many)[0][:3]
     long = [c.token_ids for group in many for c in group if len(c.token_ids) > 3]
     assert len(set(long)) == len(long) >= 8
-    assert token_ids(engine.generate(PROMPTS, 6, seed=8, step=1)) != token_ids(many)
+    assert token_ids(draw(engine, PROMPTS, 6, seed=8, step=1)) != token_ids(many)
 
 
 def test_vllm_completions_end_at_the_stop_token_or_at_the_limit(engine):
-    push_weights(engine.llm, tied_model(0))
-    flat = [c for group in engine.generate(PROMPTS, 32, seed=1, step=1) for c in group]
+    engine.sync(tied_model(0))
+    flat = [c for group in draw(engine, PROMPTS, 32, seed=1, step=1) for c in group]
     assert {c.finish_reason for c in flat} == {"stop", "length"}
     for c in flat:
         assert STOP not in c.token_ids[:-1]

@@ -1,7 +1,7 @@
 """The real generators: the mean of k1 over sampled tokens is the exact KL on the support, by four standard errors.
 
 100,000 tokens per setting with the transformers generator, 20,000 with vLLM, which takes longer for so small a model
-(FASTKL_MONTE_CARLO_TOKENS sets another number; bench/training/monte_carlo.py draws 100,000 with both).
+(FASTKL_MONTE_CARLO_TOKENS sets another number; bench/monte_carlo.py draws 100,000 with both).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 
 import pytest
 import torch
-from toy import STOP, ToyTokenizer, prompt, toy_model
+from toy import STOP, ToyTokenizer, draw, prompt, toy_model
 
 from fastkl.audit.alarm import mean_and_error
 from fastkl.kernels.operators import TokenScores, linear_token_scores
@@ -21,7 +21,6 @@ from fastkl.objective.kl_estimators import sampled_logprobs, sampled_ref_logprob
 from fastkl.objective.rloo import sequence_sums
 from fastkl.rollout.transformers import TransformersGenerator
 from fastkl.rollout.vllm import VllmGenerator
-from fastkl.rollout.weight_sync import push_weights
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
 from fastkl.scoring import backbone
@@ -115,7 +114,7 @@ def measure(generator, policy, reference, s: Sampling, tokens: int) -> Measured:
     found, step = Measured(), 0
     while found.tokens < tokens:
         step += 1
-        completions = generator.generate(PROMPTS, NUM_SAMPLES, seed=5, step=step)
+        completions = draw(generator, PROMPTS, NUM_SAMPLES, seed=5, step=step)
         rewards = torch.zeros(len(PROMPTS), NUM_SAMPLES)
         batch = RolloutBatch(PROMPTS, completions, rewards, torch.ones_like(rewards, dtype=torch.bool), 0)
         for _, micro in pack(batch, [0, 1, 2], 1 << 30, torch.device("cpu")):
@@ -160,7 +159,7 @@ def vllm_generator(policy, folder) -> VllmGenerator:
         str(folder), ToyTokenizer(), sampling({}), dtype="float32", max_model_len=96, gpu_memory_utilization=0.2,
         log=folder / "engine.log",
     )  # fmt: skip
-    push_weights(generator.llm, policy)
+    generator.sync(policy)
     return generator
 
 

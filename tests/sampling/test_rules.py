@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from toy import STOP, VOCAB, ToyTokenizer, prompt, toy_model
+from toy import STOP, VOCAB, ToyTokenizer, draw, prompt, toy_model
 
 from fastkl.errors import UserError
 from fastkl.rollout.transformers import TransformersGenerator, sample
@@ -106,7 +106,7 @@ def by_hand(row: torch.Tensor, position: int, s: Sampling) -> torch.Tensor:
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_the_transformers_generator_records_the_logprobs_of_what_it_drew_from(settings):
     model, s = toy_model(), sampling(**settings)
-    groups = TransformersGenerator(model, ToyTokenizer(), s).generate(PROMPTS, 8, seed=3, step=1)
+    groups = draw(TransformersGenerator(model, ToyTokenizer(), s), PROMPTS, 8, seed=3, step=1)
     for p, group in zip(PROMPTS, groups, strict=True):
         for c in group:
             logits = model(input_ids=torch.tensor([p.token_ids + c.token_ids]), use_cache=False).logits[0].detach()

@@ -65,7 +65,7 @@ def run(models, tmp_path, capsys):
         path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
         references = ("--reference", str(models / "reference")) if reference else ()
         dtype = ("--dtype", "float32")  # "auto" is bfloat16 on processors that are fast at it
-        code = main.main(["score", "--model", str(models / "policy"), *references, str(path), *dtype, *options])
+        code = main(["score", "--model", str(models / "policy"), *references, str(path), *dtype, *options])
         output, found = tmp_path / "in.scores.jsonl", []
         if output.exists():
             found = [json.loads(line) for line in output.read_text().splitlines()[1:]]
@@ -147,7 +147,7 @@ def test_storyteller_end_to_end_with_its_own_tokenizer(tmp_path, capsys):
 
     (tmp_path / "s.jsonl").write_text('{"prompt": "Once upon a time", "completion": ", a brave bear ran."}\n' * 3)
     path = str(tmp_path / "s.jsonl")
-    assert main.main(["score", "--model", "storyteller", path, "--output", "-", "--dtype", "float32"]) == 0
+    assert main(["score", "--model", "storyteller", path, "--output", "-", "--dtype", "float32"]) == 0
     header, *records = map(json.loads, capsys.readouterr().out.splitlines())
     assert header["settings"]["model"] == "storyteller" and len(records) == 3
     tokenizer = AutoTokenizer.from_pretrained(model_path())
@@ -286,19 +286,19 @@ def written(path: Path, lines: list) -> None:
 
 
 def test_the_reader_never_reads_past_one_window_however_long_the_file():
-    read = 0
+    taken = 0
 
     def endless(size: int) -> Iterator[bytes]:
-        nonlocal read
+        nonlocal taken
         while True:
-            read += 1
+            taken += 1
             yield b'{"prompt": "' + b"x" * size + b'"}\n'
 
     windows = read_windows(endless(100))
     for n in range(1, 200):
         window = next(windows)
-        assert len(window.rows) == read.WINDOW_LINES and read == n * read.WINDOW_LINES
-        assert window.rows[-1].number == read and window.end_bytes - window.start_bytes < 2 * read.WINDOW_BYTES
+        assert len(window.rows) == read.WINDOW_LINES and taken == n * read.WINDOW_LINES
+        assert window.rows[-1].number == taken and window.end_bytes - window.start_bytes < 2 * read.WINDOW_BYTES
     long_lines = next(read_windows(endless(read.WINDOW_BYTES // 3)))
     assert len(long_lines.rows) == 3
 
@@ -482,7 +482,7 @@ def test_wrong_options_are_refused_on_one_line(run, tmp_path, monkeypatch, optio
 
 
 def test_files_that_cannot_be_read_are_refused(models, capsys):
-    assert main.main(["score", "--model", str(models / "policy"), "nowhere.jsonl"]) == 2
+    assert main(["score", "--model", str(models / "policy"), "nowhere.jsonl"]) == 2
     assert "'nowhere.jsonl' cannot be read (No such file or directory)" in capsys.readouterr().err
 
 
@@ -496,7 +496,7 @@ def test_standard_input_goes_to_standard_output(models, capsys, monkeypatch):
         buffer = io.BytesIO(b'{"prompt": [1], "completion": [2, 3]}\n')
 
     monkeypatch.setattr("sys.stdin", Stdin)
-    assert main.main(["score", "--model", str(models / "policy"), "-"]) == 0
+    assert main(["score", "--model", str(models / "policy"), "-"]) == 0
     header, record = map(json.loads, capsys.readouterr().out.splitlines())
     assert header["settings"]["reference"] is None and record["token_ids"] == [2, 3]
 

@@ -6,15 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import STOP, ToyTokenizer, toy_batch, toy_config, toy_model
-from toy_step import CPU, step_gradient, toy_run
+from toy import STOP, ToyTokenizer, draw, toy_batch, toy_config, toy_model
+from toy_step import step_gradient, toy_update
 
 from fastkl.report.step_metrics import StepReport
 from fastkl.rollout import agreement
 from fastkl.rollout.transformers import TransformersGenerator
-from fastkl.training.loop import scorable, update
+from fastkl.scoring.pack import scorable
 from fastkl.training.setup import sampling_of
-from fastkl.training.stopwatch import Stopwatch
 from fastkl.types import RolloutBatch
 
 
@@ -40,7 +39,7 @@ def written_out_loss(policy, reference, batch, config) -> torch.Tensor:
             penalized.append(float(batch.rewards[b, k]) - config.kl_coef * float(kl))
         for i, logp in enumerate(logps):
             others = [r for j, r in enumerate(penalized) if j != i]
-            baseline = sum(others) / len(others) if config.baseline == "leave_one_out" else 0.0
+            baseline = sum(others) / len(others) if config.advantage == "rloo" else 0.0
             losses.append(-(penalized[i] - baseline) * logp)
         count += len(logps)
     return torch.stack(losses).sum() / count
@@ -49,7 +48,7 @@ def written_out_loss(policy, reference, batch, config) -> torch.Tensor:
 @pytest.mark.parametrize("options", [
     {},
     {"kl_reduction": "mean", "kl_coef": 5.0},
-    {"baseline": "none"},
+    {"advantage": "none"},
     {"temperature": 0.7},
     {"kl_coef": 0.0},
 ], ids=["default", "mean", "reinforce", "temperature", "beta-0"])  # fmt: skip
@@ -59,10 +58,10 @@ def test_gradient_of_the_whole_step_equals_autograd_of_the_written_out_objective
     reference = toy_model(1, tie_word_embeddings=tied).requires_grad_(False)
     config = toy_config(**options)
     batch = scored_by(policy, toy_batch(policy), config.temperature)
-    gradient, report = step_gradient(policy, reference, batch, config)
+    gradient, outcome = step_gradient(policy, reference, batch, config)
     expected_loss = written_out_loss(policy, reference, batch, config)
     expected = torch.autograd.grad(expected_loss, list(policy.parameters()))
-    assert report.loss == pytest.approx(expected_loss.item(), abs=1e-9)
+    assert outcome.total.loss == pytest.approx(expected_loss.item(), abs=1e-9)
     for (name, ours), theirs in zip(gradient.items(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -97,11 +96,11 @@ def test_gradient_under_truncated_sampling_is_that_of_the_logprobs_on_the_suppor
     config = toy_config(max_new_tokens=6, **options)
     sampling = sampling_of(config, (STOP,))
     prompts = toy_batch(policy).prompts
-    completions = TransformersGenerator(policy, ToyTokenizer(), sampling).generate(prompts, 4, seed=1, step=1)
+    completions = draw(TransformersGenerator(policy, ToyTokenizer(), sampling), prompts, 4, seed=1, step=1)
     rewards = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     batch = RolloutBatch(prompts, completions, rewards, torch.ones(3, 4, dtype=torch.bool), policy_version=0)
-    gradient, report = step_gradient(policy, reference, batch, config)
-    assert report.max_gap < 1e-5, "the generator recorded the log-probs of the same support"
+    gradient, outcome = step_gradient(policy, reference, batch, config)
+    assert outcome.total.gap_max < 1e-5, "the generator recorded the log-probs of the same support"
 
     losses = []
     for p, group, row in zip(prompts, completions, rewards.tolist(), strict=True):
@@ -161,8 +160,8 @@ def test_importance_weights_of_an_engine_that_agrees_change_nothing_and_of_anoth
     batch = toy_batch(policy)
     plain, _ = step_gradient(policy, reference, batch, toy_config())
     for level in ("token", "sequence"):
-        weighted, report = step_gradient(policy, reference, batch, toy_config(importance=level))
-        assert report.num_weights_cut == 0
+        weighted, outcome = step_gradient(policy, reference, batch, toy_config(importance=level))
+        assert outcome.total.num_weights_cut == 0
         for name in plain:
             torch.testing.assert_close(weighted[name], plain[name], rtol=1e-4, atol=1e-6)
 
@@ -170,13 +169,14 @@ def test_importance_weights_of_an_engine_that_agrees_change_nothing_and_of_anoth
 def test_micro_batches_add_up_to_the_big_batch_in_float32():
     policy, reference = toy_model(0, torch.float32), toy_model(1, torch.float32).requires_grad_(False)
     batch = toy_batch(policy)
-    whole, report = step_gradient(policy, reference, batch, toy_config())
-    parts, report_of_parts = step_gradient(policy, reference, batch, toy_config(micro_batch_tokens=1))
+    whole, outcome = step_gradient(policy, reference, batch, toy_config())
+    parts, outcome_of_parts = step_gradient(policy, reference, batch, toy_config(micro_batch_tokens=1))
     difference = torch.cat([(parts[name] - whole[name]).flatten() for name in whole])
     assert difference.norm() <= 1e-6 * torch.cat([gradient.flatten() for gradient in whole.values()]).norm()
-    assert report_of_parts.loss == pytest.approx(report.loss, abs=1e-6)
-    assert report_of_parts.num_tokens == report.num_tokens
-    torch.testing.assert_close(report_of_parts.sums, report.sums, rtol=1e-5, atol=1e-5, equal_nan=True)
+    ours, theirs = outcome_of_parts.total, outcome.total
+    assert ours.loss == pytest.approx(theirs.loss, abs=1e-6)
+    assert ours.num_tokens == theirs.num_tokens
+    torch.testing.assert_close(ours.sums, theirs.sums, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_a_non_finite_loss_skips_the_update_and_leaves_the_weights():
@@ -185,7 +185,8 @@ def test_a_non_finite_loss_skips_the_update_and_leaves_the_weights():
     batch.rewards[0, 0] = float("inf")
     config = toy_config()
     before = [p.detach().clone() for p in policy.parameters()]
-    assert not update(toy_run(policy, reference, config), batch, StepReport(1, batch, {}, config), Stopwatch(CPU))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    assert not toy_update(policy, reference, optimizer, batch, config).applied
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
     assert all(p.grad is None for p in policy.parameters())
 
@@ -198,14 +199,15 @@ def test_samples_from_other_weights_stop_the_run_before_the_update():
     config = toy_config()
     before = [p.detach().clone() for p in policy.parameters()]
     with pytest.raises(agreement.StaleEngineError, match="differ by"):
-        update(toy_run(policy, toy_model(1), config), batch, StepReport(2, batch, {}, config), Stopwatch(CPU))
+        toy_update(policy, toy_model(1), torch.optim.SGD(policy.parameters(), lr=1.0), batch, config, step=2)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
 def test_report_equals_the_scores_computed_one_sequence_at_a_time():
     policy, reference = toy_model(0), toy_model(1).requires_grad_(False)
     batch, config = toy_batch(policy), toy_config()
-    _, report = step_gradient(policy, reference, batch, config)
+    _, outcome = step_gradient(policy, reference, batch, config)
+    report = StepReport(1, batch, {}, config.kl_coef, outcome)
     metrics = report.metrics(1e-3, {"generate": 1.0}, None)
     logp_sum, ref_sum, kl_sum, entropy_sum, tokens = 0.0, 0.0, 0.0, 0.0, 0
     for p, group, valid in zip(batch.prompts, batch.completions, batch.valid.tolist(), strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkl.integrations.trl.support import KeptIds
 from fastkl.kernels.operators import Support, TokenScores, linear_token_scores
-from fastkl.scoring.head import Head
+from fastkl.kernels.types import Head
 
 ROW, KEPT = "fastkl_row", "fastkl_kept_ids"
 """Keys added to TRL's batches: the row's place at the rollout; the token ids that could be drawn there."""
@@ -26,7 +26,7 @@ class RowScores:
     entropy: Tensor | None
     kl: Tensor | None  # exact, over the whole vocabulary
     mask: Tensor  # bool [b, T]
-    kept: Sequence[KeptIds] | None  # of each row, where recorded
+    kept: list[KeptIds] | None  # of each row, where recorded
     balancing_loss: Tensor | None  # of the b rows, a scalar; for mixtures of experts whose auxiliary loss is on
 
 

@@ -28,10 +28,10 @@ from fastkl.integrations.trl.checks import REPLACED
 from fastkl.integrations.trl.forward import balancing_loss, base_model_of
 from fastkl.integrations.trl.rows import KEPT, ROW, Completions, RowScores, in_rollout_order
 from fastkl.integrations.trl.support import KeptIds, kept_support, record
+from fastkl.kernels.types import Head
 from fastkl.objective.kl_estimators import sampled_logprobs, sampled_ref_logprobs
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
-from fastkl.scoring.head import Head
 
 
 class Scorer:
@@ -270,9 +270,9 @@ class Scorer:
         if found[0].kl is None:
             return
         trainer = self.trainer
-        nats = torch.stack([(s.kl * s.mask).sum() for s in found]).sum()
-        tokens = torch.stack([s.mask.sum() for s in found]).sum()
-        totals = torch.stack([nats, tokens.float()])
+        totals = torch.stack(
+            [torch.stack([(s.kl * s.mask).sum() for s in found]).sum(), sum(s.mask.sum() for s in found).float()]
+        )
         total, count = trainer.accelerator.reduce(totals, reduction="sum").tolist()
         mode = "train" if trainer.model.training else "eval"
         trainer._metrics[mode]["kl_exact"].append(total / max(count, 1.0))

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fastkl.kernels.reference import head_logits
 from fastkl.kernels.support import keep_mask
-from fastkl.kernels.types import Support
-from fastkl.scoring.head import Head
+from fastkl.kernels.types import Head, Support
 
 CHUNK_LOGITS = 16 << 20
 """Logits held at a time while recording."""

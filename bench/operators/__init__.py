@@ -1,1 +1,0 @@
-"""The scoring operators beside PyTorch and other projects' functions."""

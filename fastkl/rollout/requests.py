@@ -1,0 +1,75 @@
+"""What a generator starts from, what it is asked for, one completion at a time, and what it answers with.
+
+A request carries its place, (prompt index, sample index), and a random seed of its own that derives from (run seed,
+step, prompt index, sample index): what it draws depends on no other request, on no global generator, and on no number
+of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastkl.sampling.params import Sampling
+from fastkl.types import Completion, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion that is wanted."""
+
+    prompt: Prompt
+    prompt_index: int  # b, of the B prompts of the whole step
+    sample_index: int  # k, of the K samples of the prompt
+    seed: int  # 63 bits
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a generator may need to start."""
+
+    source: str  # folder or hub id of the weights to start from
+    policy: nn.Module  # the model that is trained
+    tokenizer: Any
+    sampling: Sampling
+    dtype: torch.dtype  # of the trainer's matrix products: what is sampled from is what is scored
+    max_model_len: int  # tokens, of the longest prompt with its completion
+    gpu_memory_utilization: float
+    log: Path  # where an engine's own messages go
+
+
+def sample_seed(seed: int, step: int, prompt: int, sample: int) -> int:
+    """A 63-bit seed for one sample: the same on every machine, unrelated between neighbours."""
+    key = b"".join(value.to_bytes(8, "little", signed=True) for value in (seed, step, prompt, sample))
+    return int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+def requests_of(prompts: Sequence[Prompt], num_samples: int, *, seed: int, step: int) -> list[Request]:
+    """The step's B * K requests, the samples of a prompt in a row."""
+    return [
+        Request(prompt, b, k, sample_seed(seed, step, b, k))
+        for b, prompt in enumerate(prompts)
+        for k in range(num_samples)
+    ]
+
+
+def grouped(completions: Sequence[Completion], num_samples: int) -> tuple[tuple[Completion, ...], ...]:
+    """The completions of `requests_of`, in its order, as [B][K]."""
+    return tuple(tuple(completions[i : i + num_samples]) for i in range(0, len(completions), num_samples))
+
+
+def completion(token_ids: Sequence[int], logprobs: Sequence[float], sampling: Sampling, tokenizer: Any) -> Completion:
+    """A finished completion, with its text."""
+    stopped = bool(token_ids) and token_ids[-1] in sampling.stop_token_ids
+    return Completion(
+        token_ids=tuple(token_ids),
+        logprobs=tuple(logprobs),
+        finish_reason="stop" if stopped else "length",
+        text=tokenizer.decode(token_ids, skip_special_tokens=True),
+    )

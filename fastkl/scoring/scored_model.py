@@ -1,0 +1,107 @@
+"""ScoredModel: a causal language model as a module that scores.
+
+In: a PackedBatch, and what the reference made of it. Out: the scores of its N tokens, and the loss where coefficients
+are given. Backbone, head and fused operator all run inside the module's forward: whatever gathers parameters for a
+forward and lets them go afterwards (FSDP2) finds them needed nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastkl.kernels.operators import head_token_loss, head_token_scores
+from fastkl.kernels.types import CoefficientsFunction, Head, TokenScores
+from fastkl.sampling.params import Sampling
+from fastkl.sampling.replay import support_of
+from fastkl.scoring import backbone
+from fastkl.scoring.head import head_of
+from fastkl.types import PackedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """What the operator needs of one model."""
+
+    states: torch.Tensor  # [N, H]; row n predicts target_ids[n]
+    head: Head
+
+
+class Scored(NamedTuple):
+    """What a forward gives back."""
+
+    loss: torch.Tensor | None  # a scalar; None where no coefficients were given
+    scores: TokenScores  # of the N tokens
+
+
+class ScoredModel(nn.Module):
+    """model: a causal language model of transformers; layout: "packed" or "padded", as `choose_layout` found it.
+
+    dtype: of the backbone's matrix products, under autocast unless it is float32; head and scores are float32.
+    """
+
+    def __init__(self, model: nn.Module, layout: str = "packed", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.layout = layout
+        self.dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.model.parameters()).device
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Around every forward and the backward through it: the model's attention is the layout's, dropout is off."""
+        with backbone.scoring(self.model, self.layout):
+            yield
+
+    def hidden(self, batch: PackedBatch) -> Hidden:
+        """The backbone's part: how the reference takes part in the policy's forward. Differentiable."""
+        with self._autocast():
+            return Hidden(backbone.hidden_states(self.model, batch, self.layout), head_of(self.model))
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        reference: Hidden | None = None,
+        *,
+        sampling: Sampling,
+        coefficients: CoefficientsFunction | None = None,
+        row_splits: Sequence[int] | None = None,
+    ) -> Scored:
+        """Scores of the batch's tokens; on the ids that `sampling` allowed, too, where it kept some from being drawn.
+
+        coefficients: called with runs of rows that begin and end at row_splits (the bounds of the prompt groups) as
+        soon as they are scored; the loss is linear in the scores with these factors, and its gradient is taken while
+        the logits are at hand. Without it, the scores are differentiable.
+        """
+        policy = self.hidden(batch)
+        models = policy.states, policy.head, *((reference.states, reference.head) if reference else (None, None))
+        support = support_of(sampling, batch.completion_positions, len(policy.head.weight))
+        if coefficients is None:
+            return Scored(
+                None,
+                head_token_scores(*models, batch.target_ids, temperature=sampling.temperature, support=support),
+            )
+        return Scored(
+            *head_token_loss(
+                *models,
+                batch.target_ids,
+                coefficients,
+                row_splits=row_splits,
+                temperature=sampling.temperature,
+                support=support,
+            )
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)

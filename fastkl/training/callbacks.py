@@ -1,0 +1,35 @@
+"""Callbacks: what a run tells objects of the caller's while it lives.
+
+A callback is any object with some of these methods; what they raise ends the run like a failing reward does.
+
+    on_step_end(metrics, samples)   after each step: its line of metrics.jsonl, and its records of samples.jsonl
+    on_checkpoint(step, folder)     after each checkpoint that has been written
+    on_eval(metrics)                after each evaluation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastkl.errors import UserError
+
+HOOKS = ("on_step_end", "on_checkpoint", "on_eval")
+
+
+def check_callbacks(callbacks: Iterable[object]) -> tuple[object, ...]:
+    """The callbacks as a tuple. UserError for one that none of HOOKS would ever call."""
+    checked = tuple(callbacks)
+    for callback in checked:
+        if not any(callable(getattr(callback, hook, None)) for hook in HOOKS):
+            raise UserError(
+                f"callbacks: {callback!r} has none of {', '.join(HOOKS)}; give an object with one of these methods."
+            )
+    return checked
+
+
+def notify(callbacks: Iterable[object], hook: str, *arguments: Any) -> None:
+    """Calls the hook of every callback that has it."""
+    for callback in callbacks:
+        if (method := getattr(callback, hook, None)) is not None:
+            method(*arguments)
