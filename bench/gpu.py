@@ -6,9 +6,9 @@ the table. Less than nine minutes.
 
 First the correctness part: hidden in and logits in, forward and gradient, every kind of support, masks, bias, softcap,
 row temperatures, the gradient in the forward, batch independence bit for bit, the last id of a vocabulary beyond 2^31
-logits. Nothing is timed unless all of it passes. Then the jobs of fastkl/bench.py on real model shapes, peers included
-where they are installed (fastkl/bench_peers.py lists them), with the ceilings of this very GPU measured in the same
-run, and the memory target: N 65536, V 151936 within 3.5 GB beyond inputs and outputs.
+logits. Nothing is timed unless all of it passes. Then the jobs of fastkl/microbench/jobs.py on real model shapes, with
+the peers of fastkl/microbench/peers.py that are installed and the ceilings of this very GPU measured in the same run,
+and the memory target: N 65536, V 151936 within 3.5 GB beyond inputs and outputs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from fastkl.kernels.operators import (
     linear_token_scores,
     token_scores,
 )
-from fastkl.microbench.run import GPU_SHAPES, Shape, peak_mib, provenance, run_bench
+from fastkl.microbench.jobs import GPU_SHAPES, Shape
+from fastkl.microbench.measure import machine, peak_mib
+from fastkl.microbench.run import run_bench
 
 DRY_RUN = interpreting()
 
@@ -50,13 +52,13 @@ class Sizes:
     large: tuple[int, int]  # rows, vocabulary
     memory: tuple[int, int, int]
     shapes: tuple[Shape, ...]
-    repeats: int | None
+    seconds: float | None  # how long a row is timed
     slack: float  # on the bounds of the checks: the interpreter truncates to bfloat16 where the hardware rounds
 
 
 GPU = Sizes("cuda", (300, 256, 4099), (14400, 151936), (65536, 896, 151936), GPU_SHAPES, None, 1.0)
 TINY = (Shape("tiny", 64, 32, 211, torch.float32), Shape("tiny, softcap", 64, 32, 211, torch.bfloat16, 30.0))
-DRY = Sizes("cpu", (24, 32, 131), (5, 257), (64, 32, 211), TINY, 1, 3.0)
+DRY = Sizes("cpu", (24, 32, 131), (5, 257), (64, 32, 211), TINY, 0.0, 3.0)
 SIZES = DRY if DRY_RUN else GPU
 DEVICE = SIZES.device
 
@@ -275,13 +277,13 @@ def main() -> None:
         return
     torch.cuda.empty_cache()
     print("memory at N {}, H {}, V {}".format(*SIZES.memory), flush=True)
-    peaks = {**provenance(DEVICE), "rows_hidden_vocab": SIZES.memory, **memory_target()}
+    peaks = {"machine": machine(DEVICE), "rows_hidden_vocab": SIZES.memory, **memory_target()}
     Path(options.output).mkdir(parents=True, exist_ok=True)
     Path(options.output, "memory_target.json").write_text(json.dumps(peaks, indent=1))
     torch.cuda.empty_cache()
     shapes = SIZES.shapes[:2] if options.quick else SIZES.shapes
     left = options.budget - (time.perf_counter() - started)
-    run_bench(options.output, device=DEVICE, shapes=shapes, repeats=SIZES.repeats, budget_s=left)
+    run_bench(options.output, device=DEVICE, shapes=shapes, seconds=SIZES.seconds, budget_s=left)
     print(f"all of it took {time.perf_counter() - started:.0f} s")
 
 

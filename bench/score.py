@@ -14,7 +14,6 @@ are loaded to the last line written, and run in turn, `--rounds` times; the medi
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -24,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training import machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.common import parser, read_lines, write
 from fastkl.score_files import command
 from fastkl.storyteller import model_path
 from tools.storyteller.measure import held_out_stories
@@ -96,14 +95,13 @@ def plain_loop(folder: Path, rows_at_once: int) -> float:
 
 def batches(path: Path, size: int) -> Iterator[list[dict[str, Any]]]:
     """The file's lines, `size` at a time."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_lines(path)
     return (lines[i : i + size] for i in range(0, len(lines), size))
 
 
 def difference(folder: Path) -> tuple[int, float]:
     """(tokens of the completions, largest difference between the two files' numbers)."""
-    ours = [json.loads(line) for line in (folder / "fastkl.jsonl").read_text().splitlines()[1:]]
-    theirs = [json.loads(line) for line in (folder / "plain.jsonl").read_text().splitlines()]
+    ours, theirs = read_lines(folder / "fastkl.jsonl")[1:], read_lines(folder / "plain.jsonl")
     gaps = [
         (torch.tensor(a[name]) - torch.tensor(b[name])).abs().max()
         for a, b in zip(ours, theirs, strict=True)
@@ -113,12 +111,11 @@ def difference(folder: Path) -> tuple[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lines", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "score.json")
-    options = parser.parse_args()
+    p = parser(__doc__, "score.json")
+    p.add_argument("--lines", type=int, default=1024)
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--batch-tokens", type=int, default=4096)
+    options = p.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_job(folder, options.lines)
@@ -145,8 +142,7 @@ def main() -> None:
         "batch_tokens": options.batch_tokens,
         "largest_difference": gap,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"machine": machine(), "job": job, "results": results}, indent=1) + "\n")
+    write(options.output, {"job": job, "results": results})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,8 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from building import ROOT, build_wheel
 
-ROOT = Path(__file__).resolve().parents[1]
+import fastkl
 
 
 def python(code: str, *, cwd: Path, path: Path | None = None) -> str:
@@ -25,18 +26,7 @@ def python(code: str, *, cwd: Path, path: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """A wheel, built from a copy of the tree so that nothing is left behind in it."""
-    pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools")
-    tree = tmp_path_factory.mktemp("tree")
-    for name in ("fastkl", "kernels"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    build = "import setuptools.build_meta; setuptools.build_meta.build_wheel('dist')"
-    done = subprocess.run([sys.executable, "-c", build], capture_output=True, text=True, cwd=tree)
-    assert done.returncode == 0, done.stderr
-    (built,) = (tree / "dist").glob("fastkl-*-py3-none-any.whl")
-    return built
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
@@ -119,3 +109,14 @@ def test_plain_installation_needs_torch_alone():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert [requirement.partition(">")[0] for requirement in project["dependencies"]] == ["torch"]
     assert {"train", "vllm", "vllm-cpu", "dev"} <= set(project["optional-dependencies"])
+
+
+def test_ruff_is_the_same_one_everywhere():
+    dev = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
+    (pinned,) = (requirement for requirement in dev if requirement.startswith("ruff"))
+    assert set(re.findall(r"ruff==[\d.]+", (ROOT / ".pre-commit-config.yaml").read_text())) == {pinned}
+
+
+def test_the_citation_names_this_version():
+    version = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version and version[1] == fastkl.__version__

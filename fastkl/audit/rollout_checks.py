@@ -80,8 +80,8 @@ def padding_scored(rollouts: Rollouts) -> Finding | None:
     after, nats = 0, 0.0
     for row in rollouts.rows:
         end = next((t for t, y in enumerate(row.token_ids or ()) if y in ends), None)
-        for t in row.scored() if end is not None else ():
-            if t > end:
+        for t in row.scored():
+            if end is not None and t > end:
                 after, nats = after + 1, nats + row.logprobs[t] - row.ref_logprobs[t]
     if not after:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from fastkl.audit.alarm import SIGMAS, mean_and_error
 from fastkl.audit.rollout_checks import BAN, MASK, NOISE, REPLAY, WHOLE_OR_OUT, Finding
@@ -210,5 +210,5 @@ CHECKS: tuple[Callable[[RunRecord], Verdict], ...] = (
 )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, say `head`, has seen enough
-        sys.stdout = None  # type: ignore[assignment]  # or the interpreter would try to flush it
+        sys.stdout = None  # or the interpreter would try to flush it
         return 0
 
 

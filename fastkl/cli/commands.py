@@ -220,7 +220,12 @@ def run_storyteller(arguments: argparse.Namespace) -> int:
     """`fastkl storyteller`."""
     if arguments.output.exists() and not arguments.output.is_dir():
         raise UserError(f"output: {str(arguments.output)!r} is a file, not a folder; choose another --output.")
-    from tools.storyteller.make import make_storyteller
+    try:
+        from tools.storyteller.make import make_storyteller
+    except ModuleNotFoundError as missing:
+        if str(missing.name).partition(".")[0] != "tools":
+            raise
+        raise UserError("storyteller: needs a checkout of the repository; a wheel holds the finished model.") from None
 
     make_storyteller(arguments.output, seed=arguments.seed)
     return 0

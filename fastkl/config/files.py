@@ -40,8 +40,8 @@ def field_help() -> dict[str, FieldHelp]:
             continue
         above = lines[node.lineno - 2].strip()
         group = above.removeprefix("# ") if above.startswith("# ") else group
-        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-        found[node.target.id] = FieldHelp(" ".join(str(below.value.value).split()) if is_text else "", group)
+        text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
+        found[node.target.id] = FieldHelp(" ".join(str(text).split()), group)
     return found
 
 

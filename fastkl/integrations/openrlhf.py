@@ -15,7 +15,7 @@ samples (`packing_samples`), which need a GPU; action_scores packs by itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,6 @@ def action_scores(
     return TokenScores(*(None if (x := getattr(scores, n)) is None else x[:, -num_actions:] for n in names))
 
 
-def _model_of(actor: nn.Module) -> nn.Module:
+def _model_of(actor: Any) -> nn.Module:
     """The transformers model inside an Actor, which holds it as `model` and no output head of its own."""
     return actor if hasattr(actor, "get_output_embeddings") else actor.model

@@ -1,24 +1,33 @@
-"""The jobs of `fastkl bench`: inputs, implementations, peers, and what each costs at the very least.
+"""The jobs of `fastkl bench`: what is given, what is wanted, and what that costs at the very least; and our own rows.
 
-A logits -> logp, entropy.  B the same with reference and exact KL.  C B with the gradient over the logits.  D hidden
-states -> B's scores, no gradient.  E hidden -> logp, entropy, with gradients.  F hidden -> B's scores and exact-KL
-gradient.  G a GRPO step with k3 in the loss.  H F with a frozen head shared with the reference.  I B on a support.
+A job is a set of scores of one problem's rows, with or without the gradient of a loss of them. Every implementation is
+a function with the signature of token_scores (logits given) or linear_token_scores (hidden states and heads given), so
+that `solve` runs them all alike, and the float64 reference with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkl.kernels import reference
-from fastkl.kernels.operators import Support, TokenCoefficients, linear_token_loss, linear_token_scores, token_scores
+from fastkl.kernels.operators import (
+    Support,
+    TokenCoefficients,
+    TokenScores,
+    linear_token_loss,
+    linear_token_scores,
+    token_scores,
+)
 
-CHECK_ROWS = 32
-"""How many rows are compared with float64."""
+CHECK_ROWS = slice(0, 32)
+"""The rows that are compared with float64."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +53,126 @@ GPU_SHAPES = (
 )
 
 
+class Problem:
+    """The inputs of one shape. Random, never zeros: zeros draw less power and run faster."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        g = torch.Generator(device).manual_seed(0)
+        self.shape, self.device, n, h, v = shape, device, shape.rows, shape.hidden, shape.vocab
+
+        def randn(*size: int) -> Tensor:
+            return torch.randn(*size, generator=g, device=device)
+
+        weight, hidden = randn(v, h) * 2.0 / h**0.5, randn(n, h)
+        self.weight = weight.to(shape.dtype)
+        self.ref_weight = (weight + 0.02 * randn(v, h)).to(shape.dtype)
+        self.hidden = hidden.to(shape.dtype)
+        self.ref_hidden = (hidden + 0.05 * randn(n, h)).to(shape.dtype)
+        self.targets = torch.randint(0, v, (n,), generator=g, device=device)
+        self.a, self.c = randn(n), 0.1 * randn(n).abs()  # the loss's factors
+
+    @cached_property
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Policy and reference logits in the shape's dtype."""
+        return self.hidden @ self.weight.t(), self.ref_hidden @ self.ref_weight.t()
+
+    def exact(self, of_logits: bool, rows: slice = CHECK_ROWS) -> Problem:
+        """Some of the rows in float64; of_logits: with the logits as they were rounded."""
+        part = copy(self)
+        part.weight, part.ref_weight = self.weight.double(), self.ref_weight.double()
+        part.hidden, part.ref_hidden = self.hidden[rows].double(), self.ref_hidden[rows].double()
+        part.targets, part.a, part.c = self.targets[rows], self.a[rows], self.c[rows]
+        if of_logits:
+            part.logits = tuple(z[rows].double() for z in self.logits)
+        return part
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job. The loss whose gradient is wanted: the sum of a * the first score + c * the last one, or k3's."""
+
+    given: str
+    wanted: str
+    scores: tuple[str, ...]  # fields of TokenScores
+    head_products: float  # in units of 2 N H V operations: the least that any implementation needs
+    logit_passes: float  # N V logits read or written, likewise
+    of_logits: bool = False
+    with_reference: bool = True
+    gradient: bool = True
+    frozen_head: bool = False  # one head, the policy's and the reference's, that takes no gradient
+    k3: bool = False
+
+    def inputs(self, p: Problem) -> tuple[tuple[Tensor | None, ...], list[Tensor]]:
+        """What a function is called with before the targets, and of that what is differentiated (fresh leaves)."""
+        if self.of_logits:
+            z, r = p.logits
+            z = z.clone().requires_grad_() if self.gradient else z
+            return (z, r if self.with_reference else None), [z]
+        hidden = p.hidden.detach().requires_grad_()
+        weight = p.weight if self.frozen_head else p.weight.detach().requires_grad_()
+        ref_weight = weight if self.frozen_head else p.ref_weight
+        ref = (p.ref_hidden, ref_weight) if self.with_reference else (None, None)
+        return (hidden, weight, *ref), [hidden] if self.frozen_head else [hidden, weight]
+
+    def loss(self, p: Problem, scores: TokenScores, found: Sequence[Tensor]) -> Tensor:
+        """found: the scores that the function gave of those wanted."""
+        if self.k3:
+            gap = scores.ref_logprobs - scores.policy_logprobs
+            return (-p.a * scores.policy_logprobs + p.c * (gap.exp() - 1 - gap)).sum()
+        loss = (p.a * found[0]).sum()
+        return loss + (p.c * found[-1]).sum() if len(found) > 1 else loss
+
+
+HEADS, LOGITS = "hidden states and heads of policy and reference", "logits of policy and reference"
+POLICY, STEP = "hidden states and head of the policy", "and all gradients"
+KL, ENTROPY = ("policy_logprobs", "kl"), ("policy_logprobs", "entropy")
+
+JOBS = {
+    "A": Job("logits of the policy", "log-probs, entropy", ENTROPY, 0, 1, True, False, gradient=False),
+    "B": Job(LOGITS, "log-probs, exact KL", KL, 0, 2, True, gradient=False),
+    "C": Job(LOGITS, "log-probs, exact KL, and the logits' gradient", KL, 0, 7, True),
+    "D": Job(HEADS, "log-probs, exact KL", KL, 2, 0, gradient=False),
+    "E": Job(POLICY, f"log-probs, entropy, {STEP}", ENTROPY, 4, 0, with_reference=False),
+    "F": Job(HEADS, f"log-probs, exact KL, {STEP}", KL, 4, 0),
+    "G": Job(HEADS, f"a GRPO step with k3 in the loss: log-probs {STEP}", KL[:1], 4, 0, k3=True),
+    "H": Job("hidden states of both and one frozen head", "log-probs, exact KL, the hidden gradient", KL, 3, 0,
+             frozen_head=True),
+    "I": Job(LOGITS, "log-probs, exact KL on the sampler's support", ("policy_logprobs_support", "kl_support"), 0, 2,
+             True, gradient=False),
+}  # fmt: skip
+
+
+Scorer = Callable[..., TokenScores | tuple[Tensor, TokenScores]]
+"""A function with our signature; or one that returns its loss first, as linear_token_loss does."""
+
+
+def solve(
+    job: Job, p: Problem, scorer: Scorer, inputs: tuple[tuple[Tensor | None, ...], list[Tensor]] | None = None
+) -> list[Tensor]:
+    """The job done once: those of the scores that the scorer gives, then the gradients. inputs: made beforehand."""
+    given, leaves = job.inputs(p) if inputs is None else inputs
+    with torch.set_grad_enabled(job.gradient):
+        out = scorer(*given, p.targets)
+        loss, scores = out if isinstance(out, tuple) else (None, out)
+        found = [score for name in job.scores if (score := getattr(scores, name)) is not None]
+        if not job.gradient:
+            return found
+        loss = job.loss(p, scores, found) if loss is None else loss
+    return [*(score.detach() for score in found), *torch.autograd.grad(loss, leaves)]
+
+
 @dataclass(frozen=True)
 class Row:
-    """One implementation of one job: a call that returns its results, and what the job costs at the very least."""
+    """One implementation of one job, ready to be called, checked and timed."""
 
     job: str
     name: str
     shape: Shape
-    call: Callable[[], list[Tensor]]  # scores [N] (and the hidden or logits gradient last)
-    expected: Callable[[], list[Tensor]]  # the same of the first CHECK_ROWS rows, in float64
-    head_products: float  # in units of 2 N H V operations
-    logit_passes: float  # N V logits read or written
+    call: Callable[[], list[Tensor]]  # scores [N], then the gradient towards hidden states or logits
+    expected: Callable[[], list[Tensor]]  # the same of CHECK_ROWS, in float64
+    head_products: float
+    logit_passes: float
+    doubt: str = ""  # why the row is no like-for-like comparison, if it is none
 
     @property
     def compiled(self) -> bool:
@@ -62,182 +180,79 @@ class Row:
         return self.name.startswith(("compiled", "Liger GRPO"))
 
 
-class Problem:
-    """The inputs of one shape. Random, never zeros: zeros draw less power and run faster."""
+def make_row(
+    p: Problem, letter: str, name: str, scorer: Scorer, *, gives: Sequence[str] | None = None, doubt: str = "",
+    support: Support | None = None, head_products: float | None = None, logit_passes: float | None = None,
+) -> Row:  # fmt: skip
+    """gives: the wanted scores that the scorer returns, if not all; its floor may then be lower, too."""
+    job = JOBS[letter]
+    gives = job.scores if gives is None else gives
+    kept = len(gives) + job.gradient  # a head's gradient is computed, but too large to check
+    if job.of_logits:
+        oracle: Scorer = partial(reference.token_scores, support=support)
+    else:
+        oracle = partial(reference.linear_token_scores, softcap=p.shape.softcap)
 
-    def __init__(self, shape: Shape, device: str) -> None:
-        g = torch.Generator(device).manual_seed(0)
-        self.shape, n, h, v = shape, shape.rows, shape.hidden, shape.vocab
+    def of_those_given(*inputs: Tensor | None) -> TokenScores:
+        out = oracle(*inputs)
+        return TokenScores(**{n: getattr(out, n) for n in {*gives, "policy_logprobs", "ref_logprobs"}})
 
-        def randn(*size: int) -> Tensor:
-            return torch.randn(*size, generator=g, device=device)
+    def expected() -> list[Tensor]:
+        exact = solve(job, p.exact(job.of_logits), of_those_given)
+        return exact[:kept] if gives else exact[len(job.scores) :][:kept]
 
-        weight = randn(v, h) * 2.0 / h**0.5
-        self.weight = weight.to(shape.dtype).requires_grad_()
-        self.ref_weight = (weight + 0.02 * randn(v, h)).to(shape.dtype)
-        hidden = randn(n, h)
-        self.hidden = hidden.to(shape.dtype).requires_grad_()
-        self.ref_hidden = (hidden + 0.05 * randn(n, h)).to(shape.dtype)
-        self.targets = torch.randint(0, v, (n,), generator=g, device=device)
-        self.a, self.c = randn(n), 0.1 * randn(n).abs()
-
-    def heads(self, rows: slice = slice(None)) -> tuple[Tensor, ...]:
-        """The first five arguments of linear_token_scores."""
-        return self.hidden[rows], self.weight, self.ref_hidden[rows], self.ref_weight, self.targets[rows]
-
-    @cache  # noqa: B019 (a problem lives as long as its rows)
-    def logits(self) -> tuple[Tensor, Tensor]:
-        """Policy and reference logits in the shape's dtype."""
-        with torch.no_grad():
-            return self.hidden @ self.weight.t(), self.ref_hidden @ self.ref_weight.t()
-
-    def gradients(self, loss: Tensor, *extra: Tensor, frozen: bool = False) -> list[Tensor]:
-        """The scores, then the hidden gradient (the head's is computed, and dropped)."""
-        leaves = [self.hidden] if frozen else [self.hidden, self.weight]
-        return [*(x.detach() for x in extra), torch.autograd.grad(loss, leaves)[0]]
+    return Row(
+        letter, name, p.shape, lambda: solve(job, p, scorer)[:kept], expected,
+        job.head_products if head_products is None else head_products,
+        job.logit_passes if logit_passes is None else logit_passes, doubt,
+    )  # fmt: skip
 
 
-def rows_of(problem: Problem) -> Iterator[Row]:
-    """Every job with our operators and with plain PyTorch; the other projects are in bench_peers.py."""
-    p, s = problem, problem.shape
-    first = slice(0, CHECK_ROWS)
-    options = {"softcap": s.softcap}
+def in_the_forward(p: Problem, k3: bool = False, **options: Any) -> Scorer:
+    """linear_token_loss with the job's loss: it takes the gradient while the logits are still at hand."""
+    if not k3:
+        return partial(linear_token_loss, coefficients=TokenCoefficients(policy_logprobs=p.a, kl=p.c), **options)
 
-    def oracle(weighted: bool = False, shared: bool = False) -> list[Tensor]:
-        hidden, weight, ref_hidden, ref_weight, targets = (x.detach() for x in p.heads(first))
-        leaf = hidden.double().requires_grad_()
-        ref_weight = weight if shared else ref_weight
-        out = reference.linear_token_scores(
-            leaf, weight.double(), ref_hidden.double(), ref_weight.double(), targets, **options
-        )
-        loss = (p.a[first] * out.policy_logprobs).sum() + (p.c[first] * (out.kl if weighted else out.entropy)).sum()
-        kl = [out.kl] if weighted else [out.entropy]
-        return [out.policy_logprobs.detach(), *(x.detach() for x in kl), torch.autograd.grad(loss, leaf)[0]]
+    def coefficients(rows: slice, s: TokenScores) -> TokenCoefficients:
+        """With k = log p - log q, k3 = exp(-k) - 1 + k has the slope 1 - exp(-k)."""
+        slope = 1 - (s.ref_logprobs - s.policy_logprobs).exp()
+        return TokenCoefficients(policy_logprobs=-p.a[rows] + p.c[rows] * slope)
 
-    def scores(function: Callable, grad: bool, shared: bool = False) -> list[Tensor]:
-        hidden, weight, ref_hidden, ref_weight, targets = p.heads()
-        if shared:
-            weight = ref_weight = p.weight.detach()
-        with torch.set_grad_enabled(grad):
-            out = function(hidden, weight, ref_hidden, ref_weight, targets, **options)
-        if not grad:
-            return [out.policy_logprobs, out.kl]
-        loss = (p.a * out.policy_logprobs).sum() + (p.c * out.kl).sum()
-        return p.gradients(loss, out.policy_logprobs, out.kl, frozen=shared)
+    splits = sorted({*range(0, p.shape.rows, max(1, p.shape.rows // 64)), p.shape.rows})
+    return partial(linear_token_loss, coefficients=coefficients, row_splits=splits, outputs=(), **options)
 
-    def loss(shared: bool = False) -> list[Tensor]:
-        weight, ref_weight = (p.weight.detach(),) * 2 if shared else (p.weight, p.ref_weight)
-        factors = TokenCoefficients(policy_logprobs=p.a, kl=p.c)
-        value, out = linear_token_loss(p.hidden, weight, p.ref_hidden, ref_weight, p.targets, factors, **options)
-        return p.gradients(value, out.policy_logprobs, out.kl, frozen=shared)
 
-    def entropy_step(function: Callable) -> list[Tensor]:
-        out = function(p.hidden, p.weight, None, None, p.targets, **options)
-        total = (p.a * out.policy_logprobs).sum() + (p.c * out.entropy).sum()
-        return p.gradients(total, out.policy_logprobs, out.entropy)
-
-    def with_kl(shared: bool = False) -> list[Tensor]:
-        return oracle(weighted=True, shared=shared)
-
-    plain = reference.linear_token_scores
-    yield Row("D", "fastkl", s, lambda: scores(linear_token_scores, False), lambda: with_kl()[:2], 2, 0)
-    yield Row("D", "plain PyTorch", s, lambda: scores(plain, False), lambda: with_kl()[:2], 2, 0)
-    yield Row("E", "fastkl", s, lambda: entropy_step(linear_token_scores), oracle, 4, 0)
-    yield Row("E", "plain PyTorch", s, lambda: entropy_step(plain), oracle, 4, 0)
-    yield Row("F", "fastkl, autograd", s, lambda: scores(linear_token_scores, True), with_kl, 4, 0)
-    yield Row("F", "fastkl, gradient in the forward", s, loss, with_kl, 4, 0)
-    yield Row("F", "plain PyTorch", s, lambda: scores(plain, True), with_kl, 4, 0)
-    yield Row("H", "fastkl, autograd", s, lambda: scores(linear_token_scores, True, True), lambda: with_kl(True), 3, 0)
-    yield Row("H", "fastkl, gradient in the forward", s, lambda: loss(True), lambda: with_kl(True), 3, 0)
-    yield Row("H", "plain PyTorch", s, lambda: scores(plain, True, True), lambda: with_kl(True), 3, 0)
-    if p.hidden.is_cuda:
-        compiled = torch.compile(plain, dynamic=False)
-        yield Row("F", "compiled PyTorch", s, lambda: scores(compiled, True), with_kl, 4, 0)
-    yield from _grpo_rows(p, options)
-    if s.softcap is None:
+def own_rows(p: Problem) -> Iterator[Row]:
+    """Every job with our operators and with plain PyTorch; other projects' are in peers.py."""
+    options = {"softcap": p.shape.softcap}
+    ours, plain = partial(linear_token_scores, **options), partial(reference.linear_token_scores, **options)
+    for letter in "DEFHG":
+        if letter in "DE":
+            yield make_row(p, letter, "fastkl", ours)
+        if letter in "FH":
+            yield make_row(p, letter, "fastkl, autograd", ours)
+        if letter in "FHG":
+            forward = in_the_forward(p, k3=JOBS[letter].k3, **options)
+            yield make_row(p, letter, "fastkl, gradient in the forward", forward)
+        yield make_row(p, letter, "plain PyTorch", plain)
+        if letter == "F" and p.device == "cuda":  # elsewhere compiling takes longer than the whole matrix
+            yield make_row(p, "F", "compiled PyTorch", torch.compile(plain, dynamic=False))
+    if p.shape.softcap is None:
         yield from _logits_rows(p)
-
-
-def _grpo_rows(p: Problem, options: dict) -> Iterator[Row]:
-    """k3 = exp(-k) - 1 + k in the loss, k = logp - ref logp: its factor on logp is 1 - exp(-k)."""
-
-    def factor(a: Tensor, c: Tensor, logp: Tensor, ref_logp: Tensor) -> Tensor:
-        return -a + c * (1 - torch.exp(ref_logp - logp))
-
-    def fused() -> list[Tensor]:
-        def coefficients(rows: slice, scores) -> TokenCoefficients:
-            return TokenCoefficients(
-                policy_logprobs=factor(p.a[rows], p.c[rows], scores.policy_logprobs, scores.ref_logprobs)
-            )
-
-        splits = range(0, p.shape.rows + 1, max(1, p.shape.rows // 64))
-        splits = [*splits] if p.shape.rows in splits else [*splits, p.shape.rows]
-        value, out = linear_token_loss(*p.heads(), coefficients, row_splits=splits, outputs=(), **options)
-        return p.gradients(value, out.policy_logprobs)
-
-    def step(function: Callable, rows: slice, *heads: Tensor) -> list[Tensor]:
-        out = function(*heads, **options)
-        a, c = p.a[rows], p.c[rows]
-        gap = out.ref_logprobs - out.policy_logprobs
-        loss = (-a * out.policy_logprobs + c * (gap.exp() - 1 - gap)).sum()
-        leaves = [heads[0]] if heads[0] is not p.hidden else [p.hidden, p.weight]
-        return [out.policy_logprobs.detach(), torch.autograd.grad(loss, leaves)[0]]
-
-    def oracle() -> list[Tensor]:
-        rows = slice(0, CHECK_ROWS)
-        heads = [x.detach().double() if x.is_floating_point() else x for x in p.heads(rows)]
-        return step(reference.linear_token_scores, rows, heads[0].requires_grad_(), *heads[1:])
-
-    everything = slice(None)
-    whole = (p.hidden, p.weight, p.ref_hidden, p.ref_weight, p.targets)
-    yield Row("G", "fastkl, gradient in the forward", p.shape, fused, oracle, 4, 0)
-    yield Row(
-        "G", "plain PyTorch", p.shape, lambda: step(reference.linear_token_scores, everything, *whole), oracle, 4, 0
-    )
 
 
 def _logits_rows(p: Problem) -> Iterator[Row]:
     """Logits in: forward alone, with the reference, with the gradient, and on a support."""
-    s, first = p.shape, slice(0, CHECK_ROWS)
-    z, r = p.logits()
-
-    def forward(function: Callable, ref: Tensor | None, rows: slice, double: bool = False, **options) -> list[Tensor]:
-        logits, ref = z[rows], None if ref is None else ref[rows]
-        if double:
-            logits, ref = logits.double(), None if ref is None else ref.double()
-        out = function(logits, ref, p.targets[rows], **options)
-        last = out.kl_support if "support" in options else out.entropy if ref is None else out.kl
-        return [out.policy_logprobs_support if "support" in options else out.policy_logprobs, last]
-
-    def backward(function: Callable, rows: slice, double: bool = False, **options) -> list[Tensor]:
-        leaf = (z[rows].double() if double else z[rows].clone()).requires_grad_()
-        out = function(leaf, r[rows].double() if double else r[rows], p.targets[rows], **options)
-        loss = (p.a[rows] * out.policy_logprobs).sum() + (p.c[rows] * out.kl).sum()
-        return [out.policy_logprobs.detach(), torch.autograd.grad(loss, leaf)[0]]
-
-    every = slice(None)
-    plain, ours = reference.token_scores, token_scores
-    contenders = [("fastkl", ours, {"inplace_backward": True}), ("plain PyTorch", plain, {})]
-    if z.is_cuda:  # elsewhere compiling takes longer than the whole matrix
-        contenders.append(("compiled PyTorch", torch.compile(plain, dynamic=False), {}))
-    for name, function, inplace in contenders:
-        for job, ref, passes in (("A", None, 1), ("B", r, 2)):
-            yield Row(
-                job, name, s, lambda f=function, ref=ref: forward(f, ref, every),
-                lambda ref=ref: forward(plain, ref, first, True), 0, passes,
-            )  # fmt: skip
-        yield Row(
-            "C", name, s, lambda f=function, o=inplace: backward(f, every, **o),
-            lambda: backward(plain, first, True), 0, 7,
-        )  # fmt: skip
-        if name == "compiled PyTorch":
-            continue
-        for label, support in (
-            ("top_k 50", Support(top_k=50)),
-            ("top_p 0.95", Support(top_p=0.95)),
-            ("min_p 0.05", Support(min_p=0.05)),
-        ):
-            yield Row(
-                "I", f"{name}, {label}", s, lambda f=function, x=support: forward(f, r, every, support=x),
-                lambda x=support: forward(plain, r, first, True, support=x), 0, 2,
-            )  # fmt: skip
+    contenders = {"fastkl": token_scores, "plain PyTorch": reference.token_scores}
+    if p.device == "cuda":
+        contenders["compiled PyTorch"] = torch.compile(reference.token_scores, dynamic=False)
+    supports = {
+        "top_k 50": Support(top_k=50), "top_p 0.95": Support(top_p=0.95), "min_p 0.05": Support(min_p=0.05),
+    }  # fmt: skip
+    for name, function in contenders.items():
+        in_place = partial(function, inplace_backward=True) if name == "fastkl" else function
+        yield make_row(p, "A", name, function)
+        yield make_row(p, "B", name, function)
+        yield make_row(p, "C", name, in_place)
+        for label, support in supports.items() if name != "compiled PyTorch" else ():
+            yield make_row(p, "I", f"{name}, {label}", partial(function, support=support), support=support)

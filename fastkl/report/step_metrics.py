@@ -38,7 +38,9 @@ class StepReport:
         self.kl_coef = kl_coef
         self.outcome = outcome
 
-    def metrics(self, lr: float, seconds: Mapping[str, float], well_formed: Callable | None) -> dict[str, float | int]:
+    def metrics(
+        self, lr: float, seconds: Mapping[str, float], well_formed: Callable[..., float] | None
+    ) -> dict[str, float | int]:
         """The step's line of metrics.jsonl, but for the run's own counters."""
         batch, total = self.batch, self.outcome.total
         scored = ~total.sums[..., 0].isnan()

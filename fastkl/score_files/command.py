@@ -252,7 +252,7 @@ class Scorer:
         with backbone.scoring(model, layout), self._autocast():
             return backbone.hidden_states(model, micro, layout)
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -281,8 +281,8 @@ class Scorer:
 
 def as_rollouts(jobs: Sequence[Job]) -> RolloutBatch:
     """The jobs as groups of one sample each, for pack.py."""
-    prompts = tuple(Prompt(job.prompt, "", "", job.number) for job in jobs)
-    samples = tuple((Completion(job.completion, (0.0,) * len(job.completion), "stop", ""),) for job in jobs)
+    prompts = tuple(Prompt(job.prompt_ids, "", "", job.number) for job in jobs)
+    samples = tuple((Completion(job.completion_ids, (0.0,) * len(job.completion), "stop", ""),) for job in jobs)
     shape = len(jobs), 1
     return RolloutBatch(prompts, samples, torch.zeros(shape), torch.ones(shape, dtype=torch.bool), policy_version=0)
 

@@ -73,6 +73,18 @@ class Job:
     mask: Tokens | None  # 0/1 per completion token
     sampling: Sampling
 
+    @property
+    def prompt_ids(self) -> Tokens:
+        """The prompt, which must have been tokenized."""
+        assert not isinstance(self.prompt, str)
+        return self.prompt
+
+    @property
+    def completion_ids(self) -> Tokens:
+        """The completion, which must have been tokenized."""
+        assert not isinstance(self.completion, str)
+        return self.completion
+
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
@@ -162,7 +174,7 @@ class JobReader:
             text_or_ids("prompt", prompt),
             chat,
             text_or_ids("completion", completion),
-            None if record.get("mask") is None else text_or_ids("mask", record["mask"]),
+            None if record.get("mask") is None else only_ids("mask", record["mask"]),
             self.sampling({**row.settings, **sampling_field(record)}),
         )
 
@@ -182,12 +194,12 @@ class JobReader:
             ("prompt", False, lambda job: isinstance(job.prompt, str) and job.is_chat),
             ("completion", False, lambda job: isinstance(job.completion, str)),
         ):
-            places = [i for i, job in enumerate(jobs) if isinstance(job, Job) and chosen(job)]
-            if places:
-                texts = [getattr(jobs[i], name) for i in places]
-                encoded = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
-                for i, token_ids in zip(places, encoded, strict=True):
-                    jobs[i] = replace(jobs[i], **{name: tuple(token_ids)})
+            texts = {i: job for i, job in enumerate(jobs) if isinstance(job, Job) and chosen(job)}
+            if texts:
+                encoded = self.tokenizer([getattr(job, name) for job in texts.values()], add_special_tokens=special)
+                for (i, job), token_ids in zip(texts.items(), encoded["input_ids"], strict=True):
+                    tokenized: dict[str, Any] = {name: tuple(token_ids)}
+                    jobs[i] = replace(job, **tokenized)
         return jobs
 
     def _checked(self, job: Job) -> Job:
@@ -238,6 +250,14 @@ def text_or_ids(name: str, value: Any) -> str | Tokens:
     raise UserError(f"its {name} is not {kinds.get(name, 'a text or token ids')}.")
 
 
+def only_ids(name: str, value: Any) -> Tokens:
+    """text_or_ids where a text makes no sense."""
+    found = text_or_ids(name, value)
+    if isinstance(found, str):
+        raise UserError(f"its {name} is a text, not a list of token ids.")
+    return found
+
+
 def id_of(record: Mapping[str, Any]) -> str | int | None:
     """The line's own name for itself, copied to the output."""
     found = record.get("id")
@@ -265,6 +285,6 @@ def sampling_of(parameters: Mapping[str, Any], base: TrainConfig, stop_token_ids
     check_config(config)
     stops = set(stop_token_ids)
     for name in ("stop_token_ids", "eos_token_ids"):
-        stops |= set(text_or_ids(name, parameters.get(name) or []))
+        stops |= set(only_ids(name, parameters.get(name) or []))
     shared = {name: getattr(config, name) for name in SAMPLING_NAMES}
     return Sampling(max_new_tokens=config.max_new_tokens, stop_token_ids=tuple(sorted(stops)), **shared)

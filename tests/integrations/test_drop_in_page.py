@@ -29,11 +29,12 @@ def test_the_example_with_hidden_states_runs():
 
 
 def test_the_tables_are_those_of_the_recorded_run(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
-    from drop_in import table
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    from bench.operators.drop_in import table
 
     record = json.loads((ROOT / "bench" / "results" / "drop_in.json").read_text())
-    for text in (table(record).strip(), record["machine"]["command"], record["machine"]["device"].split(" ")[0]):
+    script = record["machine"]["command"].rpartition("/")[2]
+    for text in (table(record).strip(), script, record["machine"]["device"].split(" ")[0]):
         assert text in PAGE
 
 

@@ -1,7 +1,7 @@
 """The real generators: the mean of k1 over sampled tokens is the exact KL on the support, by four standard errors.
 
 100,000 tokens per setting with the transformers generator, 20,000 with vLLM, which takes longer for so small a model
-(FASTKL_MONTE_CARLO_TOKENS sets another number; bench/monte_carlo.py draws 100,000 with both).
+(FASTKL_MONTE_CARLO_TOKENS sets another number; bench/training/monte_carlo.py draws 100,000 with both).
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from fastkl.storyteller.checker import split_sentences
 from fastkl.storyteller.grammar import expand, num_stories_at_least, templates
 from fastkl.storyteller.lexicon import GENDER, WORDS
 
+ROOT = Path(__file__).resolve().parents[2]
 ADJECTIVES = {word for category in ("trait", "look", "taste", "scene", "weather") for word in WORDS[category]}
 SWAPPED = {"he": "she", "she": "he", "him": "her", "her": "him", "his": "her"}
 
@@ -282,6 +283,20 @@ def test_well_formed_share_pools_sentences_over_texts():
     assert well_formed_share(["Once upon", ""]) == 0.0
 
 
+def test_an_installed_package_says_in_one_sentence_that_remaking_the_model_needs_a_checkout(tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "fastkl").symlink_to(ROOT / "fastkl")
+    code = (
+        "import sys; from pathlib import Path; "
+        f"sys.path = [{str(site)!r}, *(p for p in sys.path if not Path(p, 'tools', 'storyteller').is_dir())]; "
+        "from fastkl.cli import main; sys.exit(main(['storyteller', '--output', 'new']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "needs a checkout of the repository" in done.stderr
+
+
 # Making it ---------------------------------------------------------------------------------------------------------
 
 
@@ -313,7 +328,7 @@ def test_muon_updates_by_the_orthogonal_factor_of_the_nesterov_momentum():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two runs of the same tiny recipe."""
-    from fastkl.storyteller import measure
+    from tools.storyteller import measure
     from tools.storyteller.make import make_storyteller
 
     folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]

@@ -1,8 +1,8 @@
 """Real steps of a small policy that wants to end where min_tokens bans the end, scored by the trainer and naively.
 
 The naive scorer, kept here as the control, is the trainer's own step told that every id could be drawn. Its KL estimate
-goes below zero and stays there, while the policy is 10 nats and more away from the reference. bench/naive_control.py
-does the same with the storyteller.
+goes below zero and stays there, while the policy is 10 nats and more away from the reference.
+bench/training/naive_control.py does the same with the storyteller.
 """
 
 from __future__ import annotations

@@ -23,14 +23,14 @@ Task = Callable[[Any, Head], dict[str, Tensor]]
 """(the trunk's outputs with last_hidden_state [b, L, H], the model's head) -> tensors, which the forward returns."""
 
 
-def base_model_of(trainer: Any, model: nn.Module) -> nn.Module:
+def base_model_of(trainer: Any, model: Any) -> nn.Module:
     """The causal language model inside the wrappers of accelerate and PEFT."""
     model = trainer.accelerator.unwrap_model(model)
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 @contextmanager
-def forward_task(model: nn.Module) -> Iterator[None]:
+def forward_task(model: Any) -> Iterator[None]:
     """Teaches one model instance `model(..., fastkl_task=task)`. UserError if its head is not known to fastkl."""
     check_known_head(model)
     own_forward = model.forward
@@ -62,7 +62,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp_(min=0)
 
 
-def balancing_loss(model: nn.Module, router_logits: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
+def balancing_loss(model: Any, router_logits: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
     """The auxiliary loss of a mixture of experts, as transformers' and TRL's own forwards take it."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 

@@ -26,7 +26,7 @@ class RowScores:
     entropy: Tensor | None
     kl: Tensor | None  # exact, over the whole vocabulary
     mask: Tensor  # bool [b, T]
-    kept: list[KeptIds] | None  # of each row, where recorded
+    kept: Sequence[KeptIds] | None  # of each row, where recorded
     balancing_loss: Tensor | None  # of the b rows, a scalar; for mixtures of experts whose auxiliary loss is on
 
 

@@ -270,9 +270,9 @@ class Scorer:
         if found[0].kl is None:
             return
         trainer = self.trainer
-        totals = torch.stack(
-            [torch.stack([(s.kl * s.mask).sum() for s in found]).sum(), sum(s.mask.sum() for s in found).float()]
-        )
+        nats = torch.stack([(s.kl * s.mask).sum() for s in found]).sum()
+        tokens = torch.stack([s.mask.sum() for s in found]).sum()
+        totals = torch.stack([nats, tokens.float()])
         total, count = trainer.accelerator.reduce(totals, reduction="sum").tolist()
         mode = "train" if trainer.model.training else "eval"
         trainer._metrics[mode]["kl_exact"].append(total / max(count, 1.0))

@@ -76,7 +76,7 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
         ("steps", lambda run: str(len(run.steps))),
         ("wall time", lambda run: duration(seconds(run))),
     ]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"label": run.label, "colour": index % 6, "cells": [cell(run) for _, cell in columns]}
         for index, run in enumerate(runs)
     ]

@@ -63,7 +63,9 @@ def _written(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else number(value)
 
 
-def column(run: Run, samples: Sequence[dict[str, Any]], title: str, ranks: Sequence[str], colour: int | None) -> dict:
+def column(
+    run: Run, samples: Sequence[dict[str, Any]], title: str, ranks: Sequence[str], colour: int | None
+) -> dict[str, Any]:
     """One step's stories, by rank of their reward: "highest", "median", "lowest"."""
     ranked = sorted(samples, key=_reward, reverse=True)
     places = {"highest": 0, "median": len(ranked) // 2, "lowest": len(ranked) - 1}

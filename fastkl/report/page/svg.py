@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -103,7 +104,7 @@ def value_range(values: Sequence[float], *, share: bool = False) -> tuple[float,
     return (low if low == 0 else low - air), high + air
 
 
-def every_kth(values: list, most: int) -> list:
+def every_kth(values: list[Any], most: int) -> list[Any]:
     """At most about `most` of the values, evenly spaced, the last one always among them."""
     stride = max(1, math.ceil(len(values) / max(2, most)))
     kept = values[::stride]

@@ -1,7 +1,7 @@
 """TRL's own RLOO tests, with fastkl's scoring and without: what passes without it has to pass with it.
 
-    python bench/trl_suite.py --trl-tests PATH/TO/trl/tests/test_rloo_trainer.py [--output FILE.json] [--source TEXT]
-                              [-k EXPRESSION]
+    python bench/training/trl_suite.py --trl-tests PATH/TO/trl/tests/test_rloo_trainer.py [--output FILE.json]
+                                       [--source TEXT] [-k EXPRESSION]
 
 Runs a test file of a TRL checkout (same version as the installed one; the file imports testing_utils.py beside it)
 twice, in processes of their own, and compares test by test. In the second run RLOOTrainer.train and .evaluate run
@@ -16,12 +16,8 @@ the switch refuses what it cannot score (those are listed).
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import importlib.metadata
-import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -34,7 +30,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench.common import ROOT, parser, write
+
 SWITCH = "FASTKL_TRL_SWITCH"
 VOCAB, PAD, EOS = 151_680, 151_643, 151_645  # the tests write Qwen's ids
 UNK, RIGHT_PAD, IMAGE, IMAGE_BEGIN, IMAGE_END = PAD + 1, *range(EOS + 1, EOS + 5)
@@ -205,13 +202,13 @@ def run_tests(file: Path, root: Path, switch: bool, expression: str) -> dict[str
     """Test name -> outcome, from a process that sees little of this one's environment."""
     report = root / f"report-{int(switch)}.xml"
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "OMP_NUM_THREADS") if name in os.environ}
-    paths = [str(ROOT), str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = kept | {
         **{"HOME": str(root), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         **{"PYTHONPATH": os.pathsep.join(filter(None, paths)), SWITCH: str(int(switch))},
     }
-    command = [sys.executable, "-m", "pytest", str(file), "--noconftest", "-p", Path(__file__).stem, "-q", "--tb=line"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={report}", *(["-k", expression] if expression else [])]
+    command = [sys.executable, "-m", "pytest", str(file), "--noconftest", "-q", "--tb=line", f"--junitxml={report}"]
+    command += ["-p", "bench.training.trl_suite", "-p", "no:cacheprovider", *(["-k", expression] if expression else [])]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     if done.returncode not in (0, 1):  # tests ran, and some of them may have failed
         sys.exit(f"pytest could not run the tests:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
@@ -241,34 +238,16 @@ def compare(without: dict[str, Outcome], with_switch: dict[str, Outcome]) -> dic
     return groups
 
 
-def about(file: Path, source: str, expression: str) -> dict[str, Any]:
-    """What was run, where and with what."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    text = file.read_bytes()
-    command = ["python", "bench/trl_suite.py", "--trl-tests", "/".join(file.parts[-3:])]
-    return {
-        "command": " ".join(command + (["-k", repr(expression)] if expression else [])),
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu.group(1) if cpu else platform.processor(),
-        "versions": {name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers", "peft")},
-        "test_file": {
-            "source": source,
-            "characters": len(text.decode()),
-            "sha256": hashlib.sha256(text).hexdigest(),
-        },
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl-tests", type=Path, required=True, metavar="FILE", help="a checkout's RLOO test file")
-    parser.add_argument("--output", type=Path, help="write the comparison as JSON")
-    parser.add_argument("--source", default="", help="where the test file is from, for the record")
-    parser.add_argument("-k", dest="expression", default="", help="run these tests only (pytest's -k)")
-    args = parser.parse_args()
+    p = parser(__doc__)
+    p.add_argument("--trl-tests", type=Path, required=True, metavar="FILE", help="a checkout's RLOO test file")
+    p.add_argument("--output", type=Path, help="write the comparison as JSON")
+    p.add_argument("--source", default="", help="where the test file is from, for the record")
+    p.add_argument("-k", dest="expression", default="", help="run these tests only (pytest's -k)")
+    args = p.parse_args()
     file = args.trl_tests.resolve()
     if not file.exists():
-        parser.error(f"there is no file {args.trl_tests}")
+        p.error(f"there is no file {args.trl_tests}")
     with tempfile.TemporaryDirectory() as folder:
         missing = make_stand_ins(Path(folder), file.read_text())
         runs, seconds = [], []
@@ -290,9 +269,10 @@ def main() -> None:
     for name, reason in missing.items():
         print(f"no stand-in for {name}: {reason}")
     if args.output:
-        record = about(file, args.source, args.expression)
-        record |= {"seconds": dict(zip(("without", "with_switch"), seconds, strict=True)), "no_stand_in": missing}
-        args.output.write_text(json.dumps(record | groups, indent=1) + "\n")
+        text = file.read_bytes()
+        about = {"source": args.source, "characters": len(text.decode()), "sha256": hashlib.sha256(text).hexdigest()}
+        took = dict(zip(("without", "with_switch"), seconds, strict=True))
+        write(args.output, {"test_file": about, "seconds": took, "no_stand_in": missing, **groups})
     sys.exit(1 if groups["broken"] else 0)
 
 

@@ -1,7 +1,7 @@
 """The control: one training run twice, scored by fastkl and scored as most trainers score, and what each KL says.
 
-    python bench/naive_control.py run [options of fastkl train]   writes bench/results/naive_control.json
-    python bench/naive_control.py picture                         draws docs/naive-control.png from it (chromium)
+    python bench/training/naive_control.py run [options of fastkl train]    writes bench/results/naive_control.json
+    python bench/training/naive_control.py picture          draws docs/naive-control.png from it (needs chromium)
 
 Both runs are the same `fastkl train`: the storyteller finishes stories that lack their last sentence, is paid for
 alliteration and pays for every word, under top_k 20 and min_tokens 32. So it wants to end, and may not in the first 32
@@ -13,10 +13,8 @@ trainer disagree (it only takes down what it would have said).
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,15 +23,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from pictures import DOCS, screenshot
-from training import machine
-
+from bench.common import ROOT, parser, read_lines, run_alone, write
+from bench.training.pictures import DOCS, screenshot
 from fastkl.audit.alarm import mean_and_error
 from fastkl.report.page.charts import line_chart
 from fastkl.report.page.svg import Series
 from fastkl.training import loop
 
-RESULT = Path(__file__).parent / "results" / "naive_control.json"
 NUM_PROMPTS = 8
 FIRST_STORY = 10_000_000  # seeds from here on were not in the storyteller's training
 SETTINGS = {
@@ -100,13 +96,13 @@ def settings() -> list[str]:
     return [part for name, values in SETTINGS.items() for part in (name, *values)]
 
 
-def train_once(scorer: str, folder: Path, options: list[str]) -> dict[str, Any]:
+def train_once(scorer: str, folder: str, options: list[str]) -> dict[str, Any]:
     """One run; its numbers per step."""
     from fastkl.cli import main
 
-    prompts = folder.with_suffix(".prompts.jsonl")
+    prompts = Path(folder).with_suffix(".prompts.jsonl")
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in unfinished_stories()))
-    command = ["train", "--prompts", str(prompts), *settings(), *options, "--output", str(folder)]
+    command = ["train", "--prompts", str(prompts), *settings(), *options, "--output", folder]
     complaints: list[str] = []
     if scorer == "naive":
         with naive_scoring() as complaints:
@@ -115,15 +111,12 @@ def train_once(scorer: str, folder: Path, options: list[str]) -> dict[str, Any]:
         code = main(command)
     if code or (scorer == "naive" and not complaints):
         sys.exit(code or "the control was not scored naively: the loop's guard had nothing to say")
-    return numbers(folder) | {"guard": complaints[0] if complaints else None}
+    return numbers(Path(folder)) | {"guard": complaints[0] if complaints else None}
 
 
 def numbers(folder: Path) -> dict[str, Any]:
     """Per step: the KL estimate with its standard error over the step's completions, and the metrics in KEYS."""
-    metrics, samples = (
-        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("metrics", "samples")
-    )
+    metrics, samples = (read_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
     kls: dict[int, list[float]] = {}
     for sample in samples:
         kls.setdefault(sample["step"], []).append(sample["kl"])
@@ -138,22 +131,12 @@ def numbers(folder: Path) -> dict[str, Any]:
     }
 
 
-def in_its_own_process(scorer: str, folder: Path, options: list[str]) -> dict[str, Any]:
-    """`train_once` in a fresh interpreter: an engine does not leave a process as it found it."""
-    result = folder.with_suffix(".json")
-    command = [sys.executable, __file__, "once", "--scorer", scorer, "--folder", str(folder), "--into", str(result)]
-    subprocess.run([*command, *options], check=True)
-    return json.loads(result.read_text())
-
-
 def run(options: list[str], result: Path) -> None:
     """Both runs, and the file."""
     with tempfile.TemporaryDirectory() as folder:
-        runs = {scorer: in_its_own_process(scorer, Path(folder) / scorer, options) for scorer in SCORERS}
-    result.parent.mkdir(parents=True, exist_ok=True)
-    used = " ".join(["fastkl train", *settings(), *options]).replace(__file__, "bench/naive_control.py")
-    result.write_text(json.dumps({"machine": machine(), "settings": used, "runs": runs}, indent=1) + "\n")
-    print(f"written to {result}")
+        runs = {scorer: run_alone(train_once, scorer, f"{folder}/{scorer}", options) for scorer in SCORERS}
+    used = " ".join(["fastkl train", *settings(), *options]).replace(f"{ROOT}/", "")
+    write(result, {"settings": used, "runs": runs})
     summary(runs)
 
 
@@ -188,21 +171,13 @@ def picture(result: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("what", choices=("run", "picture", "once"))
-    parser.add_argument("--result", type=Path, default=RESULT, help="the JSON file [bench/results/naive_control.json]")
-    parser.add_argument("--scorer", choices=SCORERS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
-    arguments, options = parser.parse_known_args()
-    if arguments.what == "once":
-        arguments.into.write_text(json.dumps(train_once(arguments.scorer, arguments.folder, options)))
-    elif arguments.what == "run":
-        run(options, arguments.result)
+    p = parser(__doc__, "naive_control.json")
+    p.add_argument("what", choices=("run", "picture"))
+    arguments, options = p.parse_known_args()
+    if arguments.what == "run":
+        run(options, arguments.output)
     else:
-        picture(arguments.result)
+        picture(arguments.output)
 
 
 if __name__ == "__main__":

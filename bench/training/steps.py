@@ -1,6 +1,6 @@
 """Whole training steps, side by side in one run: fastkl, TRL's RLOOTrainer, one text at a time, and a step's parts.
 
-    python bench/training.py [--steps 6] [--output bench/results/training.json] [--only fastkl-3.2M trl-3.2M ...]
+    python bench/training/steps.py [--steps 6] [--output bench/results/training.json] [--only fastkl-3.2M trl-3.2M ...]
 
 The job: 16 prompts x 8 samples x 96 new tokens, beta 0.05, lr 1e-6, AdamW, no checkpoints, on two randomly initialised
 Llamas made here: 3.2 million parameters (vLLM generates) and 0.26 million with heads too small for vLLM's CPU kernels
@@ -18,20 +18,27 @@ TRL is needed for its rows only: pip install "trl==1.16.*" (rows without it are 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import os
-import platform
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from bench.common import (
+    WARM_UP_STEPS,
+    make_llama,
+    parser,
+    read_lines,
+    run_alone,
+    seconds_of,
+    step_seconds,
+    trl_run,
+    write,
+)
 
 B, K, T = 16, 8, 96
 SIZES: dict[str, dict[str, int]] = {
@@ -43,39 +50,21 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 PROMPT = "Once upon a time"
-WARM_UP_STEPS = 2
 
 
 def make_model(folder: Path, size: str) -> None:
     """A randomly initialised Llama of the given size with the storyteller's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     from fastkl.storyteller import model_path
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path())
-    torch.manual_seed(0)
     heads = SIZES[size]["num_attention_heads"]
-    config = LlamaConfig(
-        **({"vocab_size": len(tokenizer), "num_key_value_heads": heads} | SIZES[size]),
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_llama(folder, AutoTokenizer.from_pretrained(model_path()), **{"num_key_value_heads": heads, **SIZES[size]})
 
 
 def vowels(completions: list[str], **_: Any) -> list[float]:
     """A reward that costs nothing to compute."""
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
-
-
-def step_times(ends: list[float]) -> list[float]:
-    """Seconds between the ends of steps, warm-up left out."""
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)][WARM_UP_STEPS - 1 :]
 
 
 def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens: int = T) -> dict[str, Any]:
@@ -101,11 +90,10 @@ def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens
                 report_to=(), output=f"{folder}/run",
             )
         )  # fmt: skip
-        rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-    counted = rows[WARM_UP_STEPS:]
+        counted = read_lines(Path(folder, "run", "metrics.jsonl"))[WARM_UP_STEPS:]
     stages = {key: statistics.median(row[key] for row in counted) for key in counted[0] if key.startswith("time/")}
     tokens = statistics.median(row["completion/mean_length"] for row in counted) * B * K
-    return {"step_s": step_times(ends), "tokens_per_step": tokens, "stages": stages}
+    return {"step_s": step_seconds(ends), "tokens_per_step": tokens, "stages": stages}
 
 
 def trl_steps(
@@ -114,36 +102,18 @@ def trl_steps(
     """TRL's RLOOTrainer on the same job, `batch` sequences at a time. options: more of RLOOConfig's, such as its vLLM
     mode, which needs a GPU; without it transformers generates.
     """
-    import torch
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import RLOOConfig, RLOOTrainer
-
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            ends.append(time.perf_counter())
-
     with tempfile.TemporaryDirectory() as folder:
-        config = RLOOConfig(
-            output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=B * K // batch,
-            num_generations=K, max_completion_length=new_tokens, max_steps=steps + WARM_UP_STEPS, learning_rate=1e-6,
-            beta=0.05, temperature=1.0,
-            bf16=dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
-            save_strategy="no", report_to=[], logging_strategy="no", disable_tqdm=True,
-            model_init_kwargs={"dtype": "float32"}, **options,
+        trainer, ends = trl_run(
+            model, [PROMPT] * 1024, vowels, steps, output_dir=folder, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=B * K // batch, num_generations=K, max_completion_length=new_tokens,
+            learning_rate=1e-6, temperature=1.0, bf16=dtype == "bfloat16", **options,
         )  # fmt: skip
-        prompts = Dataset.from_dict({"prompt": [PROMPT] * 1024})
-        RLOOTrainer(
-            model=str(model), reward_funcs=vowels, args=config, train_dataset=prompts, callbacks=[Clock()]
-        ).train()
-    return {"step_s": step_times(ends), "tokens_per_step": B * K * new_tokens}
+        trainer.train()
+    return {"step_s": step_seconds(ends), "tokens_per_step": B * K * new_tokens}
 
 
 def one_text_at_a_time(model: Path, steps: int) -> dict[str, Any]:
     """The loop this project grew out of: generate one text, score it twice, accumulate its gradient; then the next."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -170,8 +140,6 @@ def one_text_at_a_time(model: Path, steps: int) -> dict[str, Any]:
 
 def parts(model: Path, steps: int, generator: str, dtype: str, new_tokens: int = T) -> dict[str, Any]:
     """The unavoidable parts of a step, each measured alone; seconds, medians over `steps` repeats."""
-    import torch
-
     from fastkl.config.settings import TrainConfig
     from fastkl.scoring import backbone
     from fastkl.scoring.head import head_of
@@ -236,16 +204,7 @@ def bare_generation(run: Any, batch: Any) -> Callable[[], Any]:
 
 def median_seconds(action: Callable[[], Any], repeats: int) -> float:
     """Median wall seconds of `action` after two warm-up calls."""
-    import torch
-
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        action()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    return statistics.median([seconds_of(action) for _ in range(repeats + 2)][2:])
 
 
 CONTENDERS: dict[str, tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]] = {
@@ -270,19 +229,14 @@ GPU_CONTENDERS: dict[str, tuple[str, Callable[..., dict[str, Any]], dict[str, An
 CONTENDERS |= GPU_CONTENDERS
 
 
-def run_alone(name: str, model: Path, steps: int) -> dict[str, Any]:
-    """One contender in a process of its own; its result comes back as the last line of its output."""
-    command = [sys.executable, __file__, "--contender", name, "--model", str(model), "--steps", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def measure(name: str, model: str, steps: int) -> dict[str, Any]:
+    """One contender in this process."""
+    _, function, settings = CONTENDERS[name]
+    return function(Path(model), steps, **settings)
 
 
 def default_contenders() -> list[str]:
     """Everything that can be compared here: bfloat16 rows need a processor with bfloat16 products."""
-    import torch
-
     from fastkl.scoring.models import bfloat16_is_fast
 
     names = [name for name in CONTENDERS if (name in GPU_CONTENDERS) == torch.cuda.is_available()]
@@ -293,26 +247,6 @@ def default_contenders() -> list[str]:
         print("this processor has no bfloat16 matrix products: the bf16 rows are left out")
         names = [name for name in names if not name.endswith("bf16")]
     return names
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on and with."""
-    import torch
-    import transformers
-
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "cpu": cpu.group(1) if cpu else platform.processor(),
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
-    }
 
 
 def summary(name: str, found: list[dict[str, Any]]) -> str:
@@ -326,37 +260,24 @@ def summary(name: str, found: list[dict[str, Any]]) -> str:
     return f"{name:18} {median:7.2f} s/step ({times[0]:.2f} .. {times[-1]:.2f}) {tokens / median:9.0f} tokens/s"
 
 
-def compare(names: list[str], steps: int, rounds: int, output: Path) -> None:
+def main() -> None:
     """Runs the contenders in turn; prints and writes what is known after each."""
+    p = parser(__doc__, "training.json")
+    p.add_argument("--steps", type=int, default=6, help="counted steps per contender and round")
+    p.add_argument("--rounds", type=int, default=2, help="how often the contenders run in turn")
+    p.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders [all that can run here]")
+    options = p.parse_args()
+    names = options.only or default_contenders()
     results: dict[str, list[dict[str, Any]]] = {}
-    origin = {"machine": machine(), "job": {"B": B, "K": K, "T": T}}
-    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         models = {size: Path(folder) / size for size in {CONTENDERS[name][0] for name in names}}
         for size, path in models.items():
             make_model(path, size)
-        for name in names * rounds:
+        for name in names * options.rounds:
             found = results.setdefault(name, [])
-            found.append(run_alone(name, models[CONTENDERS[name][0]], steps))
+            found.append(run_alone(measure, name, models[CONTENDERS[name][0]], options.steps))
             print(summary(name, found), flush=True)
-            output.write_text(json.dumps({**origin, "results": results}, indent=1))
-    print(f"written to {output}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6, help="counted steps per contender and round")
-    parser.add_argument("--rounds", type=int, default=2, help="how often the contenders run in turn")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders [all that can run here]")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "training.json")
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.contender:
-        _, measure, settings = CONTENDERS[options.contender]
-        print("\n" + json.dumps(measure(options.model, options.steps, **settings)))
-    else:
-        compare(options.only or default_contenders(), options.steps, options.rounds, options.output)
+            write(options.output, {"job": {"B": B, "K": K, "T": T}, "results": results})
 
 
 if __name__ == "__main__":

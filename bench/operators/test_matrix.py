@@ -1,9 +1,9 @@
-"""The kernel matrix under pytest-benchmark: one test per job and implementation, the same rows as `fastkl bench`.
+"""The operator matrix under pytest-benchmark: one test per shape, job and implementation, the rows of `fastkl bench`.
 
-    pytest bench/kernels_benchmark.py [--benchmark-json=kernels.json] [-k "F and fastkl"]
+    pytest bench/operators --benchmark-only [--benchmark-json=operators.json] [-k "F and fastkl"]
 
-Each row is compared with float64 before it is timed; bytes, operations, floor, peak memory and error go into the JSON
-as extra_info. Peers that are not installed have no rows (the table of `fastkl bench` says so).
+Each row is compared with float64 before it is timed; bytes, operations, floor, peak memory, error and what speaks
+against the row go into the JSON as extra_info. Peers that are not installed have no rows (`fastkl bench` says so).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from fastkl.microbench import jobs, run
+from fastkl.microbench import jobs, measure, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = run.GPU_SHAPES if DEVICE == "cuda" else run.CPU_SHAPES
+SHAPES = jobs.GPU_SHAPES if DEVICE == "cuda" else jobs.CPU_SHAPES
+ROUNDS, WARM_UPS = (20, 3) if DEVICE == "cuda" else (5, 1)
 
 
 @cache
@@ -28,7 +29,7 @@ def rows(shape: jobs.Shape) -> dict[str, jobs.Row]:
 
 
 @cache
-def ceiling(shape: jobs.Shape) -> dict[str, float]:
+def ceilings(shape: jobs.Shape) -> dict[str, float]:
     """The machine's ceilings for one shape, measured once per run."""
     return run.ceilings(shape, DEVICE)
 
@@ -45,14 +46,14 @@ CASES = [pytest.param(shape, name, id=f"{shape.name} {name}") for shape in SHAPE
 @pytest.mark.parametrize(("shape", "name"), CASES)
 def test_row(benchmark, shape: jobs.Shape, name: str) -> None:
     row = rows(shape)[name]
-    result = run.measure(row, ceiling(shape), DEVICE, repeats=1)  # raises if the result is wrong
+    error = run.checked_error(row)
 
     def call() -> None:
         row.call()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = f"{shape.name} {row.job}"
-    for key in ("flops", "bytes", "floor_ms", "peak_mib", "max_error"):
-        benchmark.extra_info[key] = getattr(result, key)
-    benchmark.pedantic(call, rounds=20 if DEVICE == "cuda" else 5, warmup_rounds=3 if DEVICE == "cuda" else 0)
+    benchmark.group = f"{shape.name} {row.job}: {jobs.JOBS[row.job].given} -> {jobs.JOBS[row.job].wanted}"
+    benchmark.extra_info |= run.floor(row, ceilings(shape)) | {"max_error": error, "doubt": row.doubt}
+    benchmark.extra_info["peak_mib"] = measure.peak_mib(row.call, DEVICE)
+    benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=WARM_UPS)

@@ -1,6 +1,6 @@
 """What a support costs: training steps with and without truncated sampling, taken in turn inside one run.
 
-    python bench/support_cost.py [--rounds 6]        writes bench/results/support_cost.json
+    python bench/training/support_cost.py [--rounds 6]        writes bench/results/support_cost.json
 
 One run of the default job (`fastkl train`, lr 1e-6 so that all steps see one model). Its steps go round the cases
 below: "plain" draws from all ids; the others draw from a support. Each of those is taken twice a round: "aware", as
@@ -11,19 +11,15 @@ rounds, the first round left out; ratios are taken within a round.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from training import machine
-
+from bench.common import parser, read_lines, write
 from fastkl.config.settings import TrainConfig
 from fastkl.rollout import agreement
 from fastkl.sampling.params import Sampling
@@ -31,7 +27,6 @@ from fastkl.sampling.replay import support_of
 from fastkl.training import loop
 from fastkl.training.state import Run
 
-RESULT = Path(__file__).parent / "results" / "support_cost.json"
 DRAWS: dict[str, dict[str, Any]] = {
     "plain": {},
     "top_k 20, min_tokens 32": {"top_k": 20, "min_tokens": 32},
@@ -77,7 +72,7 @@ def run_in_turn(config: TrainConfig) -> list[dict[str, Any]]:
         ),  # it would stop the blind steps, and rightly so
     ):
         loop.train(config)
-    return [json.loads(line) for line in Path(config.output, "metrics.jsonl").read_text().splitlines()]
+    return read_lines(Path(config.output, "metrics.jsonl"))
 
 
 def costs(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -96,11 +91,11 @@ def costs(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6, help="counted rounds; one more warms up")
-    parser.add_argument("--generator", default="auto")
-    parser.add_argument("--prompts-per-step", type=int, default=8)
-    options = parser.parse_args()
+    p = parser(__doc__, "support_cost.json")
+    p.add_argument("--rounds", type=int, default=6, help="counted rounds; one more warms up")
+    p.add_argument("--generator", default="auto")
+    p.add_argument("--prompts-per-step", type=int, default=8)
+    options = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             lr=1e-6, warmup_steps=0, lr_decay="constant", steps=(options.rounds + 1) * len(CASES), save_every=0,
@@ -113,9 +108,7 @@ def main() -> None:
             f"{name:32}", ", ".join(f"{k.removeprefix('time/')} {v:.3g}" for k, v in values.items() if "range" not in k)
         )
     job = {"prompts_per_step": options.prompts_per_step, "num_samples": config.num_samples, "rounds": options.rounds}
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps({"machine": machine(), "job": job, "cases": found}, indent=1) + "\n")
-    print(f"written to {RESULT}", file=sys.stderr)
+    write(options.output, {"job": job, "cases": found})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The README's two pictures, from real runs.
 
-    python bench/pictures.py RUN SWEEP_FOLDER
+    python bench/training/pictures.py RUN SWEEP_FOLDER
 
 docs/terminal.svg: the live view after the last step of RUN, replayed from its metrics.jsonl and samples.jsonl.
 docs/frontier.png: the reward-against-KL chart of the sweep's report page, drawn by headless Chromium.
@@ -9,7 +9,6 @@ docs/frontier.png: the reward-against-KL chart of the sweep's report page, drawn
 from __future__ import annotations
 
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -19,15 +18,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bench.common import ROOT, read_lines
 from fastkl.config.files import load_config
 from fastkl.report.page import ASSETS, write_report
 from fastkl.report.terminal import View
 
-DOCS = Path(__file__).parent.parent / "docs"
-
-
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+DOCS = ROOT / "docs"
 
 
 def terminal(run: Path) -> None:
@@ -38,7 +34,7 @@ def terminal(run: Path) -> None:
     )
     title = f"{config.model} → {', '.join(config.reward)}, β {config.kl_coef:g}"
     view = View(title, total_steps=config.steps, console=console)
-    metrics, samples = rows(run / "metrics.jsonl"), rows(run / "samples.jsonl")
+    metrics, samples = read_lines(run / "metrics.jsonl"), read_lines(run / "samples.jsonl")
     for row in metrics:
         view.step(row)
     last = [sample for sample in samples if sample["step"] == metrics[-1]["step"]]

@@ -1,14 +1,13 @@
 """Monte Carlo with the real generators: mean k1 against the exact KL on the support, 100,000 tokens per setting.
 
-    python bench/monte_carlo.py [--tokens 100000]        writes bench/results/monte_carlo.json
+    python bench/training/monte_carlo.py [--tokens 100000]        writes bench/results/monte_carlo.json
 
-The measurement and its claims are those of tests/test_monte_carlo.py, with more tokens. A setting whose claims do not
-hold ends the script.
+The measurement and its claims are those of tests/rollout/test_monte_carlo.py, with more tokens. A setting whose claims
+do not hold ends the script.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -17,17 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training import machine
+from bench.common import ROOT, parser, write
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
-
-RESULT = Path(__file__).parent / "results" / "monte_carlo.json"
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "rollout")]
+import test_monte_carlo as claims
 
 
 def measured(generator: Any, name: str, settings: dict[str, Any], tokens: int) -> dict[str, Any]:
     """One row: a generator under one setting."""
-    import test_monte_carlo as claims
-
     s, start = claims.sampling(settings), time.perf_counter()
     generator.sampling = s
     found = claims.measure(generator, claims.model(0), claims.model(1), s, tokens)
@@ -42,11 +38,9 @@ def measured(generator: Any, name: str, settings: dict[str, Any], tokens: int) -
 
 
 def main() -> None:
-    import test_monte_carlo as claims
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=100_000, help="per generator and setting")
-    options = parser.parse_args()
+    p = parser(__doc__, "monte_carlo.json")
+    p.add_argument("--tokens", type=int, default=100_000, help="per generator and setting")
+    options = p.parse_args()
     policy = claims.model(0)
     with tempfile.TemporaryDirectory() as folder:
         generators = {
@@ -58,8 +52,7 @@ def main() -> None:
             for name, generator in generators.items()
             for settings in claims.SETTINGS
         ]
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps({"machine": machine(), "tokens": options.tokens, "rows": rows}, indent=1) + "\n")
+    write(options.output, {"tokens": options.tokens, "rows": rows})
 
 
 if __name__ == "__main__":

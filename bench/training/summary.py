@@ -1,20 +1,18 @@
 """What runs came to, as a table for the README and a JSON file beside it.
 
-    python bench/summary.py OUTPUT.json RUN_FOLDER...
+    python bench/training/summary.py OUTPUT.json RUN_FOLDER...
 
 "start" is the first step (the untrained policy's samples), "end" the mean over the last five steps.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from training import machine
-
+from bench.common import read_lines, write
 from fastkl.config.files import load_config
 
 END_STEPS = 5
@@ -30,10 +28,9 @@ COLUMNS = {
 
 def summary(folder: Path) -> dict[str, Any]:
     """Start and end of one run, its settings that differ between runs, and its wall time."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows, samples = (read_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
     config = load_config(folder / "config.yaml")
     last = rows[-END_STEPS:]
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     return {
         "run": folder.name,
         "kl_coef": config.kl_coef,
@@ -57,8 +54,7 @@ def main(output: Path, folders: list[Path]) -> None:
     for run in found:
         cells = [f"{run['start'][key]:.3g} → {run['end'][key]:.3g}" for key in COLUMNS if key in run["start"]]
         print(f"| {run['run']} | " + " | ".join(cells) + " |")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"machine": machine(), "runs": found}, indent=1, ensure_ascii=False) + "\n")
+    write(output, {"runs": found})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""What the benches share: options, results files, contenders in processes of their own, and small models to train."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastkl.microbench.measure import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+WARM_UP_STEPS = 2  # of a training run, not counted
+
+
+def parser(description: str, output: str | None = None) -> argparse.ArgumentParser:
+    """A parser that shows the script's docstring; `output` names its results file."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    if output:
+        made.add_argument("--output", type=Path, default=RESULTS / output, help=f"[bench/results/{output}]")
+    return made
+
+
+def write(output: Path, record: Mapping[str, Any]) -> None:
+    """A results file: the machine, then the record."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"machine": machine(), **record}, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_alone(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
+    """function(*arguments) in a fresh Python process; arguments and result travel as JSON, so paths do as text.
+
+    function: a module's, below bench/. environment: variables that the process sees from its start.
+    """
+    module = ".".join(Path(inspect.getfile(function)).resolve().relative_to(ROOT).with_suffix("").parts)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.common", module, function.__name__, json.dumps(arguments, default=str)],
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path, **(environment or {})},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{function.__name__}{arguments} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Wall seconds of one call, for contenders that take turns."""
+    import torch
+
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def step_seconds(ends: list[float]) -> list[float]:
+    """Seconds between the ends of a training run's steps, warm-up left out."""
+    return [b - a for a, b in zip(ends, ends[1:], strict=False)][WARM_UP_STEPS - 1 :]
+
+
+def make_llama(folder: Path, tokenizer: Any, **sizes: Any) -> None:
+    """A randomly initialised Llama with tied embeddings, and its tokenizer, in `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    defaults = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "tie_word_embeddings": True, **special}
+    LlamaForCausalLM(LlamaConfig(**(defaults | sizes))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def trl_run(
+    model: Path, prompts: list[str], reward: Callable[..., list[float]], steps: int, trainer: type | None = None,
+    **options: Any,
+) -> tuple[Any, list[float]]:  # fmt: skip
+    """TRL's RLOOTrainer, ready to train, and the list into which it will write when each step has ended.
+
+    trainer: a subclass of it. options: of RLOOConfig.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import RLOOConfig, RLOOTrainer
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+    config = RLOOConfig(
+        max_steps=steps + WARM_UP_STEPS, beta=0.05, use_cpu=not torch.cuda.is_available(), save_strategy="no",
+        gradient_checkpointing=False, report_to=[], logging_strategy="no", disable_tqdm=True,
+        model_init_kwargs={"dtype": "float32"}, **options,
+    )  # fmt: skip
+    data = Dataset.from_dict({"prompt": prompts})
+    made = (trainer or RLOOTrainer)(
+        model=str(model), reward_funcs=reward, args=config, train_dataset=data, callbacks=[Clock()]
+    )
+    return made, ends
+
+
+if __name__ == "__main__":
+    module, name, arguments = sys.argv[1:]
+    print("\n" + json.dumps(getattr(importlib.import_module(module), name)(*json.loads(arguments))))

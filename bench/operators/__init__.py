@@ -1,0 +1,1 @@
+"""The scoring operators beside PyTorch and other projects' functions."""
