@@ -33,6 +33,13 @@ def check_tensor(
         raise UserError(f"{name} is on {x.device}, the policy is on {like.device}: move one of them.")
 
 
+def check_logits(policy_logits: Tensor, ref_logits: Tensor | None) -> None:
+    """Policy logits [N, V], and the reference's of the same shape."""
+    check_tensor("policy_logits", policy_logits, (None, None), FLOATS, policy_logits)
+    if ref_logits is not None:
+        check_tensor("ref_logits", ref_logits, tuple(policy_logits.shape), FLOATS, policy_logits)
+
+
 def check_heads(policy_hidden: Tensor, policy_head: Head, ref_hidden: Tensor | None, ref_head: Head | None) -> None:
     """Hidden states and heads fit together; the reference has both or neither."""
     check_tensor("policy_hidden", policy_hidden, (None, None), FLOATS, policy_hidden)

@@ -8,16 +8,18 @@ are all zero cost no backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autograd import Call, active_rows, active_runs, collect, flat_scores, gradients_of, policy_of, without_autocast
-from .chunked import chunk_ranges
+from .autograd import Inputs, active_rows, active_runs, flat_scores, policy_of, without_autocast
+from .call import Call
 from .errors import UserError
+from .passes import Passes, RowStats, chunk_ranges
 from .types import CoefficientsFunction, TokenCoefficients, TokenScores
 
 
@@ -27,19 +29,19 @@ class LossFunction(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx,
+        ctx: Any,
         call: Call,
         coefficients: TokenCoefficients | CoefficientsFunction,
         row_splits: list[int],
         *inputs: Tensor | None,
-    ):
+    ) -> Inputs:
         """row_splits: ascending from 0 to N, the rows at which a call of a coefficients function may begin or end."""
-        needs_grad = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[3:]
         if callable(coefficients):
-            loss, scores, source = _with_function(call, coefficients, row_splits, inputs, needs_grad)
+            loss, scores, passes = _with_function(call, coefficients, row_splits, inputs, needed)
         else:
-            loss, scores, source = _with_constants(call, coefficients, inputs, needs_grad)
-        ctx.gradients = gradients_of(source, inputs) if any(needs_grad) else None
+            loss, scores, passes = _with_constants(call, coefficients, inputs, needed)
+        ctx.gradients = passes.source.gradients(inputs) if any(needed) else None
         ctx.use_triton = call.use_triton
         ctx.mark_non_differentiable(*(x for x in flat_scores(scores) if x is not None))
         ctx.set_materialize_grads(False)
@@ -47,7 +49,7 @@ class LossFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor | None, *_: None):
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Inputs | None:
         """Scales the gradients taken in the forward."""
         if grad_loss is None:
             return None
@@ -63,74 +65,79 @@ class LossFunction(torch.autograd.Function):
 def scale_(x: Tensor, factor: Tensor, use_triton: bool) -> None:
     """x *= factor, a number on the same device. Mostly it is 1, and then there is nothing to do."""
     if use_triton:
-        from . import triton_chunks
+        from .gpu import passes
 
-        triton_chunks.scale_(x, factor)
+        passes.scale_(x, factor)
     elif factor.device.type != "cpu" or factor != 1:
         x.mul_(factor)
 
 
-def _with_constants(call: Call, coefficients: TokenCoefficients, inputs: tuple, needs_grad: tuple):
+def _with_constants(
+    call: Call, coefficients: TokenCoefficients, inputs: Inputs, needed: tuple[bool, ...]
+) -> tuple[Tensor, TokenScores, Passes]:
     """Rows with a gradient first, the others after them; within that, chunk by chunk."""
     check_coefficients(coefficients, call.available(), call.num_rows)
     if call.row_ids is not None:
         coefficients = coefficients.select(call.row_ids)
-    active = active_rows(coefficients, len(call.rows)) if any(needs_grad) else torch.empty(0)
+    active = active_rows(coefficients, len(call.rows)) if any(needed) else torch.empty(0)
     num_active = len(active)
     if 0 < num_active < len(call.rows):
         inactive = torch.ones(len(call.rows), dtype=torch.bool, device=active.device).index_fill_(0, active, False)
         order = torch.cat([active, inactive.nonzero()[:, 0]])
         call, coefficients = call.select(order), coefficients.select(order)
     stats, support_stats = call.empty_stats()
-    source = call.source(policy_of(inputs))
-    if any(needs_grad):
-        collect(source, needs_grad)
-    chunks = call.chunks(source, stats, support_stats)
+    passes = _passes(call, inputs, needed, stats, support_stats)
     for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
         if hi <= num_active:
-            chunks.score_and_gradient(lo, hi, coefficients.select(slice(lo, hi)))
+            passes.score_and_gradient(lo, hi, coefficients.select(slice(lo, hi)))
             continue
-        z, gap = chunks.score(lo, hi)
+        z, gap = passes.score(lo, hi)
         if lo < num_active:
             end = num_active
-            chunks.gradient_(lo, end, z[: end - lo], _first(gap, end - lo), coefficients.select(slice(lo, end)))
+            gap = None if gap is None else gap[: end - lo]
+            passes.gradient_(lo, end, z[: end - lo], gap, coefficients.select(slice(lo, end)))
     rows_only = replace(call, row_ids=None).scores(stats, support_stats)
-    return _linear_loss(coefficients, rows_only), call.scores(stats, support_stats), source
+    return _linear_loss(coefficients, rows_only), call.scores(stats, support_stats), passes
 
 
-def _first(x: Tensor | None, num_rows: int) -> Tensor | None:
-    return None if x is None else x[:num_rows]
+def _passes(
+    call: Call, inputs: Inputs, needed: tuple[bool, ...], stats: RowStats, support_stats: RowStats | None
+) -> Passes:
+    """The passes of a call, ready for its gradients."""
+    source = call.source(policy_of(inputs))
+    if any(needed):
+        source.collect_gradients(needed, inplace=False)
+    return call.passes(source, stats, support_stats)
 
 
-def _with_function(call: Call, function: CoefficientsFunction, row_splits: list[int], inputs: tuple, needs_grad: tuple):
+def _with_function(
+    call: Call, function: CoefficientsFunction, row_splits: list[int], inputs: Inputs, needed: tuple[bool, ...]
+) -> tuple[Tensor, TokenScores, Passes]:
     """Chunks of whole groups of rows; the function is called for each chunk, in order."""
     ranges = list(_pack(row_splits, call.chunk_rows))
-    offsets = range(call.num_rows + 1)  # offsets[i]: how many of the scored rows lie before row i
+    offsets: Sequence[int] = range(call.num_rows + 1)  # offsets[i]: how many of the scored rows lie before row i
     if call.row_ids is not None:
         scored = torch.zeros(call.num_rows, dtype=torch.int64).index_fill_(0, call.row_ids.cpu(), 1)
         offsets = [0, *scored.cumsum(0).tolist()]
     call = replace(call, chunk_rows=max((offsets[hi] - offsets[lo] for lo, hi in ranges), default=1))
     stats, support_stats = call.empty_stats()
-    source = call.source(policy_of(inputs))
-    if any(needs_grad):
-        collect(source, needs_grad)
-    chunks = call.chunks(source, stats, support_stats)
+    passes = _passes(call, inputs, needed, stats, support_stats)
     loss = torch.zeros((), dtype=torch.float64, device=call.rows.target_ids.device)
     for lo, hi in ranges:
         first, last = offsets[lo], offsets[hi]
-        z, gap = chunks.score(first, last)
+        z, gap = passes.score(first, last)
         row_ids = None if call.row_ids is None else call.row_ids[first:last] - lo
         part = replace(call, num_rows=hi - lo, row_ids=row_ids)
         scores = part.scores(stats[first:last], None if support_stats is None else support_stats[first:last])
         coefficients = function(slice(lo, hi), scores)
         check_coefficients(coefficients, call.available(), hi - lo)
         loss += _linear_loss(coefficients, scores)
-        if any(needs_grad):
+        if any(needed):
             rows_only = coefficients if row_ids is None else coefficients.select(row_ids)
             for i, j in active_runs(rows_only, last - first):
                 gap_run = None if gap is None else gap[i:j]
-                chunks.gradient_(first + i, first + j, z[i:j], gap_run, rows_only.select(slice(i, j)))
-    return loss, call.scores(stats, support_stats), source
+                passes.gradient_(first + i, first + j, z[i:j], gap_run, rows_only.select(slice(i, j)))
+    return loss, call.scores(stats, support_stats), passes
 
 
 def _pack(row_splits: list[int], chunk_rows: int) -> Iterator[tuple[int, int]]:

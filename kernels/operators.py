@@ -11,62 +11,21 @@ All agree with reference.py, which is their definition; TokenScores (types.py) s
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from . import checks
-from .autograd import Call, ScoreFunction
-from .checks import (
-    FLOATS,
-    check_finite,
-    check_heads,
-    check_options,
-    check_rows,
-    check_support,
-    check_tensor,
-    check_vocab,
-)
-from .chunked import Rows
-from .compose import one_graph_break, whole_heads
-from .dispatch import uses_triton
+from .autograd import ScoreFunction
+from .call import Call, Request, head_call, logits_call
+from .checks import check_finite
+from .compose import one_graph_break
 from .errors import UserError
-from .linear import LogitOptions, Side
 from .loss import LossFunction
-from .support import switched_on
 from .types import OUTPUTS, CoefficientsFunction, Head, Support, TokenCoefficients, TokenScores
 
 __all__ = [
     "Head", "Support", "TokenCoefficients", "TokenScores", "head_token_loss", "head_token_scores", "linear_token_loss",
     "linear_token_scores", "token_scores",
 ]  # fmt: skip
-
-CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 2 << 30}
-"""Default size of one chunk's policy and reference logits together. On a GPU chunks must be long, or accumulating the
-head's gradient costs as much as computing it. On a CPU each of the two buffers should stay below 32 MiB: glibc returns
-larger ones to the system after every call, and touching fresh pages costs as much as the arithmetic on them."""
-
-LONG_CHUNK_BYTES = 128 << 20
-"""The same on a CPU where longer chunks save more than that: where the backward finds the last chunk still there, and
-where the head's gradient, which every chunk reads and writes, is larger than CACHED_BYTES."""
-
-CACHED_BYTES = 16 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked of an operator beside the logits; token_scores says what each field means."""
-
-    target_ids: Tensor
-    mask: Tensor | None
-    temperature: float | Tensor
-    support: Support | None
-    valid_vocab: int | None
-    logits_dtype: str
-    outputs: Collection[str]
-    chunk_tokens: int | None
-    check_values: bool | None
 
 
 @one_graph_break
@@ -97,17 +56,10 @@ def token_scores(
     Returns TokenScores, f32 [N] (f64 for f64 logits), differentiable towards policy_logits. Raises UserError for
     inputs that do not fit together. Formulas: TokenScores; definition: reference.token_scores.
     """
-    check_tensor("policy_logits", policy_logits, (None, None), FLOATS, policy_logits)
-    if ref_logits is not None:
-        check_tensor("ref_logits", ref_logits, tuple(policy_logits.shape), FLOATS, policy_logits)
-    valid = check_vocab(policy_logits.shape[1], valid_vocab)
     request = Request(
         target_ids, mask, temperature, support, valid_vocab, "float32", outputs, chunk_tokens, check_values
     )
-    reference = None if ref_logits is None else ref_logits.detach()[:, :valid]
-    call = replace(_call(request, policy_logits, valid, LogitOptions()), reference=reference, inplace=inplace_backward)
-    if valid < policy_logits.shape[1]:
-        policy_logits = policy_logits[:, :valid]
+    call, policy_logits = logits_call(request, policy_logits, ref_logits, inplace_backward)
     return _checked(TokenScores(*ScoreFunction.apply(call, policy_logits)), call)
 
 
@@ -145,7 +97,7 @@ def head_token_scores(
     request = Request(
         target_ids, mask, temperature, support, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values
     )
-    call, inputs = _head_call(request, policy_hidden, policy_head, ref_hidden, ref_head, keeps_last_chunk=True)
+    call, inputs = head_call(request, policy_hidden, policy_head, ref_hidden, ref_head, keeps_last_chunk=True)
     return _checked(TokenScores(*ScoreFunction.apply(call, *inputs)), call)
 
 
@@ -184,7 +136,7 @@ def head_token_loss(
     request = Request(
         target_ids, mask, temperature, support, valid_vocab, logits_dtype, outputs, chunk_tokens, check_values
     )
-    call, inputs = _head_call(request, policy_hidden, policy_head, ref_hidden, ref_head, keeps_last_chunk=False)
+    call, inputs = head_call(request, policy_hidden, policy_head, ref_hidden, ref_head, keeps_last_chunk=False)
     num_rows = call.num_rows
     splits = [0, num_rows] if row_splits is None else [int(s) for s in row_splits]
     if splits[0] != 0 or splits[-1] != num_rows or any(a > b for a, b in zip(splits, splits[1:], strict=False)):
@@ -257,82 +209,6 @@ def linear_token_loss(
         valid_vocab=valid_vocab, logits_dtype=logits_dtype, outputs=outputs, chunk_tokens=chunk_tokens,
         check_values=check_values,
     )  # fmt: skip
-
-
-def _head_call(
-    request: Request,
-    policy_hidden: Tensor,
-    policy_head: Head,
-    ref_hidden: Tensor | None,
-    ref_head: Head | None,
-    keeps_last_chunk: bool,
-) -> tuple[Call, tuple[Tensor | None, ...]]:
-    """The checked call, and the policy's inputs (hidden, weight, bias) cut to the vocabulary that exists."""
-    policy_head, ref_head = whole_heads(policy_head, ref_head)
-    check_heads(policy_hidden, policy_head, ref_hidden, ref_head)
-    check_options(policy_head, request.logits_dtype)
-    valid = check_vocab(len(policy_head.weight), request.valid_vocab)
-    options = LogitOptions(request.temperature, policy_head.softcap, policy_head.logit_scale, request.logits_dtype)
-    call = _call(request, policy_hidden, valid, options)
-    weight = policy_head.weight
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (policy_hidden, weight))
-    keeps = keeps_last_chunk or weight.requires_grad and weight.numel() * 4 > CACHED_BYTES
-    if request.chunk_tokens is None and policy_hidden.device.type == "cpu" and needs_grad and keeps:
-        call = replace(call, chunk_rows=_default_chunk_rows(policy_hidden, valid, call.dtype, LONG_CHUNK_BYTES))
-    if ref_hidden is not None and ref_head is not None:
-        call = replace(call, reference=Side(ref_hidden, _cut(ref_head.weight, valid), _cut(ref_head.bias, valid)))
-    return call, (policy_hidden, _cut(weight, valid), _cut(policy_head.bias, valid))
-
-
-def _call(request: Request, policy: Tensor, vocab: int, options: LogitOptions) -> Call:
-    """The part of a call that does not depend on where the logits come from, without the reference.
-
-    policy: hidden states or logits [N, *].
-    """
-    target_ids, mask, temperature, support = request.target_ids, request.mask, request.temperature, request.support
-    check_rows(policy, target_ids, mask, temperature)
-    if support is not None:
-        check_support(support, policy)
-        support = switched_on(support, vocab)
-    if unknown := set(request.outputs) - set(OUTPUTS):
-        raise UserError(f"outputs has {sorted(unknown)}, expected some of {list(OUTPUTS)}.")
-    chunk = request.chunk_tokens
-    if chunk is not None and chunk < 1:
-        raise UserError(f"chunk_tokens is {chunk}, expected at least 1, or None for a size that fits the cache.")
-    dtype = torch.float64 if policy.dtype == torch.float64 else torch.float32
-    on_cpu = policy.device.type == "cpu"
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach().to(policy.device, dtype).expand(len(policy))
-    call = Call(
-        num_rows=len(policy),
-        row_ids=None,
-        rows=Rows(target_ids, support, entropy="entropy" in request.outputs, kl="kl" in request.outputs),
-        options=replace(options, temperature=temperature),
-        reference=None,
-        outputs=frozenset(request.outputs),
-        chunk_rows=chunk or _default_chunk_rows(policy, vocab, dtype, CHUNK_BYTES.get(policy.device.type)),
-        dtype=dtype,
-        use_triton=dtype == torch.float32 and uses_triton(policy),
-        check_values=on_cpu if request.check_values is None else request.check_values,
-    )
-    if mask is not None and not (on_cpu and bool(mask.all())):
-        call = call.select(mask.nonzero()[:, 0])
-    if call.check_values:
-        checks.check_values(vocab, call.rows.target_ids, call.options.temperature, call.rows.support)
-    return call
-
-
-def _default_chunk_rows(policy: Tensor, vocab: int, dtype: torch.dtype, num_bytes: int | None) -> int:
-    """As many rows as `num_bytes` (None: those of a CPU) hold, in whole units (on a GPU: tiles) of the products."""
-    budget = CHUNK_BYTES["cpu"] if num_bytes is None else num_bytes
-    rows = budget // (2 * dtype.itemsize * max(1, vocab))
-    unit = 128 if policy.is_cuda and rows >= 1024 else 16
-    return max(16, rows // unit * unit)
-
-
-def _cut(x: Tensor | None, valid: int) -> Tensor | None:
-    """The part of the vocabulary that exists; x itself where that is all, which spares the backward a copy."""
-    return x if x is None or valid == len(x) else x[:valid]
 
 
 def _checked(scores: TokenScores, call: Call) -> TokenScores:

@@ -14,40 +14,34 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_chunks, triton_epilogue, triton_gradient, triton_linear
+from .gpu import heads, passes, rows
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Shared memory one block may use (CUDA programming guide, table of compute capabilities)."""
 
-ROWWISE = {
-    "z_ptr": "*fp32", "z_stride": "i64", "r_ptr": "*fp32", "r_stride": "i64", "bias_ptr": "*fp32",
-    "ref_bias_ptr": "*fp32", "keep_ptr": "*u8", "target_ptr": "*i64", "row_ids_ptr": "*i64",
-    "temperature_ptr": "*fp32", "stats_ptr": "*fp32", "support_stats_ptr": "*fp32", "stats_stride": "i64",
-    "factors_ptr": "*fp32", "factors_stride": "i64", "grad_ptr": "*bf16", "grad_stride": "i64", "vocab": "i32",
-    "softcap": "fp32", "scale": "fp32",
-}  # fmt: skip
-ALIGNED = ("_ptr", "h", "w", "hr", "wr", "h_stride", "w_stride", "hr_stride", "wr_stride", "z_stride", "r_stride",
-           "grad_stride", "vocab", "hidden")  # fmt: skip
-"""How the names of arguments end that are multiples of 16 in practice."""
+ALIGNED = ("z_stride", "r_stride", "out_stride", "strides", "vocab", "hidden")
+"""Numbers that are multiples of 16 in practice. All pointers are."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One kernel as it is launched: types of its arguments, flags that are true, and launch options."""
+    """One kernel as it is launched: types of its arguments (tuples as the kernel takes them), compile-time constants,
+    and launch options."""
 
     name: str
-    kernel: object
-    signature: dict[str, str]
-    flags: tuple[str, ...]
-    constants: dict[str, int]
+    kernel: Any
+    signature: dict[str, Any]
+    constants: dict[str, Any]
     num_warps: int
     num_stages: int = 3
 
@@ -64,91 +58,88 @@ class Resources:
     tensor_cores: str  # the instruction of the matrix product, or ""
 
 
-def _rowwise(name: str, kernel: object, flags: tuple[str, ...], logits: str) -> Configuration:
-    signature = {**ROWWISE, "z_ptr": f"*{logits}", "r_ptr": f"*{logits}"}
-    if kernel is triton_epilogue.score_kernel:
-        blocks = {"BLOCK": triton_chunks.FORWARD_BLOCK, "LANES": triton_chunks.FORWARD_LANES}
-        return Configuration(name, kernel, signature, flags, blocks, triton_chunks.FORWARD_WARPS)
-    blocks = {"BLOCK": triton_chunks.GRADIENT_BLOCK}
-    return Configuration(name, kernel, signature, flags, blocks, triton_chunks.GRADIENT_WARPS)
-
-
-def _linear(name: str, flags: tuple[str, ...], architecture: int) -> Configuration:
-    block_vocab, hidden, stages = triton_linear.tile_shape(architecture, "HAS_REF" in flags, "HAS_BIAS" in flags)
-    rows = triton_linear.BLOCK_ROWS
-    states = weights = "*bf16"
-    if architecture >= triton_linear.DESCRIPTOR_ARCHITECTURE:
-        flags = (*flags, "DESCRIPTORS")
-        states, weights = (f"tensordesc<bf16[{block}, {hidden}]>" for block in (rows, block_vocab))
+def _rowwise(name: str, kernel: Any, flags: rows.Flags, logits: str) -> Configuration:
+    f32, z = "*fp32", f"*{logits}"
     signature = {
-        "h": states, "w": weights, "hr": states, "wr": weights, "h_stride": "i64", "w_stride": "i64",
-        "hr_stride": "i64", "wr_stride": "i64", "bias_ptr": "*fp32",
-        "ref_bias_ptr": "*fp32", "target_ptr": "*i64", "temperature_ptr": "*fp32", "sums_ptr": "*fp32",
-        "sums_stride": "i64", "num_rows": "i32", "vocab": "i32", "hidden": "i32", "num_row_blocks": "i32",
-        "num_splits": "i32", "softcap": "fp32", "scale": "fp32",
+        "inputs": rows.Inputs(z, "i64", z, "i64", f32, f32, "*u8", "*i64", "*i64", f32),
+        "stats": rows.Stats(f32, f32, "i64"),
+        "gradient": rows.Gradient(f32, "i64", "*bf16", "i64"),
+        "numbers": rows.Numbers("i32", "fp32", "fp32"),
+    }
+    if kernel is rows.score_kernel:
+        constants = {"FLAGS": flags, "BLOCK": passes.FORWARD_BLOCK, "LANES": passes.FORWARD_LANES}
+        return Configuration(name, kernel, signature, constants, passes.FORWARD_WARPS)
+    constants = {"FLAGS": flags, "BLOCK": passes.GRADIENT_BLOCK}
+    return Configuration(name, kernel, signature, constants, passes.GRADIENT_WARPS)
+
+
+def _linear(name: str, flags: rows.Flags, architecture: int) -> Configuration:
+    block_vocab, hidden, stages = heads.tile_shape(architecture, flags.has_ref, flags.has_bias)
+    states = weights = "*bf16"
+    descriptors = architecture >= heads.DESCRIPTOR_ARCHITECTURE
+    if descriptors:
+        states, weights = (f"tensordesc<bf16[{block}, {hidden}]>" for block in (heads.BLOCK_ROWS, block_vocab))
+    signature = {
+        "h": states, "w": weights, "hr": states, "wr": weights, "strides": ("i64",) * 4,
+        "vectors": heads.Vectors("*fp32", "*fp32", "*i64", "*fp32", "*fp32", "i64"),
+        "sizes": heads.Sizes("i32", "i32", "i32", "i32", "i32"), "softcap": "fp32", "scale": "fp32",
     }  # fmt: skip
-    blocks = {"BLOCK_ROWS": rows, "BLOCK_VOCAB": block_vocab, "BLOCK_HIDDEN": hidden, "GROUP": triton_linear.GROUP}
-    kernel = triton_linear.linear_score_kernel
-    return Configuration(name, kernel, signature, flags, blocks, triton_linear.NUM_WARPS, stages)
+    tile = heads.Tile(heads.BLOCK_ROWS, block_vocab, hidden, heads.GROUP, descriptors, "tf32")
+    constants = {"FLAGS": flags, "TILE": tile}
+    return Configuration(name, heads.linear_score_kernel, signature, constants, heads.NUM_WARPS, stages)
 
 
 def configurations(architecture: int) -> list[Configuration]:
     """Everything that the operators launch on such a GPU, up to flags that only remove work."""
-    score, gradient = triton_epilogue.score_kernel, triton_gradient.gradient_kernel
+    score, gradient, flags = rows.score_kernel, rows.gradient_kernel, rows.Flags
+    b_and_c = flags(has_b=True, has_c=True)
+    extras = flags(has_bias=True, has_softcap=True, has_scale=True, row_temperature=True)
+    both_extras = extras._replace(has_ref=True, has_ref_bias=True)
     result = [
-        _rowwise("score: policy, bf16 logits", score, (), "bf16"),
-        _rowwise("score: policy + reference, bf16 logits", score, ("HAS_REF", "HAS_ROW_IDS"), "bf16"),
-        _rowwise("score: policy + reference, fp32 logits", score, ("HAS_REF",), "fp32"),
-        _rowwise("score: + support", score, ("HAS_REF", "HAS_KEEP"), "fp32"),
-        _rowwise(
-            "score: + bias, softcap, row temperature", score,
-            ("HAS_REF", "HAS_BIAS", "HAS_REF_BIAS", "HAS_SOFTCAP", "HAS_SCALE", "ROW_TEMPERATURE"), "fp32",
-        ),
-        _rowwise("score + gradient", score, ("HAS_REF", "WRITE_GRADIENT", "HAS_B", "HAS_C"), "fp32"),
-        _rowwise("gradient: logp", gradient, (), "bf16"),
-        _rowwise("gradient: logp + KL, bf16 logits", gradient, ("HAS_C", "HAS_ROW_IDS"), "bf16"),
-        _rowwise("gradient: all", gradient, ("HAS_B", "HAS_C"), "fp32"),
-        _rowwise(
-            "gradient: all + support", gradient, ("HAS_B", "HAS_C", "HAS_KEEP", "HAS_C_SUPPORT"), "fp32",
-        ),
-    ]  # fmt: skip
-    for name, flags in (
-        ("linear score: policy", ()),
-        ("linear score: policy + bias, softcap", ("HAS_BIAS", "HAS_SOFTCAP", "HAS_SCALE", "ROW_TEMPERATURE")),
-        ("linear score: policy + reference", ("HAS_REF",)),
-        (
-            "linear score: + bias, softcap",
-            ("HAS_REF", "HAS_BIAS", "HAS_REF_BIAS", "HAS_SOFTCAP", "HAS_SCALE", "ROW_TEMPERATURE"),
-        ),
-    ):
-        result.append(_linear(name, flags, architecture))
+        _rowwise("score: policy, bf16 logits", score, flags(), "bf16"),
+        _rowwise("score: policy + reference, bf16 logits", score, flags(has_ref=True, has_row_ids=True), "bf16"),
+        _rowwise("score: policy + reference, fp32 logits", score, flags(has_ref=True), "fp32"),
+        _rowwise("score: + support", score, flags(has_ref=True, has_keep=True), "fp32"),
+        _rowwise("score: + bias, softcap, row temperature", score, both_extras, "fp32"),
+        _rowwise("score + gradient", score, flags(has_ref=True, write_gradient=True, has_b=True, has_c=True), "fp32"),
+        _rowwise("gradient: logp", gradient, flags(), "bf16"),
+        _rowwise("gradient: logp + KL, bf16 logits", gradient, flags(has_c=True, has_row_ids=True), "bf16"),
+        _rowwise("gradient: all", gradient, b_and_c, "fp32"),
+        _rowwise("gradient: all + support", gradient, b_and_c._replace(has_keep=True, has_c_support=True), "fp32"),
+        _linear("linear score: policy", flags(), architecture),
+        _linear("linear score: policy + bias, softcap", extras, architecture),
+        _linear("linear score: policy + reference", flags(has_ref=True), architecture),
+        _linear("linear score: + bias, softcap", both_extras, architecture),
+    ]
+    scale = {"x_ptr": "*bf16", "factor_ptr": "*fp32", "count": "i64"}
+    result.append(Configuration("scale", rows.scale_kernel, scale, {"BLOCK": passes.SCALE_BLOCK}, 4))
     merge = {
         "sums_ptr": "*fp32", "sums_stride": "i64", "stats_ptr": "*fp32", "stats_stride": "i64", "num_rows": "i32",
         "num_splits": "i32",
     }  # fmt: skip
-    scale = {"x_ptr": "*bf16", "factor_ptr": "*fp32", "count": "i64"}
-    blocks = {"BLOCK": triton_chunks.SCALE_BLOCK}
-    result.append(Configuration("scale", triton_gradient.scale_kernel, scale, (), blocks, 4))
-    rows = {"MERGE_ROWS": triton_linear.MERGE_ROWS}
-    result.append(Configuration("merge", triton_linear.merge_kernel, merge, ("HAS_REF",), rows, 4))
+    constants = {"HAS_REF": True, "MERGE_ROWS": heads.MERGE_ROWS}
+    result.append(Configuration("merge", heads.merge_kernel, merge, constants, 4))
     return result
+
+
+def _aligned(signature: dict[str, Any]) -> Iterator[tuple[int, ...]]:
+    """The places of the arguments that are multiples of 16: (index,), or (index, place in the tuple)."""
+    for i, (name, kind) in enumerate(signature.items()):
+        kinds = [((i,), name, kind)]
+        if isinstance(kind, tuple):
+            names = getattr(kind, "_fields", [name] * len(kind))
+            kinds = [((i, j), names[j], k) for j, k in enumerate(kind)]
+        yield from (place for place, name, k in kinds if k.startswith("*") or name in ALIGNED)
 
 
 def compile_for(configuration: Configuration, architecture: int) -> Resources:
     """Compiles one configuration for sm_`architecture` and reads its resources from the machine code."""
-    kernel = configuration.kernel
-    constants, signature, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if name in configuration.signature:
-            signature[name] = configuration.signature[name]
-            if name.endswith(ALIGNED) and not signature[name].startswith("tensordesc"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "constexpr"
-            constants[name] = configuration.constants.get(name, name in configuration.flags)
+    constants = configuration.constants
+    attributes = {place: [["tt.divisibility", 16]] for place in _aligned(configuration.signature)}
+    signature = {**configuration.signature, **dict.fromkeys(constants, "constexpr")}
+    assert list(signature) == [parameter.name for parameter in configuration.kernel.params]
     compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
+        ASTSource(configuration.kernel, signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", architecture, 32),
         options={"num_warps": configuration.num_warps, "num_stages": configuration.num_stages},
     )
@@ -175,12 +166,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, help="compute capabilities, as 90")
     options = parser.parse_args(argv)
-    rows = [compile_for(c, architecture) for architecture in options.arch for c in configurations(architecture)]
+    table = [compile_for(c, architecture) for architecture in options.arch for c in configurations(architecture)]
     if options.json:
-        print(json.dumps([asdict(row) for row in rows]))
+        print(json.dumps([asdict(row) for row in table]))
         return
     print(f"{'kernel':<42}{'chip':>8}{'registers':>11}{'spilled B':>11}{'shared KiB':>12}  matrix product")
-    for row in rows:
+    for row in table:
         shared = row.shared_bytes / 1024
         print(
             f"{row.name:<42}{'sm_' + str(row.architecture):>8}{row.registers:>11}{row.spilled_bytes:>11}{shared:>12.1f}"

@@ -7,8 +7,9 @@ import pytest
 import torch
 from kernel_cases import assert_as_good_as_the_line, make_case, run
 
-from fastkl.kernels import operators, reference, triton_chunks, triton_linear
+from fastkl.kernels import operators, reference
 from fastkl.kernels.dispatch import interpreting
+from fastkl.kernels.gpu import heads, passes
 from fastkl.kernels.operators import Support, TokenCoefficients
 
 assert interpreting(), "run with TRITON_INTERPRET=1"
@@ -19,17 +20,17 @@ launches: list[str] = []
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks per row, tiles per share and shares per vocabulary, even for tiny sizes; and a log of launches."""
-    monkeypatch.setattr(triton_chunks, "FORWARD_BLOCK", 16)
-    monkeypatch.setattr(triton_chunks, "FORWARD_LANES", 4)
-    monkeypatch.setattr(triton_chunks, "GRADIENT_BLOCK", 16)
-    monkeypatch.setattr(triton_linear, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(triton_linear, "MAX_SPLITS", 3)
-    monkeypatch.setattr(triton_linear, "GROUP", 2)
-    monkeypatch.setattr(triton_linear, "tile_shape", lambda *_: (16, 16, 1))
+    monkeypatch.setattr(passes, "FORWARD_BLOCK", 16)
+    monkeypatch.setattr(passes, "FORWARD_LANES", 4)
+    monkeypatch.setattr(passes, "GRADIENT_BLOCK", 16)
+    monkeypatch.setattr(heads, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(heads, "MAX_SPLITS", 3)
+    monkeypatch.setattr(heads, "GROUP", 2)
+    monkeypatch.setattr(heads, "tile_shape", lambda *_: (16, 16, 1))
     launches.clear()
     for module, name in (
-        (triton_chunks, "score_kernel"), (triton_chunks, "gradient_kernel"), (triton_chunks, "scale_kernel"),
-        (triton_linear, "linear_score_kernel"),
+        (passes, "score_kernel"), (passes, "gradient_kernel"), (passes, "scale_kernel"),
+        (heads, "linear_score_kernel"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, Logged(name, getattr(module, name)))
 
@@ -83,8 +84,8 @@ def test_hidden_in_matches_float64_and_stores_no_logits_in_the_forward(options):
     "options", [{}, {"softcap": 4.0, "bias": True}, {"mask": "some", "hidden": 24, "num_rows": 35}]
 )
 def test_before_hopper_the_heads_are_read_through_pointers(options, monkeypatch):
-    monkeypatch.setattr(triton_linear, "architecture_of", lambda _: 80)
-    monkeypatch.setattr(triton_linear, "TensorDescriptor", None)
+    monkeypatch.setattr(heads, "architecture_of", lambda _: 80)
+    monkeypatch.setattr(heads, "TensorDescriptor", None)
     check(make_case(**{"num_rows": 6, "vocab": 53, **options}))
     assert launches == ["linear_score_kernel", "gradient_kernel"]
 

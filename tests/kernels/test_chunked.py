@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_cases import assert_as_good_as_the_line, make_case, run
 
 from fastkl.kernels import operators, reference
-from fastkl.kernels.linear import LinearSource
+from fastkl.kernels.cpu.sources import HeadSource
 from fastkl.kernels.operators import Support
 
 
@@ -247,9 +247,9 @@ def test_inplace_backward_writes_the_same_gradient_over_the_logits(mask):
 
 def test_the_backward_loads_no_chunk_that_is_still_there(monkeypatch):
     loads = []
-    load = LinearSource.load
+    load = HeadSource.load
     monkeypatch.setattr(
-        LinearSource, "load", lambda self, lo, hi, **k: (loads.append((lo, hi)), load(self, lo, hi, **k))[1]
+        HeadSource, "load", lambda self, lo, hi, **k: (loads.append((lo, hi)), load(self, lo, hi, **k))[1]
     )
     case = make_case(num_rows=10).to(torch.float32)
     hidden = case.policy_hidden.requires_grad_()

@@ -100,12 +100,12 @@ def test_coefficients_computed_from_whole_groups_give_the_gradient_of_autograd(m
 
 
 def test_rows_without_a_coefficient_cost_no_gradient_work(monkeypatch):
-    from fastkl.kernels.linear import LinearSource
+    from fastkl.kernels.cpu.sources import HeadSource
 
     stored = []
-    original = LinearSource.store
+    original = HeadSource.store
     monkeypatch.setattr(
-        LinearSource, "store", lambda self, lo, hi, d: (stored.append(hi - lo), original(self, lo, hi, d))
+        HeadSource, "store", lambda self, lo, hi, d: (stored.append(hi - lo), original(self, lo, hi, d))
     )
     case = make_case(num_rows=200)
     hidden, weight = leaves_of(case)

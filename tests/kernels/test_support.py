@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastkl.kernels import operators
-from fastkl.kernels import support as support_module
-from fastkl.kernels.support import allowed_pairs, banned_pairs, keep_mask, largest
+from fastkl.kernels.cpu import supports
+from fastkl.kernels.cpu.supports import allowed_pairs, banned_pairs, largest
+from fastkl.kernels.support import keep_mask
 from fastkl.kernels.types import Support
 
 
@@ -120,7 +121,7 @@ def test_flat_rows_are_settled_without_sorting_them(monkeypatch):
     expected = keep_mask(support, z, targets).nonzero()
     assert len(expected) > 100 * 100
     sorted_rows = []
-    monkeypatch.setattr(support_module, "keep_mask", lambda s, x, *_: sorted_rows.append(len(x)) or keep_mask(s, x))
+    monkeypatch.setattr(supports, "keep_mask", lambda s, x, *_: sorted_rows.append(len(x)) or keep_mask(s, x))
     assert torch.equal(torch.stack(allowed_pairs(support, z, targets), 1), expected)
     assert sum(sorted_rows) <= 10
 

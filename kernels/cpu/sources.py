@@ -1,4 +1,4 @@
-"""Sources of logits for chunked.py: heads with hidden states (linear_token_scores), or logits (token_scores).
+"""Sources of logits in PyTorch: heads with hidden states, or the caller's logits.
 
 Each turns a range of rows into processed logits in a reused buffer, and takes the gradient of that range back:
 d hidden = d logits @ W, dW += d logits^T @ hidden, accumulated in float32.
@@ -6,91 +6,34 @@ d hidden = d logits @ W, dW += d logits^T @ hidden, accumulated in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .epilogue import EXCLUDED
+from ..passes import EXCLUDED, LogitOptions, Side
 
 ROW_MULTIPLE = 16
 """Matrix products see a multiple of this many rows: below 12, MKL's order of summation depends on their number."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogitOptions:
-    """How a head's output becomes the logits that are sampled from: rounding, softcap, scale, then temperature."""
-
-    temperature: float | Tensor = 1.0  # a number, or [n]
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    logits_dtype: str = "float32"
-
-    @property
-    def scale(self) -> float:
-        """logit_scale / temperature, but for a temperature of each row, which is left to the reader."""
-        return float(self.logit_scale if isinstance(self.temperature, Tensor) else self.logit_scale / self.temperature)
-
-    @property
-    def has_scale(self) -> bool:
-        """Whether logits change by scale and temperature."""
-        return isinstance(self.temperature, Tensor) or self.scale != 1.0
-
-    def apply_(self, logits: Tensor) -> None:
-        """Rounds and caps the head's output [n, V] in place: what comes before scale and temperature."""
-        if self.logits_dtype == "bfloat16":
-            logits.copy_(logits.bfloat16())
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def temperature_of(self, lo: int, hi: int) -> float | Tensor:
-        """The temperature of rows lo..hi."""
-        return self.temperature[lo:hi] if isinstance(self.temperature, Tensor) else self.temperature
-
-    def scale_(self, logits: Tensor, lo: int, hi: int) -> None:
-        """Applies logit scale and temperature to the logits [hi - lo, V] of rows lo..hi."""
-        if self.logit_scale != 1.0:
-            logits.mul_(self.logit_scale)
-        temperature = self.temperature_of(lo, hi)
-        if isinstance(temperature, Tensor):
-            logits.div_(temperature[:, None])
-        elif temperature != 1.0:
-            logits.div_(temperature)
-
-    def factor(self, lo: int, hi: int, device: torch.device) -> Tensor | None:
-        """What scale_ multiplies with, logit_scale / temperature, f64 [hi - lo]; None if it is one."""
-        if not self.has_scale:
-            return None
-        ones = torch.ones(hi - lo, dtype=torch.float64, device=device)
-        return ones * self.logit_scale / self.temperature_of(lo, hi)
+def new_source(
+    policy: Side | Tensor,
+    reference: Side | Tensor | None,
+    row_ids: Tensor | None,
+    options: LogitOptions,
+    chunk_rows: int,
+    dtype: torch.dtype,
+) -> HeadSource | LogitsSource:
+    """The source of one call: policy and reference are both heads with hidden states, or both logits [*, V]."""
+    if isinstance(policy, Side):
+        assert not isinstance(reference, Tensor)
+        return HeadSource(policy, reference, row_ids, options, chunk_rows, dtype)
+    assert not isinstance(reference, Side)
+    return LogitsSource(policy, reference, row_ids, options, chunk_rows, dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One model's side of a call: hidden states [*, H], weight [V, H], bias [V] or None."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-    def to(self, dtype: torch.dtype) -> Side:
-        """Weight in the compute dtype, bias in float32 or finer; -inf in a bias becomes a finite, hopeless logit."""
-        bias = self.bias
-        if bias is not None:
-            bias = bias.detach().to(torch.promote_types(dtype, torch.float32)).clamp(min=EXCLUDED)
-        return Side(self.hidden.detach(), self.weight.detach().to(dtype), bias)
-
-    def shares_weights_with(self, other: Side) -> bool:
-        """Whether both use the same head in memory, so that one product serves both."""
-        a, b = self.weight, other.weight
-        same_weight = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-        same_bias = (self.bias is None and other.bias is None) or (
-            self.bias is not None and other.bias is not None and self.bias.data_ptr() == other.bias.data_ptr()
-        )
-        return same_weight and same_bias
-
-
-class LinearSource:
+class HeadSource:
     """Logits of a policy head and, optionally, a reference head; collects the policy's gradients if asked to.
 
     row_ids i64 [n] picks the scored rows of the hidden states (None: all of them). raw: leave bias and options to the
@@ -135,24 +78,22 @@ class LinearSource:
             return torch.empty(sides, rows, self.vocab, dtype=self.dtype, device=device)
         return [torch.empty(rows, self.vocab, dtype=self.dtype, device=device) for _ in range(sides)]
 
-    def collect_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
-        """Asks `store` to accumulate these gradients, starting from zero."""
-        policy = self.policy
-        self.grad_hidden = torch.zeros_like(policy.hidden) if hidden else None
-        self.needs_weight_grad = weight
+    def collect_gradients(self, needed: Sequence[bool], inplace: bool) -> None:
+        """See Source.collect_gradients."""
+        hidden, self.needs_weight_grad, bias = needed
+        self.grad_hidden = torch.zeros_like(self.policy.hidden) if hidden else None
         self.grad_weight = None  # the first chunk creates it, which saves a pass over zeros
-        self.grad_bias = torch.zeros_like(policy.bias) if bias else None
+        self.grad_bias = torch.zeros_like(self.policy.bias) if bias and self.policy.bias is not None else None
 
-    def take_over(self, other: LinearSource) -> None:
-        """Goes on with the buffers and the gradients of a source of other rows of the same call."""
-        self.hidden_buffer, self.logits_buffers, self.buffer_rows = (
-            other.hidden_buffer, other.logits_buffers, other.buffer_rows,
-        )  # fmt: skip
-        self.needs_weight_grad = other.needs_weight_grad
-        self.grad_hidden, self.grad_weight, self.grad_bias = other.grad_hidden, other.grad_weight, other.grad_bias
+    def gradients(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """See Source.gradients."""
+        if self.needs_weight_grad and self.grad_weight is None:  # no row had a gradient
+            self.grad_weight = torch.zeros_like(self.policy.weight)
+        grads = self.grad_hidden, self.grad_weight, self.grad_bias
+        return tuple(g if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
-        """See chunked.LogitsSource."""
+        """See Source.load."""
         self.loaded_from = lo
         if self.logits_buffers is None:
             self.logits_buffers = self._new_logits_buffers()
@@ -172,7 +113,7 @@ class LinearSource:
         return logits[0], logits[1] if len(logits) == 2 else None
 
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
-        """See chunked.LogitsSource."""
+        """See Source.store."""
         hidden = self.hidden_buffer[0, lo - self.loaded_from : hi - self.loaded_from]
         if self.grad_hidden is not None:
             grad = (dlogits @ self.policy.weight).to(self.grad_hidden.dtype)
@@ -192,7 +133,7 @@ class LinearSource:
             self.grad_weight.addmm_(dlogits.t(), hidden)
 
     def factor(self, lo: int, hi: int) -> Tensor | None:
-        """See chunked.LogitsSource."""
+        """logit_scale / temperature, f64 [hi - lo]; None means one."""
         return self.options.factor(lo, hi, self.policy.weight.device)
 
     def _read_hidden(self, hidden: Tensor, lo: int, hi: int, out: Tensor) -> None:
@@ -234,16 +175,16 @@ class LogitsSource:
         self.buffers = [torch.empty(chunk_rows, self.vocab, dtype=dtype, device=device) for _ in self.logits]
         self.grad_logits = None
 
-    def collect_gradients(self, inplace: bool = False) -> None:
-        """Asks for the gradient; rows that are never stored are zero in it."""
+    def collect_gradients(self, needed: Sequence[bool], inplace: bool) -> None:
+        """See Source.collect_gradients."""
         self.grad_logits = room_for_gradient(self.logits[0], self.row_ids, inplace)
 
-    def take_over(self, other: LogitsSource) -> None:
-        """Goes on with the buffers and the gradient of a source of other rows of the same call."""
-        self.buffers, self.grad_logits = other.buffers, other.grad_logits
+    def gradients(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """See Source.gradients."""
+        return (self.grad_logits,)
 
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
-        """See chunked.LogitsSource. -inf becomes a finite, hopeless logit, so that 0 * -inf never arises."""
+        """See Source.load. -inf becomes EXCLUDED, so that 0 * -inf never arises."""
         out = []
         for logits, buffer in zip(self.logits[: 2 if need_ref else 1], self.buffers, strict=False):
             x = logits[lo:hi] if self.row_ids is None else logits.index_select(0, self.row_ids[lo:hi])
@@ -251,12 +192,12 @@ class LogitsSource:
         return out[0], out[1] if len(out) == 2 else None
 
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
-        """See chunked.LogitsSource."""
+        """See Source.store."""
         if self.row_ids is None:
             self.grad_logits[lo:hi] = dlogits.to(self.grad_logits.dtype)
         else:
             self.grad_logits.index_copy_(0, self.row_ids[lo:hi], dlogits.to(self.grad_logits.dtype))
 
     def factor(self, lo: int, hi: int) -> Tensor | None:
-        """See chunked.LogitsSource."""
+        """logit_scale / temperature, f64 [hi - lo]; None means one."""
         return self.options.factor(lo, hi, self.logits[0].device)

@@ -9,16 +9,16 @@ through pointers (cp.async) on Ampere and Ada.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .epilogue import RowStats
-from .linear import LogitOptions, Side
-from .triton_epilogue import finish, fold, store_stats
-from .triton_logits import EXCLUDED, LOG2E, process_logits
+from ..passes import LogitOptions, RowStats, Side
+from .rows import EXCLUDED, LOG2E, Flags, finish, fold, no_sums, process_logits, store_fields
 
 BLOCK_ROWS, NUM_WARPS = 128, 8
 GROUP = 16
@@ -29,51 +29,73 @@ SUMS = 8  # m, s, a, mr, sr, g, target's logit, target's reference logit
 MERGE_ROWS = 128
 
 
+class Vectors(NamedTuple):
+    """What a launch reads beside the matrices, and the sums it writes; any tensor stands in for what is not there."""
+
+    bias: Any  # f32 [V]
+    ref_bias: Any
+    target: Any  # i64 [n]
+    temperature: Any  # f32 [n]
+    sums: Any  # f32 [SUMS, splits, n]
+    sums_stride: Any
+
+
+class Sizes(NamedTuple):
+    """Of the problem, and of its division among programs."""
+
+    num_rows: Any
+    vocab: Any
+    hidden: Any
+    num_row_blocks: Any
+    num_splits: Any
+
+
+class Tile(NamedTuple):
+    """How a program goes over its share: rows x vocab logits at a time, hidden features per step."""
+
+    rows: int
+    vocab: int
+    hidden: int
+    group: int  # blocks of rows whose states stay in the L2 cache together
+    descriptors: bool
+    precision: str  # of float32 products
+
+
 @triton.jit
-def load_tile(
-    x, stride, first, count, k, hidden, DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def load_tile(x, stride, first, count, k, hidden, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Rows first.. and features k.. of a matrix [count, hidden], zero beyond its ends; x: its descriptor or pointer."""
-    if DESCRIPTORS:
+    if TILE.descriptors:
         return x.load([first, k])
     else:
         rows = first + tl.arange(0, ROWS)
-        columns = k + tl.arange(0, COLUMNS)
+        columns = k + tl.arange(0, TILE.hidden)
         inside = (rows < count)[:, None] & (columns < hidden)[None, :]
         return tl.load(x + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def linear_score_kernel(
-    h, w, hr, wr, h_stride, w_stride, hr_stride, wr_stride, bias_ptr, ref_bias_ptr, target_ptr, temperature_ptr,
-    sums_ptr, sums_stride, num_rows, vocab, hidden, num_row_blocks, num_splits, softcap, scale,
-    HAS_REF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr, ROUND_BF16: tl.constexpr, IEEE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Running sums of one block of rows over one share of the vocabulary, into sums [SUMS, splits, rows]."""
+def linear_score_kernel(h, w, hr, wr, strides, vectors, sizes, softcap, scale, FLAGS: tl.constexpr, TILE: tl.constexpr):
+    """Running sums of one block of rows over one share of the vocabulary: `fold` of hidden @ weight^T, tile by tile."""
+    h_stride, w_stride, hr_stride, wr_stride = strides
+    num_rows, vocab, hidden, num_row_blocks, num_splits = sizes
+    BLOCK_ROWS: tl.constexpr = TILE.rows
+    BLOCK_VOCAB: tl.constexpr = TILE.vocab
     # programs that run at once: GROUP blocks of rows, whose states stay in the L2 cache, times all shares
     pid = tl.program_id(0)
-    first_block = pid // (GROUP * num_splits) * GROUP
-    group_size = tl.minimum(num_row_blocks - first_block, GROUP)
-    pid %= GROUP * num_splits
+    first_block = pid // (TILE.group * num_splits) * TILE.group
+    group_size = tl.minimum(num_row_blocks - first_block, TILE.group)
+    pid %= TILE.group * num_splits
     first_row = (first_block + pid % group_size) * BLOCK_ROWS
     split = pid // group_size
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"  # only float32 inputs look at it
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < num_rows
-    target = tl.load(target_ptr + rows, mask=in_rows, other=-1)
+    target = tl.load(vectors.target + rows, mask=in_rows, other=-1)
     scale += tl.zeros([BLOCK_ROWS, 1], tl.float32)
-    if ROW_TEMPERATURE:
-        scale /= tl.load(temperature_ptr + rows, mask=in_rows, other=1.0)[:, None]
+    if FLAGS.row_temperature:
+        scale /= tl.load(vectors.temperature + rows, mask=in_rows, other=1.0)[:, None]
+    numbers = (vocab, softcap, scale)
 
-    m = tl.zeros([BLOCK_ROWS], tl.float32) + EXCLUDED
-    mr = tl.zeros([BLOCK_ROWS], tl.float32) + EXCLUDED
-    s = tl.zeros([BLOCK_ROWS], tl.float32)
-    a = tl.zeros([BLOCK_ROWS], tl.float32)
-    sr = tl.zeros([BLOCK_ROWS], tl.float32)
-    g = tl.zeros([BLOCK_ROWS], tl.float32)
+    sums = no_sums(BLOCK_ROWS)
     z_t = tl.zeros([BLOCK_ROWS], tl.float32)
     r_t = tl.zeros([BLOCK_ROWS], tl.float32)
     num_tiles = tl.cdiv(vocab, BLOCK_VOCAB)
@@ -83,51 +105,38 @@ def linear_score_kernel(
         first_id = tile * BLOCK_VOCAB
         z = tl.zeros([BLOCK_ROWS, BLOCK_VOCAB], tl.float32)
         r = tl.zeros([BLOCK_ROWS, BLOCK_VOCAB], tl.float32)
-        for k in range(0, hidden, BLOCK_HIDDEN):
-            states = load_tile(h, h_stride, first_row, num_rows, k, hidden, DESCRIPTORS, BLOCK_ROWS, BLOCK_HIDDEN)
-            weights = load_tile(w, w_stride, first_id, vocab, k, hidden, DESCRIPTORS, BLOCK_VOCAB, BLOCK_HIDDEN)
-            z = tl.dot(states, weights.T, z, input_precision=precision)
-            if HAS_REF:
-                states = load_tile(hr, hr_stride, first_row, num_rows, k, hidden, DESCRIPTORS, BLOCK_ROWS, BLOCK_HIDDEN)
-                weights = load_tile(wr, wr_stride, first_id, vocab, k, hidden, DESCRIPTORS, BLOCK_VOCAB, BLOCK_HIDDEN)
-                r = tl.dot(states, weights.T, r, input_precision=precision)
+        for k in range(0, hidden, TILE.hidden):
+            states = load_tile(h, h_stride, first_row, num_rows, k, hidden, BLOCK_ROWS, TILE)
+            weights = load_tile(w, w_stride, first_id, vocab, k, hidden, BLOCK_VOCAB, TILE)
+            z = tl.dot(states, weights.T, z, input_precision=TILE.precision)
+            if FLAGS.has_ref:
+                states = load_tile(hr, hr_stride, first_row, num_rows, k, hidden, BLOCK_ROWS, TILE)
+                weights = load_tile(wr, wr_stride, first_id, vocab, k, hidden, BLOCK_VOCAB, TILE)
+                r = tl.dot(states, weights.T, r, input_precision=TILE.precision)
         ids = first_id + tl.arange(0, BLOCK_VOCAB)
         inside = (ids < vocab)[None, :]
         is_target = ids[None, :] == target[:, None]
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
-        z = process_logits(z, softcap, scale, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16)
+        if FLAGS.has_bias:
+            z += tl.load(vectors.bias + ids, mask=ids < vocab, other=0.0)[None, :]
+        z = process_logits(z, numbers, FLAGS)
         z_t += tl.sum(tl.where(is_target, z, 0.0), 1)
         z = tl.where(inside & (ids[None, :] != target[:, None]), z, EXCLUDED)
-        if HAS_REF:
-            if HAS_REF_BIAS:
-                r += tl.load(ref_bias_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
-            r = process_logits(r, softcap, scale, HAS_SOFTCAP, HAS_SCALE, ROUND_BF16)
+        if FLAGS.has_ref:
+            if FLAGS.has_ref_bias:
+                r += tl.load(vectors.ref_bias + ids, mask=ids < vocab, other=0.0)[None, :]
+            r = process_logits(r, numbers, FLAGS)
             r_t += tl.sum(tl.where(is_target, r, 0.0), 1)
             r = tl.where(inside, r, EXCLUDED)
-        m, s, a, mr, sr, g = fold(z, r, m, s, a, mr, sr, g, HAS_REF, 1)
+        sums = fold(z, r, sums, FLAGS.has_ref, 1)
 
-    field = sums_stride
-    sums_ptr += split.to(tl.int64) * num_rows + rows
-    tl.store(sums_ptr, m, mask=in_rows)
-    tl.store(sums_ptr + field, s, mask=in_rows)
-    tl.store(sums_ptr + 2 * field, a, mask=in_rows)
-    tl.store(sums_ptr + 3 * field, mr, mask=in_rows)
-    tl.store(sums_ptr + 4 * field, sr, mask=in_rows)
-    tl.store(sums_ptr + 5 * field, g, mask=in_rows)
-    tl.store(sums_ptr + 6 * field, z_t, mask=in_rows)
-    tl.store(sums_ptr + 7 * field, r_t, mask=in_rows)
+    m, mr, s, a, sr, g = sums
+    place = vectors.sums + (split.to(tl.int64) * num_rows + rows)
+    store_fields(place, vectors.sums_stride, 0, in_rows, (m, s, a, mr, sr, g, z_t, r_t))
 
 
 @triton.jit
 def merge_kernel(
-    sums_ptr,
-    sums_stride,
-    stats_ptr,
-    stats_stride,
-    num_rows,
-    num_splits,
-    HAS_REF: tl.constexpr,
+    sums_ptr, sums_stride, stats_ptr, stats_stride, num_rows, num_splits, HAS_REF: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Adds the shares of the vocabulary up, in their order, and finishes RowStats."""
@@ -135,12 +144,7 @@ def merge_kernel(
     inside = rows < num_rows
     field = sums_stride
     ptr = sums_ptr + rows
-    m = tl.zeros([MERGE_ROWS], tl.float32) + EXCLUDED
-    mr = tl.zeros([MERGE_ROWS], tl.float32) + EXCLUDED
-    s = tl.zeros([MERGE_ROWS], tl.float32)
-    a = tl.zeros([MERGE_ROWS], tl.float32)
-    sr = tl.zeros([MERGE_ROWS], tl.float32)
-    g = tl.zeros([MERGE_ROWS], tl.float32)
+    m, mr, s, a, sr, g = no_sums(MERGE_ROWS)
     z_t = tl.zeros([MERGE_ROWS], tl.float32)
     r_t = tl.zeros([MERGE_ROWS], tl.float32)
     for _ in range(0, num_splits):
@@ -163,12 +167,7 @@ def merge_kernel(
         m = m_new
         z_t += tl.load(ptr + 6 * field, mask=inside, other=0.0)
         ptr += num_rows
-    top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap = finish(
-        z_t, r_t, m, s, a, mr, sr, g, HAS_REF
-    )
-    store_stats(
-        stats_ptr, stats_stride, rows, inside, top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap
-    )
+    store_fields(stats_ptr, stats_stride, rows, inside, finish(z_t, r_t, (m, mr, s, a, sr, g), HAS_REF))
 
 
 def tile_shape(architecture: int, has_ref: bool, has_extras: bool) -> tuple[int, int, int]:
@@ -219,40 +218,43 @@ def linear_score(
     if num_rows == 0:
         return
     vocab, hidden = policy.weight.shape
-    biases = [None if h is None or h.bias is None else h.bias.detach().float() for h in (policy, reference)]
-    has_extras = options.softcap is not None or any(b is not None for b in biases)
+    bias, ref_bias = (None if h is None or h.bias is None else h.bias.detach().float() for h in (policy, reference))
+    has_extras = options.softcap is not None or bias is not None or ref_bias is not None
     architecture = architecture_of(policy.hidden)
     block_vocab, block_hidden, num_stages = tile_shape(architecture, reference is not None, has_extras)
     num_splits = min(MAX_SPLITS, triton.cdiv(vocab, block_vocab))
     num_row_blocks = triton.cdiv(num_rows, BLOCK_ROWS)
     sums = torch.empty(SUMS, num_splits, num_rows, device=target_ids.device)
-    sides = [policy, policy if reference is None else reference]
     matrices = []
-    for side in sides:
+    for side in (policy, policy if reference is None else reference):
         states = side.hidden.detach() if row_ids is None else side.hidden.detach().index_select(0, row_ids)
         for x in (states, side.weight.detach()):
             if not x.is_cuda and x.dtype == torch.bfloat16:
                 x = x.float()  # the interpreter's product takes bfloat16's bit patterns for integers
             matrices.append(x)
     with_descriptors = architecture >= DESCRIPTOR_ARCHITECTURE
-    strides, tiles = [x.stride(0) for x in matrices], matrices
+    tiles = matrices  # descriptors cannot be in a tuple
     if with_descriptors:
         blocks = (BLOCK_ROWS, block_vocab) * 2
         tiles = [TensorDescriptor.from_tensor(x, [n, block_hidden]) for x, n in zip(matrices, blocks, strict=True)]
-    row_temperature = isinstance(options.temperature, Tensor)
+    temperature = options.temperature
+    flags = Flags(
+        has_ref=reference is not None, has_bias=bias is not None, has_ref_bias=ref_bias is not None,
+        row_temperature=isinstance(temperature, Tensor), has_softcap=options.softcap is not None,
+        has_scale=options.has_scale, round_bf16=options.logits_dtype == "bfloat16",
+    )  # fmt: skip
+    precision = "ieee" if policy.hidden.dtype == torch.float32 else "tf32"
+    vectors = Vectors(
+        sums if bias is None else bias, sums if ref_bias is None else ref_bias, target_ids,
+        temperature if isinstance(temperature, Tensor) else sums, sums, sums.stride(0),
+    )  # fmt: skip
     linear_score_kernel[(num_row_blocks * num_splits,)](
-        *tiles, *strides, *(sums if b is None else b for b in biases), target_ids,
-        options.temperature if row_temperature else sums, sums, sums.stride(0),
-        num_rows, vocab, hidden, num_row_blocks, num_splits,
-        float(options.softcap or 1.0), options.scale,
-        HAS_REF=reference is not None, HAS_BIAS=biases[0] is not None, HAS_REF_BIAS=biases[1] is not None,
-        ROW_TEMPERATURE=row_temperature, HAS_SOFTCAP=options.softcap is not None, HAS_SCALE=options.has_scale,
-        ROUND_BF16=options.logits_dtype == "bfloat16", IEEE=policy.hidden.dtype == torch.float32,
-        DESCRIPTORS=with_descriptors, BLOCK_ROWS=BLOCK_ROWS, BLOCK_VOCAB=block_vocab, BLOCK_HIDDEN=block_hidden,
-        GROUP=GROUP, num_warps=NUM_WARPS, num_stages=num_stages,
+        *tiles, tuple(x.stride(0) for x in matrices), vectors,
+        Sizes(num_rows, vocab, hidden, num_row_blocks, num_splits), float(options.softcap or 1.0), options.scale,
+        FLAGS=flags, TILE=Tile(BLOCK_ROWS, block_vocab, block_hidden, GROUP, with_descriptors, precision),
+        num_warps=NUM_WARPS, num_stages=num_stages,
     )  # fmt: skip
     merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
-        sums, sums.stride(0), stats.max, stats.log_sum.storage_offset() - stats.max.storage_offset(),
-        num_rows, num_splits,
+        sums, sums.stride(0), stats.max, stats.stride, num_rows, num_splits,
         HAS_REF=reference is not None, MERGE_ROWS=MERGE_ROWS, num_warps=4,
     )  # fmt: skip

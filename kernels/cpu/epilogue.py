@@ -23,43 +23,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-EXCLUDED = -1e30
-"""Stands for -inf: exp gives 0, and 0 * EXCLUDED is 0 where 0 * -inf would be NaN."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowStats:
-    """Per row, [n]: all that the scores and the backward need, so that the logits need not be kept.
-
-    The maxima are of the logits after temperature.
-    """
-
-    max: Tensor
-    log_sum: Tensor
-    mean_logit: Tensor
-    logprobs: Tensor
-    ref_max: Tensor
-    ref_log_sum: Tensor
-    ref_logprobs: Tensor
-    mean_gap: Tensor
-
-    @classmethod
-    def empty(cls, num_rows: int, like: Tensor, dtype: torch.dtype) -> RowStats:
-        """Uninitialised statistics of `num_rows` rows on the device of `like`."""
-        return cls(*torch.empty(len(fields(cls)), num_rows, dtype=dtype, device=like.device).unbind(0))
-
-    def __getitem__(self, rows: slice | Tensor) -> RowStats:
-        """The statistics of some rows: views for a slice, else a copy. The fields stay equally far apart in memory."""
-        picked = [getattr(self, f.name)[rows] for f in fields(self)]
-        return RowStats(*(picked if isinstance(rows, slice) else torch.stack(picked).unbind(0)))
-
-    def entropy(self) -> Tensor:
-        """-E_p[log p], [n]."""
-        return self.log_sum - self.mean_logit
-
-    def kl(self) -> Tensor:
-        """E_p[log p - log q], [n]."""
-        return self.mean_gap - (self.log_sum - self.ref_log_sum)
+from ..passes import RowStats
 
 
 @dataclass(frozen=True, slots=True)

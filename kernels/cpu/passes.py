@@ -1,26 +1,25 @@
-"""Scores and gradients over chunks of rows: memory of one chunk of logits, however many rows there are.
+"""The passes over chunks of rows in PyTorch: memory of one chunk of logits, however many rows there are.
 
-In: a source of logits (heads with hidden states, or logits themselves) and the targets. Out: row statistics, and in
-the second form the gradient, handed back to the source chunk by chunk. The logits of a chunk exist once, in a buffer
-that every chunk reuses; inside a chunk, blocks of a few rows go through all passes while they are in the CPU's cache.
+In: a source of logits and the targets. Out: row statistics, and in the second form the gradient, handed back to the
+source chunk by chunk. The logits of a chunk exist once, in a buffer that every chunk reuses; inside a chunk, blocks of
+a few rows go through all passes while they are in the CPU's cache.
 
-Rows are independent of one another and of how they fall into chunks, bit for bit (linear.py pads the matrix products
+Rows are independent of one another and of how they fall into chunks, bit for bit (sources.py pads the matrix products
 to make that so). Left out: what the caller's loss does with the scores; autograd (autograd.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .epilogue import Factors, RowStats, Slopes, Sums, dlogits_, exponentials_again_, gather, row_sums_
-from .linear import LogitOptions
-from .listed import Listed, concatenated, list_ids_, lists_banned_ids, store_stats
-from .types import Support, TokenCoefficients
+from ..passes import Rows, RowStats, chunk_ranges
+from ..types import TokenCoefficients
+from .epilogue import Factors, Slopes, Sums, dlogits_, exponentials_again_, gather, row_sums_
+from .lists import Listed, concatenated, list_ids_, lists_banned_ids, store_stats
+from .sources import HeadSource, LogitsSource
 
 BLOCK_NUMBERS = 1 << 20
 """Logits per block: 4 MiB of float32, so that a block's three buffers stay in a shared cache. Smaller blocks would fit
@@ -28,46 +27,12 @@ the cores' own caches, which gains little, and need more thread barriers, which 
 """
 
 
-class LogitsSource(Protocol):
-    """Produces the logits of a range of rows, before scale and temperature, and takes their gradient back."""
+class CpuPasses:
+    """See Passes. Between the calls z holds the exponentials and r the gaps that row_sums_ leaves."""
 
-    dtype: torch.dtype
-    vocab: int
-    options: LogitOptions
-
-    def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Policy and reference logits [hi - lo, V] in buffers that the caller may overwrite."""
-
-    def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
-        """Takes the gradient with respect to the head's output [hi - lo, V]; the rows are among those loaded last."""
-
-    def factor(self, lo: int, hi: int) -> Tensor | None:
-        """logit_scale / temperature, f64 [hi - lo]; None means one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What belongs to the rows being scored, beside their logits."""
-
-    target_ids: Tensor  # i64 [n]
-    support: Support | None
-    entropy: bool  # whether the entropy or its gradient is wanted
-    kl: bool  # whether a KL or its gradient is wanted
-
-    def __len__(self) -> int:
-        return len(self.target_ids)
-
-
-def chunk_ranges(num_rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of at most `chunk_rows` rows."""
-    for lo in range(0, num_rows, chunk_rows):
-        yield lo, min(lo + chunk_rows, num_rows)
-
-
-class Chunks:
-    """The passes over one source. Owns the block buffers; its lifetime is one operator call."""
-
-    def __init__(self, source: LogitsSource, rows: Rows, stats: RowStats, support_stats: RowStats | None) -> None:
+    def __init__(
+        self, source: HeadSource | LogitsSource, rows: Rows, stats: RowStats, support_stats: RowStats | None
+    ) -> None:
         self.source, self.rows = source, rows
         self.stats, self.support_stats = stats, support_stats
         self.block_rows = max(2, min(512, BLOCK_NUMBERS // max(1, source.vocab)))
@@ -77,7 +42,7 @@ class Chunks:
         self._buffers: dict[str, Tensor] = {}
 
     def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
-        """Fills the statistics of rows lo..hi; returns exponentials and gaps as row_sums_ leaves them."""
+        """See Passes.score."""
         z, r = self.source.load(lo, hi)
         lists: list[tuple[int, Listed]] = []
         sums = []
@@ -93,7 +58,7 @@ class Chunks:
         return z, r
 
     def reload(self, lo: int, hi: int, need_gap: bool) -> tuple[Tensor, Tensor | None]:
-        """What `score` returned for these rows, computed again from the known statistics."""
+        """See Passes.reload."""
         z, r = self.source.load(lo, hi, need_ref=need_gap)
         lists: list[tuple[int, Listed]] = []
         for first, last, z_block, r_block in self._scaled_blocks(lo, hi, z, r, lists):
@@ -102,7 +67,7 @@ class Chunks:
         return z, r
 
     def gradient_(self, lo: int, hi: int, e: Tensor, gap: Tensor | None, coefficients: TokenCoefficients) -> None:
-        """Turns the result of `score` or `reload` into the gradient and stores it. coefficients: of these rows."""
+        """See Passes.gradient_."""
         factor = self.source.factor(lo, hi)  # the chain rule through temperature and logit scale
         if factor is not None:
             coefficients = TokenCoefficients(*(None if c is None else c * factor for c in coefficients.values()))
@@ -132,7 +97,7 @@ class Chunks:
         self.source.store(lo, hi, e)
 
     def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
-        """`score`, then `gradient_` of the same rows."""
+        """See Passes.score_and_gradient."""
         z, gap = self.score(lo, hi)
         self.gradient_(lo, hi, z, gap, coefficients)
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .epilogue import EXCLUDED, Factors, RowStats, Sums
-from .support import allowed_pairs, banned_pairs
-from .types import Support
+from ..passes import EXCLUDED, RowStats
+from ..types import Support
+from .epilogue import Factors, Sums
+from .supports import allowed_pairs, banned_pairs
 
 
 @dataclass(frozen=True, slots=True)

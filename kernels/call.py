@@ -1,0 +1,236 @@
+"""One operator call after the border checks: which rows, which options, which implementation, how large a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .checks import check_heads, check_logits, check_options, check_rows, check_support, check_vocab
+from .compose import whole_heads
+from .cpu import sources as cpu
+from .cpu.passes import CpuPasses
+from .dispatch import uses_triton
+from .errors import UserError
+from .passes import LogitOptions, Passes, Rows, RowStats, Side, Source
+from .support import switched_on
+from .types import OUTPUTS, Head, Support, TokenScores
+
+CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 2 << 30}
+"""Default size of one chunk's policy and reference logits together. On a GPU chunks must be long, or accumulating the
+head's gradient costs as much as computing it. On a CPU each of the two buffers should stay below 32 MiB: glibc returns
+larger ones to the system after every call, and touching fresh pages costs as much as the arithmetic on them."""
+
+LONG_CHUNK_BYTES = 128 << 20
+"""The same on a CPU where longer chunks save more than that: where the backward finds the last chunk still there, and
+where the head's gradient, which every chunk reads and writes, is larger than CACHED_BYTES."""
+
+CACHED_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of an operator beside the logits; token_scores says what each field means."""
+
+    target_ids: Tensor
+    mask: Tensor | None
+    temperature: float | Tensor
+    support: Support | None
+    valid_vocab: int | None
+    logits_dtype: str
+    outputs: Collection[str]
+    chunk_tokens: int | None
+    check_values: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One operator call after the border checks. n of the N rows are scored: those of `row_ids`, or all."""
+
+    num_rows: int  # N
+    row_ids: Tensor | None  # i64 [n]
+    rows: Rows  # of the n rows
+    options: LogitOptions  # of the n rows
+    reference: Side | Tensor | None  # hidden states and head, or logits
+    outputs: frozenset[str]
+    chunk_rows: int
+    dtype: torch.dtype
+    use_triton: bool
+    check_values: bool
+    inplace: bool = False  # logits in: the gradient overwrites the logits
+
+    def source(self, policy: Side | Tensor) -> Source:
+        """The logits of the scored rows."""
+        chunk_rows = max(1, min(self.chunk_rows, len(self.rows)))
+        if self.use_triton:
+            from .gpu import sources as gpu
+
+            return gpu.new_source(policy, self.reference, self.row_ids, self.options, chunk_rows, self.dtype)
+        return cpu.new_source(policy, self.reference, self.row_ids, self.options, chunk_rows, self.dtype)
+
+    def passes(self, source: Any, stats: RowStats, support_stats: RowStats | None) -> Passes:
+        """The passes over a source of this call."""
+        if self.use_triton:
+            from .gpu.passes import GpuPasses
+
+            return GpuPasses(source, self.rows, stats, support_stats)
+        return CpuPasses(source, self.rows, stats, support_stats)
+
+    def score_without_logits(self, policy: Side | Tensor, stats: RowStats) -> bool:
+        """Fills `stats` by the kernel that stores no logits, if it serves this call; returns whether it does."""
+        if not (self.use_triton and isinstance(policy, Side) and self.rows.support is None):
+            return False
+        from .gpu import heads
+
+        if not heads.fits(policy, self.reference):
+            return False
+        heads.linear_score(policy, self.reference, self.rows.target_ids, self.row_ids, self.options, stats)
+        return True
+
+    @property
+    def keeps_last_chunk(self) -> bool:
+        """Whether the last chunk's logits wait for the backward. Not on a GPU, whose chunks are large; not where the
+        backward writes over the caller's logits, rows without a gradient included.
+        """
+        return not self.use_triton and self.rows.target_ids.device.type == "cpu" and not self.inplace
+
+    def empty_stats(self) -> tuple[RowStats, RowStats | None]:
+        """Room for the statistics of all scored rows: full vocabulary, and support."""
+        dtype = torch.float32 if self.use_triton else torch.float64
+        new = [RowStats.empty(len(self.rows), self.rows.target_ids, dtype) for _ in range(2)]
+        return new[0], None if self.rows.support is None else new[1]
+
+    def select(self, index: Tensor) -> Call:
+        """The same call for some of its scored rows, i64 [m] in any order."""
+        rows, options = self.rows, self.options
+        support = None if rows.support is None else rows.support.select(index)
+        if isinstance(options.temperature, Tensor):
+            options = replace(options, temperature=options.temperature[index])
+        return replace(
+            self,
+            row_ids=index if self.row_ids is None else self.row_ids[index],
+            rows=replace(rows, target_ids=rows.target_ids[index], support=support),
+            options=options,
+        )
+
+    def available(self) -> set[str]:
+        """The names of the scores that this call computes."""
+        names = {"policy_logprobs", *(self.outputs if self.reference is not None else self.outputs - {"kl"})}
+        if self.rows.support is not None:
+            names |= {"policy_logprobs_support"} | ({"kl_support"} if "kl" in names else set())
+        return names
+
+    def scores(self, stats: RowStats, support_stats: RowStats | None) -> TokenScores:
+        """The statistics of the n scored rows as scores of all N rows, zero in the others."""
+        has_ref = self.reference is not None
+
+        def expand(values: Tensor) -> Tensor:
+            values = values.to(self.dtype, copy=True)
+            if self.row_ids is None:
+                return values
+            return values.new_zeros(self.num_rows).index_copy_(0, self.row_ids, values)
+
+        want_kl = has_ref and "kl" in self.outputs
+        on_support = support_stats is not None
+        return TokenScores(
+            policy_logprobs=expand(stats.logprobs),
+            ref_logprobs=expand(stats.ref_logprobs) if has_ref else None,
+            entropy=expand(stats.entropy()) if "entropy" in self.outputs else None,
+            kl=expand(stats.kl()) if want_kl else None,
+            policy_logprobs_support=expand(support_stats.logprobs) if on_support else None,
+            ref_logprobs_support=expand(support_stats.ref_logprobs) if on_support and has_ref else None,
+            kl_support=expand(support_stats.kl()) if on_support and want_kl else None,
+        )
+
+
+def logits_call(
+    request: Request, policy_logits: Tensor, ref_logits: Tensor | None, inplace: bool
+) -> tuple[Call, Tensor]:
+    """The checked call for given logits, and the policy's cut to the vocabulary that exists."""
+    check_logits(policy_logits, ref_logits)
+    valid = check_vocab(policy_logits.shape[1], request.valid_vocab)
+    call = _new_call(request, policy_logits, valid, LogitOptions())
+    reference = None if ref_logits is None else ref_logits.detach()[:, :valid]
+    if valid < policy_logits.shape[1]:
+        policy_logits = policy_logits[:, :valid]
+    return replace(call, reference=reference, inplace=inplace), policy_logits
+
+
+def head_call(
+    request: Request,
+    policy_hidden: Tensor,
+    policy_head: Head,
+    ref_hidden: Tensor | None,
+    ref_head: Head | None,
+    keeps_last_chunk: bool,
+) -> tuple[Call, tuple[Tensor | None, ...]]:
+    """The checked call, and the policy's inputs (hidden, weight, bias) cut to the vocabulary that exists."""
+    policy_head, ref_head = whole_heads(policy_head, ref_head)
+    check_heads(policy_hidden, policy_head, ref_hidden, ref_head)
+    check_options(policy_head, request.logits_dtype)
+    valid = check_vocab(len(policy_head.weight), request.valid_vocab)
+    options = LogitOptions(request.temperature, policy_head.softcap, policy_head.logit_scale, request.logits_dtype)
+    call = _new_call(request, policy_hidden, valid, options)
+    weight = policy_head.weight
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (policy_hidden, weight))
+    keeps = keeps_last_chunk or weight.requires_grad and weight.numel() * 4 > CACHED_BYTES
+    if request.chunk_tokens is None and policy_hidden.device.type == "cpu" and needs_grad and keeps:
+        call = replace(call, chunk_rows=_default_chunk_rows(policy_hidden, valid, call.dtype, LONG_CHUNK_BYTES))
+    if ref_hidden is not None and ref_head is not None:
+        call = replace(call, reference=Side(ref_hidden, _cut(ref_head.weight, valid), _cut(ref_head.bias, valid)))
+    return call, (policy_hidden, _cut(weight, valid), _cut(policy_head.bias, valid))
+
+
+def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOptions) -> Call:
+    """The part of a call that does not depend on where the logits come from, without the reference.
+
+    policy: hidden states or logits [N, *].
+    """
+    target_ids, mask, temperature, support = request.target_ids, request.mask, request.temperature, request.support
+    check_rows(policy, target_ids, mask, temperature)
+    if support is not None:
+        check_support(support, policy)
+        support = switched_on(support, vocab)
+    if unknown := set(request.outputs) - set(OUTPUTS):
+        raise UserError(f"outputs has {sorted(unknown)}, expected some of {list(OUTPUTS)}.")
+    chunk = request.chunk_tokens
+    if chunk is not None and chunk < 1:
+        raise UserError(f"chunk_tokens is {chunk}, expected at least 1, or None for a size that fits the cache.")
+    dtype = torch.float64 if policy.dtype == torch.float64 else torch.float32
+    on_cpu = policy.device.type == "cpu"
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(policy.device, dtype).expand(len(policy))
+    call = Call(
+        num_rows=len(policy),
+        row_ids=None,
+        rows=Rows(target_ids, support, entropy="entropy" in request.outputs, kl="kl" in request.outputs),
+        options=replace(options, temperature=temperature),
+        reference=None,
+        outputs=frozenset(request.outputs),
+        chunk_rows=chunk or _default_chunk_rows(policy, vocab, dtype, CHUNK_BYTES.get(policy.device.type)),
+        dtype=dtype,
+        use_triton=dtype == torch.float32 and uses_triton(policy),
+        check_values=on_cpu if request.check_values is None else request.check_values,
+    )
+    if mask is not None and not (on_cpu and bool(mask.all())):
+        call = call.select(mask.nonzero()[:, 0])
+    if call.check_values:
+        checks.check_values(vocab, call.rows.target_ids, call.options.temperature, call.rows.support)
+    return call
+
+
+def _default_chunk_rows(policy: Tensor, vocab: int, dtype: torch.dtype, num_bytes: int | None) -> int:
+    """As many rows as `num_bytes` (None: those of a CPU) hold, in whole units (on a GPU: tiles) of the products."""
+    budget = CHUNK_BYTES["cpu"] if num_bytes is None else num_bytes
+    rows = budget // (2 * dtype.itemsize * max(1, vocab))
+    unit = 128 if policy.is_cuda and rows >= 1024 else 16
+    return max(16, rows // unit * unit)
+
+
+def _cut(x: Tensor | None, valid: int) -> Tensor | None:
+    """The part of the vocabulary that exists; x itself where that is all, which spares the backward a copy."""
+    return x if x is None or valid == len(x) else x[:valid]

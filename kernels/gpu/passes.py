@@ -1,0 +1,153 @@
+"""The passes over chunks of rows, with one Triton launch per chunk where the CPU works block by block.
+
+score               reads every logit of policy and reference once
+gradient_           reads them again, from known statistics, and writes the gradient over the policy's
+score_and_gradient  both in one launch, unless there is a support
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..passes import Rows, RowStats
+from ..types import TokenCoefficients
+from .rows import Flags, Gradient, Inputs, Numbers, Stats, gradient_kernel, scale_kernel, score_kernel
+from .sources import HeadSource, LogitsSource
+from .supports import keep_bytes
+
+FORWARD_BLOCK, FORWARD_LANES, FORWARD_WARPS = 2048, 512, 4
+GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
+SCALE_BLOCK = 4096
+FIELDS = len(TokenCoefficients.__slots__)
+
+
+class GpuPasses:
+    """See Passes. Raw logits are what is handed from `score` or `reload` to `gradient_`."""
+
+    listed = None
+
+    def __init__(
+        self, source: HeadSource | LogitsSource, rows: Rows, stats: RowStats, support_stats: RowStats | None
+    ) -> None:
+        self.source, self.rows, self.stats, self.support_stats = source, rows, stats, support_stats
+        self.bias, self.ref_bias = source.biases()
+
+    def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
+        """See Passes.score."""
+        z, r = self.source.load(lo, hi)
+        self._launch_score(lo, hi, z, r, None)
+        return z, r
+
+    def reload(self, lo: int, hi: int, need_gap: bool) -> tuple[Tensor, Tensor | None]:
+        """See Passes.reload."""
+        return self.source.load(lo, hi, need_ref=need_gap)
+
+    def gradient_(self, lo: int, hi: int, z: Tensor, gap: Tensor | None, coefficients: TokenCoefficients) -> None:
+        """See Passes.gradient_; gap is the reference's logits here."""
+        _, b, c, a_s, c_s = coefficients.values()
+        keep = self._keep(lo, hi, z) if a_s is not None or c_s is not None else None
+        out = self.source.gradient_buffer(z)
+        if hi > lo:
+            flags = self._flags(keep)._replace(has_b=b is not None, has_c=c is not None, has_c_support=c_s is not None)
+            gradient_kernel[(hi - lo, triton.cdiv(self.source.vocab, GRADIENT_BLOCK))](
+                *self._arguments(lo, hi, z, gap, keep, coefficients, out), FLAGS=flags, BLOCK=GRADIENT_BLOCK,
+                num_warps=GRADIENT_WARPS,
+            )  # fmt: skip
+        self.source.store(lo, hi, out)
+
+    def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
+        """See Passes.score_and_gradient."""
+        if self.support_stats is not None:
+            self.gradient_(lo, hi, *self.score(lo, hi), coefficients)
+            return
+        z, r = self.source.load(lo, hi)
+        self._launch_score(lo, hi, z, r, coefficients)
+        self.source.store(lo, hi, self.source.gradient_buffer(z))
+
+    def _launch_score(
+        self, lo: int, hi: int, z: Tensor, r: Tensor | None, coefficients: TokenCoefficients | None
+    ) -> None:
+        keep = None if self.support_stats is None else self._keep(lo, hi, z)
+        flags = self._flags(keep)._replace(has_ref=r is not None)
+        out = z
+        if coefficients is not None:
+            out = self.source.gradient_buffer(z)
+            has_b, has_c = coefficients.entropy is not None, coefficients.kl is not None
+            flags = flags._replace(write_gradient=True, has_b=has_b, has_c=has_c)
+        if hi > lo:
+            score_kernel[(hi - lo,)](
+                *self._arguments(lo, hi, z, r, keep, coefficients, out), FLAGS=flags, BLOCK=FORWARD_BLOCK,
+                LANES=FORWARD_LANES, num_warps=FORWARD_WARPS,
+            )  # fmt: skip
+
+    def _arguments(
+        self,
+        lo: int,
+        hi: int,
+        z: Tensor,
+        r: Tensor | None,
+        keep: Tensor | None,
+        coefficients: TokenCoefficients | None,
+        out: Tensor,
+    ) -> tuple[Inputs, Stats, Gradient, Numbers]:
+        """What both kernels begin with; z stands in where there is nothing to point at."""
+        rows, options, picked = slice(lo, hi), self.source.options, self.source.picked
+
+        def given(x: Tensor | None) -> Tensor:
+            return z if x is None else x
+
+        r = given(r)
+        inputs = Inputs(
+            z, z.stride(0), r, r.stride(0), given(self.bias), given(self.ref_bias), given(keep),
+            self.rows.target_ids[rows], z if picked is None else picked[rows],
+            options.temperature[rows] if isinstance(options.temperature, Tensor) else z,
+        )  # fmt: skip
+        stats = self.stats[rows]
+        on_support = stats if self.support_stats is None else self.support_stats[rows]
+        factors = self.stats.max if coefficients is None else _factors(coefficients, hi - lo, z.device)
+        return (
+            inputs,
+            Stats(stats.max, on_support.max, self.stats.stride),
+            Gradient(factors, factors.stride(0), out, out.stride(0)),
+            Numbers(self.source.vocab, float(options.softcap or 1.0), options.scale),
+        )
+
+    def _flags(self, keep: Tensor | None) -> Flags:
+        options = self.source.options
+        return Flags(
+            has_bias=self.bias is not None,
+            has_ref_bias=self.ref_bias is not None,
+            has_keep=keep is not None,
+            has_row_ids=self.source.picked is not None,
+            row_temperature=isinstance(options.temperature, Tensor),
+            has_softcap=options.softcap is not None,
+            has_scale=options.has_scale,
+            round_bf16=options.logits_dtype == "bfloat16",
+        )
+
+    def _keep(self, lo: int, hi: int, z: Tensor) -> Tensor:
+        """The support as u8 [hi - lo, V]."""
+        assert self.rows.support is not None
+        support, picked = self.rows.support.select(slice(lo, hi)), self.source.picked
+        if support.is_recomputed and picked is not None:
+            z = z.index_select(0, picked[lo:hi])
+        return keep_bytes(support, z, self.bias, self.source.options, lo, hi, self.rows.target_ids[lo:hi])
+
+
+def _factors(coefficients: TokenCoefficients, num_rows: int, device: torch.device) -> Tensor:
+    """The five coefficients as float32 [5, n], zero where not given."""
+    factors = torch.zeros(FIELDS, num_rows, device=device)
+    for out, value in zip(factors, coefficients.values(), strict=True):
+        if value is not None:
+            out.copy_(value)
+    return factors
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor (one float32), without waiting to learn whether it is 1 and without a pass over x if it is."""
+    if not (x.is_contiguous() and factor.dtype == torch.float32):
+        x.mul_(factor)
+    elif x.numel():
+        scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=4)

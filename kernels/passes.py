@@ -1,0 +1,211 @@
+"""What the two implementations of the operators share: the rows, options and statistics of a call, and two protocols.
+
+A `Source` makes the logits of a range of rows and takes their gradient back. `Passes` go over these logits: statistics
+first, gradients from them. cpu/ implements both in PyTorch, gpu/ in Triton, under the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .types import Support, TokenCoefficients
+
+if TYPE_CHECKING:
+    from .cpu.lists import Listed
+
+EXCLUDED = -1e30
+"""Stands for -inf: exp gives 0, and 0 * EXCLUDED is 0 where 0 * -inf would be NaN."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What belongs to the rows being scored, beside their logits."""
+
+    target_ids: Tensor  # i64 [n]
+    support: Support | None
+    entropy: bool  # whether the entropy or its gradient is wanted
+    kl: bool  # whether a KL or its gradient is wanted
+
+    def __len__(self) -> int:
+        return len(self.target_ids)
+
+
+def chunk_ranges(num_rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of at most `chunk_rows` rows."""
+    for lo in range(0, num_rows, chunk_rows):
+        yield lo, min(lo + chunk_rows, num_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class LogitOptions:
+    """How a head's output becomes the logits that are sampled from: rounding, softcap, scale, then temperature."""
+
+    temperature: float | Tensor = 1.0  # a number, or [n]
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    logits_dtype: str = "float32"
+
+    @property
+    def scale(self) -> float:
+        """logit_scale / temperature, but for a temperature of each row, which is left to the reader."""
+        return float(self.logit_scale if isinstance(self.temperature, Tensor) else self.logit_scale / self.temperature)
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether logits change by scale and temperature."""
+        return isinstance(self.temperature, Tensor) or self.scale != 1.0
+
+    def apply_(self, logits: Tensor) -> None:
+        """Rounds and caps the head's output [n, V] in place: what comes before scale and temperature."""
+        if self.logits_dtype == "bfloat16":
+            logits.copy_(logits.bfloat16())
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def temperature_of(self, lo: int, hi: int) -> float | Tensor:
+        """The temperature of rows lo..hi."""
+        return self.temperature[lo:hi] if isinstance(self.temperature, Tensor) else self.temperature
+
+    def scale_(self, logits: Tensor, lo: int, hi: int) -> None:
+        """Applies logit scale and temperature to the logits [hi - lo, V] of rows lo..hi."""
+        if self.logit_scale != 1.0:
+            logits.mul_(self.logit_scale)
+        temperature = self.temperature_of(lo, hi)
+        if isinstance(temperature, Tensor):
+            logits.div_(temperature[:, None])
+        elif temperature != 1.0:
+            logits.div_(temperature)
+
+    def factor(self, lo: int, hi: int, device: torch.device) -> Tensor | None:
+        """What scale_ multiplies with, logit_scale / temperature, f64 [hi - lo]; None if it is one."""
+        if not self.has_scale:
+            return None
+        ones = torch.ones(hi - lo, dtype=torch.float64, device=device)
+        return ones * self.logit_scale / self.temperature_of(lo, hi)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One model's side of a call: hidden states [*, H], weight [V, H], bias [V] or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Side:
+        """Weight in the compute dtype, bias in float32 or finer; -inf in a bias becomes EXCLUDED."""
+        bias = self.bias
+        if bias is not None:
+            bias = bias.detach().to(torch.promote_types(dtype, torch.float32)).clamp(min=EXCLUDED)
+        return Side(self.hidden.detach(), self.weight.detach().to(dtype), bias)
+
+    def shares_weights_with(self, other: Side) -> bool:
+        """Whether both use the same head in memory, so that one product serves both."""
+        a, b = self.weight, other.weight
+        same_weight = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+        same_bias = (self.bias is None and other.bias is None) or (
+            self.bias is not None and other.bias is not None and self.bias.data_ptr() == other.bias.data_ptr()
+        )
+        return same_weight and same_bias
+
+
+@dataclass(frozen=True, slots=True)
+class RowStats:
+    """Per row, [n]: all that the scores and the backward need, so that the logits need not be kept.
+
+    The maxima are of the logits after temperature.
+    """
+
+    max: Tensor
+    log_sum: Tensor
+    mean_logit: Tensor
+    logprobs: Tensor
+    ref_max: Tensor
+    ref_log_sum: Tensor
+    ref_logprobs: Tensor
+    mean_gap: Tensor
+
+    @classmethod
+    def empty(cls, num_rows: int, like: Tensor, dtype: torch.dtype) -> RowStats:
+        """Uninitialised statistics of `num_rows` rows on the device of `like`."""
+        return cls(*torch.empty(len(fields(cls)), num_rows, dtype=dtype, device=like.device).unbind(0))
+
+    def __getitem__(self, rows: slice | Tensor) -> RowStats:
+        """The statistics of some rows: views for a slice, else a copy. The fields stay equally far apart in memory."""
+        picked = [getattr(self, f.name)[rows] for f in fields(self)]
+        return RowStats(*(picked if isinstance(rows, slice) else torch.stack(picked).unbind(0)))
+
+    @property
+    def stride(self) -> int:
+        """How far apart the fields are in memory, in numbers."""
+        return int(self.log_sum.storage_offset() - self.max.storage_offset())
+
+    def entropy(self) -> Tensor:
+        """-E_p[log p], [n]."""
+        return self.log_sum - self.mean_logit
+
+    def kl(self) -> Tensor:
+        """E_p[log p - log q], [n]."""
+        return self.mean_gap - (self.log_sum - self.ref_log_sum)
+
+
+class Source(Protocol):
+    """The logits of the scored rows, policy's and reference's. Rows are numbered as they are scored."""
+
+    vocab: int
+    row_ids: Tensor | None  # i64 [n]: the place of each scored row in the inputs; None: all of them in order
+    options: LogitOptions
+
+    def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Policy and reference logits of rows lo..hi, before scale and temperature; the caller may overwrite them."""
+
+    def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
+        """Takes the gradient with respect to the head's output [hi - lo, V]; the rows are among those loaded last."""
+
+    def collect_gradients(self, needed: Sequence[bool], inplace: bool) -> None:
+        """Asks for the gradients of those inputs that need one; rows that are never stored are zero in them.
+
+        inplace: given logits may be overwritten by theirs.
+        """
+
+    def gradients(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """What was collected, in the dtypes of the inputs: (hidden, weight, bias) or (logits,)."""
+
+
+S = TypeVar("S", bound=Source)
+
+
+def on_rows(source: S, row_ids: Tensor | None, options: LogitOptions) -> S:
+    """The same source for other rows of the same call; goes on with its buffers and collected gradients."""
+    other = copy(source)
+    other.row_ids, other.options = row_ids, options
+    return other
+
+
+class Passes(Protocol):
+    """The passes over one source; their lifetime is one operator call. lo..hi: a range of the scored rows."""
+
+    rows: Rows
+    listed: Listed | None  # the ids that the support lists in the rows scored or reloaded last, if there is such a list
+
+    @property
+    def source(self) -> Source:
+        """Where the logits come from and their gradient goes."""
+
+    def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
+        """Fills the statistics of the rows; returns what `gradient_` needs, [hi - lo, V] each."""
+
+    def reload(self, lo: int, hi: int, need_gap: bool) -> tuple[Tensor, Tensor | None]:
+        """What `score` returned for these rows, computed again from the known statistics."""
+
+    def gradient_(self, lo: int, hi: int, z: Tensor, gap: Tensor | None, coefficients: TokenCoefficients) -> None:
+        """Turns the result of `score` or `reload` into the gradient and stores it. coefficients: of these rows."""
+
+    def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
+        """`score`, then `gradient_` of the same rows."""
