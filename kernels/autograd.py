@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .call import Call
-from .cpu.lists import as_record
 from .passes import Passes, Side, chunk_ranges, on_rows
+from .support import as_record
 from .types import TokenCoefficients, TokenScores
 
 P = ParamSpec("P")
@@ -66,13 +66,13 @@ class ScoreFunction(torch.autograd.Function):
         ctx.kept = None
         if not call.score_without_logits(policy_of(inputs), stats):
             passes = call.passes(call.source(policy_of(inputs)), stats, support_stats)
-            lists, last = [], None
+            allowed, last = [], None
             for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
                 last = Kept(passes, lo, *passes.score(lo, hi))
-                lists.append(passes.listed)
-            if call.rows.support is not None and call.rows.support.is_recomputed and None not in lists:
-                # the backward need not find these ids again
-                call = replace(call, rows=replace(call.rows, support=as_record(lists, call.rows.target_ids)))
+                if (pairs := passes.allowed()) is not None:
+                    allowed.append(pairs)
+            if allowed:  # the backward need not find these ids again
+                call = replace(call, rows=replace(call.rows, support=as_record(allowed, call.rows.target_ids)))
                 passes.rows = call.rows
             if call.keeps_last_chunk and any(ctx.needs_input_grad[1:]):
                 ctx.kept = last

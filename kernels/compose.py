@@ -7,8 +7,10 @@ torch's pytrees. Heads that lie in pieces on several processes: `whole_heads`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -28,9 +30,24 @@ pytree.register_pytree_node(
 
 
 def one_graph_break(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: torch.compile does not look into the function, so nothing in it is compiled again for other shapes."""
+    """Decorator: torch.compile does not look into the function, so nothing in it is compiled again for other shapes.
+
+    It is torch.compiler.disable, but for the four seconds in which that imports torch._dynamo, which nobody needs who
+    does not compile. The marks make a frame under compilation end before the call, with the reason.
+    """
     reason = "fastkl's scoring operators loop over chunks of rows; they run as they are, between two graphs"
-    return torch.compiler.disable(function, reason=reason)
+    disabled: list[Callable[P, R]] = []
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:  # nothing is being compiled
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function, reason=reason))
+        return disabled[0](*args, **kwargs)
+
+    run.__dict__.update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)
+    return run
 
 
 def is_sharded(x: object) -> bool:

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .types import Support, TokenCoefficients
-
-if TYPE_CHECKING:
-    from .cpu.lists import Listed
 
 EXCLUDED = -1e30
 """Stands for -inf: exp gives 0, and 0 * EXCLUDED is 0 where 0 * -inf would be NaN."""
@@ -192,11 +189,13 @@ class Passes(Protocol):
     """The passes over one source; their lifetime is one operator call. lo..hi: a range of the scored rows."""
 
     rows: Rows
-    listed: Listed | None  # the ids that the support lists in the rows scored or reloaded last, if there is such a list
 
     @property
     def source(self) -> Source:
         """Where the logits come from and their gradient goes."""
+
+    def allowed(self) -> tuple[Tensor, Tensor] | None:
+        """(row, id), i64 [M] each: the support of the rows scored last, if it was recomputed and found as a list."""
 
     def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
         """Fills the statistics of the rows; returns what `gradient_` needs, [hi - lo, V] each."""

@@ -7,7 +7,7 @@ Left out: settings that change the distribution in other ways (penalties, guided
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -47,6 +47,14 @@ def rows_of_record(support: Support) -> Tensor:
     counts = support.kept_offsets.diff()
     rows = torch.arange(len(counts), device=counts.device)
     return torch.repeat_interleave(rows, counts, output_size=len(support.kept_ids))
+
+
+def as_record(pairs: Sequence[tuple[Tensor, Tensor]], target_ids: Tensor) -> Support:
+    """The (row, id) of consecutive ranges, with rows numbered as in the call, as the recorded support of n rows."""
+    rows = torch.cat([target_ids[:0], *(rows for rows, _ in pairs)])
+    counts = torch.bincount(rows, minlength=len(target_ids))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Support(kept_ids=torch.cat([target_ids[:0], *(ids for _, ids in pairs)]), kept_offsets=offsets)
 
 
 def _recompute(support: Support, logits: Tensor) -> Tensor:

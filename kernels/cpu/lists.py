@@ -93,11 +93,3 @@ def store_stats(
         sums.store(stats)
         others = listed.without(target_ids)
         sums.only_target().with_ids(others.rows, others.z, others.r).store(support_stats)
-
-
-def as_record(lists: Sequence[Listed], target_ids: Tensor) -> Support:
-    """The allowed lists of consecutive ranges, with rows numbered as in the call, as a recorded support of n rows."""
-    rows = torch.cat([target_ids[:0], *(x.rows for x in lists)])
-    counts = torch.bincount(rows, minlength=len(target_ids))
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Support(kept_ids=torch.cat([target_ids[:0], *(x.ids for x in lists)]), kept_offsets=offsets)

@@ -41,6 +41,11 @@ class CpuPasses:
         self.listed: Listed | None = None  # what the support lists in the rows scored or reloaded last
         self._buffers: dict[str, Tensor] = {}
 
+    def allowed(self) -> tuple[Tensor, Tensor] | None:
+        """See Passes.allowed."""
+        found = self.rows.support is not None and self.rows.support.is_recomputed and self.listed is not None
+        return (self.listed.rows, self.listed.ids) if found else None
+
     def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
         """See Passes.score."""
         z, r = self.source.load(lo, hi)

@@ -26,13 +26,14 @@ FIELDS = len(TokenCoefficients.__slots__)
 class GpuPasses:
     """See Passes. Raw logits are what is handed from `score` or `reload` to `gradient_`."""
 
-    listed = None
-
     def __init__(
         self, source: HeadSource | LogitsSource, rows: Rows, stats: RowStats, support_stats: RowStats | None
     ) -> None:
         self.source, self.rows, self.stats, self.support_stats = source, rows, stats, support_stats
         self.bias, self.ref_bias = source.biases()
+
+    def allowed(self) -> None:
+        """See Passes.allowed: supports are masks here."""
 
     def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
         """See Passes.score."""

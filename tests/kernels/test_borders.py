@@ -156,6 +156,18 @@ def test_the_reference_gets_no_gradient():
     assert ref_hidden.grad is None and ref_weight.grad is None
 
 
+def test_the_operators_load_neither_the_compiler_nor_transformers():
+    code = (
+        "import sys, torch\nfrom fastkl.kernels.operators import linear_token_scores, token_scores\n"
+        "z, w, t = torch.randn(3, 5, requires_grad=True), torch.randn(7, 5), torch.tensor([0, 2, 4])\n"
+        "scores = token_scores(z, z.detach(), t), linear_token_scores(z, w, None, None, t)\n"
+        "(scores[0].kl + scores[1].entropy).sum().backward()\n"
+        "print([name for name in ('torch', 'torch._dynamo', 'transformers', 'triton') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "['torch']\n"
+
+
 MEMORY_PROBE = """
 import resource, torch
 from fastkl.kernels import operators

@@ -1,0 +1,1 @@
+"""The same passes and sources as Triton kernels, under the same names."""
