@@ -11,7 +11,7 @@ On a GPU: 256 new tokens, bfloat16, a Llama with the sizes and the vocabulary of
 (TRL's "colocate" mode).
 
 "parts" measures the unavoidable parts of a fastkl step alone, in one process: the engine's bare generation of as many
-tokens, one reference trunk forward, one policy trunk forward and backward, and the head's four matrix products.
+tokens, one reference backbone forward, one policy backbone forward and backward, and the head's four matrix products.
 
 TRL is needed for its rows only: pip install "trl==1.16.*" (rows without it are left out, and said to be).
 """

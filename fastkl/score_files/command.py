@@ -199,7 +199,7 @@ class Scorer:
     policy: nn.Module
     reference: nn.Module | None
     device: torch.device
-    dtype: torch.dtype  # of the trunk's matrix products; weights, head and scores are float32
+    dtype: torch.dtype  # of the backbone's matrix products; weights, head and scores are float32
     batch_tokens: int
 
     @classmethod

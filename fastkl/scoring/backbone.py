@@ -1,4 +1,4 @@
-"""Trunk: packed tokens through a transformer, without its head and without cross-talk between sequences.
+"""Backbone: packed tokens through a transformer, without its head and without cross-talk between sequences.
 
 In: a Hugging Face causal language model and a PackedBatch. Out: hidden states [N, H] that predict the scored tokens.
 
@@ -138,7 +138,7 @@ def scoring(model: nn.Module, layout: str) -> Iterator[None]:
 
 
 def packed_hidden_states(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """The trunk over one packed row; returns the hidden states [N, H] that predict the scored tokens."""
+    """The backbone over one packed row; returns the hidden states [N, H] that predict the scored tokens."""
     hidden = model.base_model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
@@ -149,7 +149,7 @@ def packed_hidden_states(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
 
 
 def padded_hidden_states(model: nn.Module, batch: PackedBatch, rows_at_once: int = 32) -> torch.Tensor:
-    """The trunk over right-padded rows, sorted by length, `rows_at_once` at a time; returns [N, H] as above.
+    """The backbone over right-padded rows, sorted by length, `rows_at_once` at a time; returns [N, H] as above.
 
     No attention mask is needed: attention is causal, and every pad lies to the right of the tokens that count.
     """

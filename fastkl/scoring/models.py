@@ -1,4 +1,4 @@
-"""Models: loading policy and reference, and splitting a language model into trunk and head.
+"""Models: loading policy and reference, and splitting a language model into backbone and head.
 
 Safetensors only, remote code off, dropout off. Weights are float32 (the optimizer's master weights); lower precision is
 autocast's business. The head is described by data, not code, since the fused operators compute it: logits =

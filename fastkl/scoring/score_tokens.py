@@ -27,7 +27,7 @@ _LAYOUTS: WeakKeyDictionary[nn.Module, dict[tuple[bool, torch.dtype], str]] = We
 """The layouts of the models that have been checked, by gradient checkpointing and the dtype of the products."""
 
 
-def trunk_and_head(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Head]:
+def backbone_and_head(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Head]:
     """Hidden states [B, T, H] of every position, in one forward without the head, and the head as data.
 
     input_ids i64 [B, T]; attention_mask bool or 0/1 [B, T], None: every token counts. hidden[b, t] predicts
@@ -127,10 +127,10 @@ def completion_mask(input_ids: Tensor, prompt_tokens: int, stop_token_ids: int |
 
 
 def layout_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> str:
-    """How the trunk batches the model's sequences (backbone.py); checks the model when it is seen for the first time.
+    """How the backbone batches the model's sequences (backbone.py); checks the model when it is seen for the first time.
 
     dtype: that of the matrix products, if they run under autocast.
-    Raises UserError if trunk and head do not give the model's own logits, or no batched forward equals separate ones.
+    Raises UserError if backbone and head do not give the model's own logits, or no batched forward equals separate ones.
     """
     model = _plain(model)
     checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))

@@ -234,7 +234,7 @@ def room_for_prompt(config: TrainConfig, model_config: Any) -> int:
 
 
 def probe_batch(prompt: Prompt, device: torch.device) -> Any:
-    """Three sequences of different lengths, made of the prompt's own tokens, to try a trunk layout on."""
+    """Three sequences of different lengths, made of the prompt's own tokens, to try a backbone layout on."""
     ids = (prompt.token_ids * 9)[: max(9, min(64, len(prompt.token_ids)))]
     completions = tuple(Completion(ids[:n], (0.0,) * n, "length", "") for n in (len(ids), 3, 5))
     batch = RolloutBatch((prompt,), (completions,), torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), 0)

@@ -167,7 +167,7 @@ def test_one_graph_without_breaks_is_refused_with_the_reason(graphs):
 # autocast
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -180,11 +180,11 @@ class Trunk(nn.Module):
 
 @pytest.mark.parametrize("operator", [token_scores, linear_token_scores, linear_token_loss])
 def test_autocast_changes_the_hidden_states_but_not_the_arithmetic_of_the_scores(operator):
-    """Under autocast the trunk gives bfloat16; scores and gradients are those of a float64 computation from these very
+    """Under autocast the backbone gives bfloat16; scores and gradients are those of a float64 computation from these very
     hidden states (or logits), where an autocast head would round every logit."""
     g = torch.Generator().manual_seed(3)
     x, targets = torch.randn(19, H, generator=g), torch.randint(0, V, (19,), generator=g)
-    model = Trunk()
+    model = Backbone()
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model(x)
         rounded = model.head(hidden)

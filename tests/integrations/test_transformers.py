@@ -17,7 +17,7 @@ from toy import STOP, toy_model
 from fastkl import Support, TokenScores
 from fastkl.errors import UserError
 from fastkl.integrations import transformers as integration
-from fastkl.integrations.transformers import completion_mask, head_scores, layout_of, score_tokens, trunk_and_head
+from fastkl.integrations.transformers import backbone_and_head, completion_mask, head_scores, layout_of, score_tokens
 
 VOCAB, PAD, TEMPERATURE = 29, 0, 0.7
 COMMON = {
@@ -133,13 +133,13 @@ def test_scores_and_gradients_are_those_of_the_models_own_logits(family, rows):
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "gemma2", "gpt2", "cohere", "granite", "phi"])
-def test_trunk_and_head_feed_the_operators(family, rows):
+def test_backbone_and_head_feed_the_operators(family, rows):
     """The long way round: [B, T, H] hidden states of left-padded rows, selected by hand."""
     policy, reference = make_model(family), make_model(family, seed=1)
     ids, exists, scored = rows
     sides = []
     for model in (policy, reference):
-        hidden, head = trunk_and_head(model, ids, exists)
+        hidden, head = backbone_and_head(model, ids, exists)
         sides += [hidden[:, :-1][scored[:, 1:]], head]
     scores = head_scores(*sides, ids[scored], temperature=TEMPERATURE)
     for name, values in own_scores(policy.eval(), reference.eval(), rows).items():
@@ -258,7 +258,7 @@ def test_models_that_would_be_mis_scored_are_refused():
     with pytest.raises(UserError, match="its own logits and hidden states x head differ"):
         score_tokens(odd, None, ids, mask)
     with pytest.raises(UserError, match="LlamaModel is no causal language model"):
-        trunk_and_head(toy_model().model, ids)
+        backbone_and_head(toy_model().model, ids)
     with pytest.raises(UserError, match=r"shape is \[23, 8\] and the policy's \[23, 16\]"):
         score_tokens(toy_model(), toy_model(hidden_size=8, num_attention_heads=2), ids, mask)
     with pytest.raises(UserError, match=r"logit scale is 0.3 and the policy's 1.0"):

@@ -124,7 +124,7 @@ def metric(trainer: Any, name: str) -> list[float]:
 
 
 def count_trunk_forwards(trainer: Any) -> dict[str, int]:
-    """Counts the trunk's forwards of whole sequences (generation's are told by their cache)."""
+    """Counts the backbone's forwards of whole sequences (generation's are told by their cache)."""
     counts = {"policy": 0, "reference": 0}
 
     def counted(name: str):

@@ -1,4 +1,4 @@
-"""Batching the trunk: every layout equals one-at-a-time forwards, in values and gradients."""
+"""Batching the backbone: every layout equals one-at-a-time forwards, in values and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's forward with a second purpose: run the trunk and hand the hidden states to a function.
+"""A model's forward with a second purpose: run the backbone and hand the hidden states to a function.
 
 The function runs inside the model's forward, so that wrappers around the model (distributed data parallel, PEFT,
 accelerate's autocast) see an ordinary forward whose output depends on all parameters.
@@ -20,7 +20,7 @@ from fastkl.kernels.types import Head
 from fastkl.scoring.head import check_head, head_of
 
 Task = Callable[[Any, Head], dict[str, Tensor]]
-"""(the trunk's outputs with last_hidden_state [b, L, H], the model's head) -> tensors, which the forward returns."""
+"""(the backbone's outputs with last_hidden_state [b, L, H], the model's head) -> tensors, which the forward returns."""
 
 
 def base_model_of(trainer: Any, model: Any) -> nn.Module:

@@ -49,9 +49,9 @@ class Completions:
         """Of hidden states [b, L, H] those [N, H] that predict the tokens."""
         return hidden[:, -self.mask.shape[1] - 1 : -1][self.mask]
 
-    def reference_task(self, trunk: Any, head: Head) -> dict[str, Any]:
+    def reference_task(self, outputs: Any, head: Head) -> dict[str, Any]:
         """What a forward of the reference hands over."""
-        return {"hidden": self.predicting(trunk.last_hidden_state), "head": head}
+        return {"hidden": self.predicting(outputs.last_hidden_state), "head": head}
 
     def score(
         self,

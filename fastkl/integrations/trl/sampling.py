@@ -2,7 +2,7 @@
 
 In: a trainer. Its settings reach the sampler either as a transformers GenerationConfig, with the model's own generation
 config where the trainer leaves a field unset, or as vLLM sampling parameters; each is classified by a table, by the
-rules of fastkl/contract.py.
+rules of fastkl/sampling/rules.py.
 """
 
 from __future__ import annotations
