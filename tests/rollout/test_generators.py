@@ -120,8 +120,6 @@ def test_sampling_never_draws_an_impossible_token_at_the_ends_of_the_unit_interv
 
 # --------------------------------------------------------------------------------------------------------------- vLLM
 
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
-
 
 def tied_model(seed: int = 0):
     """Large enough for vLLM's CPU kernels (head size 32), with tied embeddings, where weight sync has its trap."""
@@ -142,6 +140,7 @@ def engine(tmp_path_factory):
     generator.close()
 
 
+@pytest.mark.vllm
 def test_vllm_records_the_trainers_logprobs_before_and_after_a_sync(engine):
     for seed in (0, 1, 2):
         model = tied_model(seed)
@@ -152,6 +151,7 @@ def test_vllm_records_the_trainers_logprobs_before_and_after_a_sync(engine):
         check_agreement(float(worst.mean()), float(worst.max()), AGREEMENT_NATS[torch.float32], step=seed + 1)
 
 
+@pytest.mark.vllm
 def test_vllm_without_the_tied_heads_cure_is_stale_and_is_caught(engine):
     """The control: the plain reload leaves the packed head behind; `check_agreement` must stop the run."""
     engine.sync(tied_model(0))
@@ -169,10 +169,12 @@ def test_vllm_without_the_tied_heads_cure_is_stale_and_is_caught(engine):
     assert gaps(moved, PROMPTS, draw(engine, PROMPTS, 8, seed=3, step=1)).max() < 1e-4
 
 
+@pytest.mark.vllm
 def test_vllm_prefix_cache_is_off_so_no_old_keys_and_values_survive_a_sync(engine):
     assert not engine.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
 
 
+@pytest.mark.vllm
 def test_a_vllm_sample_depends_on_its_own_seed_alone(engine):
     engine.sync(tied_model(0))
     many = draw(engine, PROMPTS, 6, seed=7, step=1)
@@ -183,6 +185,7 @@ def test_a_vllm_sample_depends_on_its_own_seed_alone(engine):
     assert token_ids(draw(engine, PROMPTS, 6, seed=8, step=1)) != token_ids(many)
 
 
+@pytest.mark.vllm
 def test_vllm_completions_end_at_the_stop_token_or_at_the_limit(engine):
     engine.sync(tied_model(0))
     flat = [c for group in draw(engine, PROMPTS, 32, seed=1, step=1) for c in group]
@@ -193,6 +196,7 @@ def test_vllm_completions_end_at_the_stop_token_or_at_the_limit(engine):
         assert c.finish_reason == "stop" or len(c.token_ids) == 12
 
 
+@pytest.mark.vllm
 def test_auto_takes_vllm_where_it_can_run_the_model_and_says_why_not_elsewhere():
     cpu = torch.device("cpu")
     suitable, unsuitable = tied_model().config, toy_model().config

@@ -171,12 +171,12 @@ def test_mean_k1_of_the_transformers_generator_is_the_exact_kl_on_the_support(se
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    pytest.importorskip("vllm", reason="vLLM is not installed")
     generator = vllm_generator(model(0), tmp_path_factory.mktemp("engine"))
     yield generator
     generator.close()
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_mean_k1_of_vllm_is_the_exact_kl_on_the_support_and_its_logprobs_are_the_trainers(engine, settings):
     policy, reference, s = model(0), model(1), sampling(settings)

@@ -43,10 +43,9 @@ def metrics(output: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.startswith(NOT_REPRODUCIBLE)} for row in rows]
 
 
-@pytest.mark.parametrize("generator", ["transformers", "vllm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("generator", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, generator):
-    if generator == "vllm":
-        pytest.importorskip("vllm", reason="vLLM is not installed")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finished(whole, generator)
 
