@@ -9,10 +9,11 @@ from toy import STOP
 
 from fastkl.config.settings import TrainConfig
 from fastkl.objective.rloo import Objective
+from fastkl.sampling.params import Sampling
 from fastkl.scoring import backbone
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training.loop import update
-from fastkl.training.setup import limits_of, objective_of, sampling_of
+from fastkl.training.setup import limits_of, objective_of
 from fastkl.training.stopwatch import Stopwatch
 from fastkl.types import RolloutBatch, StepOutcome
 
@@ -27,7 +28,7 @@ class Recorder(torch.optim.SGD):
 
 
 def toy_objective(config: TrainConfig) -> Objective:
-    return objective_of(config, sampling_of(config, (STOP,)))
+    return objective_of(config, Sampling.of(config, (STOP,)))
 
 
 def toy_update(

@@ -34,7 +34,7 @@ def summary(folder: Path) -> dict[str, Any]:
     return {
         "run": folder.name,
         "kl_coef": config.kl_coef,
-        "baseline": config.baseline,
+        "advantage": config.advantage,
         "reward": config.reward,
         "seed": config.seed,
         "lr": config.lr,

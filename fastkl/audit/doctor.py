@@ -1,20 +1,6 @@
-"""The KL audit: is the estimate significantly negative, and which known cause fits the evidence?
+"""The doctor: is the KL estimate significantly negative, and which known cause fits the evidence?
 
-In: a run folder (config.yaml, metrics.jsonl, samples.jsonl), or a JSONL file of rollouts, from any trainer. Out: a
-Diagnosis.
-
-The JSONL file holds one object per completion. Lists have one entry per completion token:
-
-    logprobs            the trainer's log-probs of the policy, as it scored them       required
-    ref_logprobs        the same of the reference                                      required
-    sampler_logprobs    what the generator recorded when it drew the tokens            shows most causes
-    mask                1 where the KL counts the token, 0 where not                   default: all 1
-    token_ids           what the trainer scored                                        for padding
-    sampled_token_ids   what the generator drew                                        for re-encoding
-    finish_reason       "stop" or "length"                                             for truncated rows
-    step                the step that drew it; the policy is the reference in step 1   for dropout, stale weights
-
-A line {"settings": {...}} may say how tokens were drawn: top_k, top_p, min_p, min_tokens, eos_token_ids.
+In: a run folder, or a JSONL file of rollouts from any trainer (__init__.py says what it holds). Out: a Diagnosis.
 """
 
 from __future__ import annotations

@@ -1,225 +1,271 @@
-"""The commands of `fastkl`: for each, a function that adds its options and one that runs it; COMMANDS lists them.
+"""The commands of `fastkl`: one function each, whose signature is its options and whose docstring is its help page.
 
-What a command needs is imported when it runs, so that `fastkl --help` and every error in the settings come at once.
+What a command needs is imported when it runs, so that help and every mistake in the settings come at once.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
+import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastkl.config.files import field_help, field_types, load_config, with_settings
-from fastkl.config.settings import CHOICES, TrainConfig, check_config
+from cyclopts import App, Group, Parameter
+
+import fastkl.audit
+import fastkl.score_files
+from fastkl.cli.help import Page
+from fastkl.config.files import load_config, with_settings
+from fastkl.config.setting import Setting
+from fastkl.config.settings import TrainConfig, check_config, settings
 from fastkl.errors import UserError
+from fastkl.sampling.params import replayed_names
 from fastkl.training.run_folder import check_run_folder
 
+VALUES = {str: "TEXT", int: "N", float: "X", bool: None}
 
-def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig, *, without: Sequence[str] = ()) -> None:
-    """One option for each field of TrainConfig, under the headings of config.py, and --config."""
-    parser.usage = f"{parser.prog} [OPTION ...]"
-    parser.add_argument("--config", metavar="FILE", type=Path, help="YAML file with any of these settings; options win")
-    add_fields(parser, [name for name in field_help() if name not in without], defaults)
+app = App(
+    name="fastkl",
+    usage="Usage: fastkl COMMAND [OPTION ...]",
+    help=(fastkl.__doc__ or "").partition("\n")[0],
+    help_format="plaintext",
+    help_formatter=Page(),
+    help_epilogue="Example: fastkl train --kl-coef 0.1 --output runs/mine\nAbout one command: fastkl help COMMAND",
+    version=f"fastkl {fastkl.__version__}",
+    version_flags=("--version", "-V"),
+    default_parameter=Parameter(negative_iterable=(), consume_multiple=True, allow_repeating=True, show_default=False),
+    group_commands=Group("Commands", sort_key=0),
+    group_parameters=Group("Options", sort_key=0),
+    group_arguments=Group("Arguments", sort_key=0),
+    result_action="return_value",
+    exit_on_error=False,
+    print_error=False,
+    suppress_keyboard_interrupt=False,
+)
+
+Command = Callable[..., int]
 
 
-def add_fields(parser: argparse.ArgumentParser, names: Iterable[str], defaults: TrainConfig) -> None:
-    """One option for each of these fields of TrainConfig, under the headings of config.py."""
-    groups: dict[str, Any] = {}
-    for name in names:
-        help_ = field_help()[name]
-        if help_.group not in groups:
-            groups[help_.group] = parser.add_argument_group(help_.group)
-        groups[help_.group].add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            default=argparse.SUPPRESS,
-            help=help_.text.replace("%", "%%") + default_note(getattr(defaults, name)),
-            **value_options(name),
+def command(
+    usage: str, example: str, text: str | None = "", *, options: Iterable[str] = (), defaults: TrainConfig | None = None
+) -> Any:
+    """Makes a function a command; `text` goes on where its docstring ends.
+
+    Besides its own parameters it takes an option for each setting named in `options`.
+
+    Settings that are given reach the function as keywords, as text: config/ gives them their types, as it does in YAML.
+    """
+
+    def add(function: Command) -> Command:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        added = [option(settings()[name], getattr(defaults or TrainConfig(), name)) for name in options]
+        function.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
+        _, _, rest = (text or "").partition("\n\n")
+        app.command(
+            function,
+            usage=f"Usage: fastkl {function.__name__} {usage}",
+            help=f"{inspect.getdoc(function)}\n\n{rest}",
+            help_epilogue=f"Example: {example}",
+            sort_key=len([*app]),
         )
+        return function
+
+    return add
 
 
-def value_options(name: str) -> dict[str, Any]:
-    """What argparse is told about a setting's value. It stays text here; configfile.py gives it its type."""
-    kind = field_types()[name]
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if kind is str:
-        return {"metavar": "|".join(CHOICES[name]) if name in CHOICES else "TEXT"}
-    if kind in (int, float):
-        return {"metavar": "N" if kind is int else "X"}
-    return {"metavar": "NAME" if kind == tuple[str, ...] else "X", "nargs": "+", "action": "extend"}
-
-
-def default_note(value: Any) -> str:
-    """ " [0.5]" for the help screen; nothing for switches and for None."""
-    if value is None or isinstance(value, bool):
-        return ""
-    return f" [{' '.join(map(str, value)) if isinstance(value, tuple) else value}]"
-
-
-def settings_of(arguments: argparse.Namespace, defaults: TrainConfig) -> TrainConfig:
-    """The defaults, then with --resume the run's own config.yaml, then --config, then the options."""
-    given = {name: value for name, value in vars(arguments).items() if name in field_types()}
-    config = defaults
-    if given.get("resume"):
-        folder = Path(given.get("output") or _output_of(arguments.config, defaults)).expanduser()
-        if (folder / "config.yaml").is_file():
-            config = load_config(folder / "config.yaml", config)
-            config = replace(config, output=str(folder))
-    if arguments.config:
-        config = load_config(arguments.config, config)
-    return with_settings(config, given)
-
-
-def _output_of(config_file: Path | None, defaults: TrainConfig) -> str:
-    return load_config(config_file, defaults).output if config_file else defaults.output
-
-
-def add_train(parser: argparse.ArgumentParser) -> None:
-    """Options of `fastkl train`."""
-    parser.description = (
-        f"{parser.description} Without options: the embedded main job, a story model that learns to alliterate.\n"
-        "Settings come from the defaults [in brackets], then from --config, then from options; with --resume, the\n"
-        "run's own config.yaml takes the place of the defaults."
+def option(setting: Setting, default: Any) -> inspect.Parameter:
+    """The option of a setting, under its heading."""
+    kind: Any = bool if setting.type is bool else tuple[str, ...] if setting.is_list else str
+    value = "|".join((*setting.choices, *(["FILE.py:FUNCTION"] if setting.own else []))) or VALUES[setting.type]
+    about = Parameter(
+        help=setting.help + ("" if kind is bool else f" [{replace(setting, default=default).default_text}]"),
+        metavar=f"{value} ..." if setting.is_list else value,
+        group=Group(setting.heading, sort_key=1 + HEADINGS.index(setting.heading)),
     )
-    add_settings(parser, TrainConfig())
+    return inspect.Parameter(
+        setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, about]
+    )
 
 
-def run_train(arguments: argparse.Namespace) -> int:
-    """`fastkl train`."""
-    config = settings_of(arguments, TrainConfig())
-    check_config(config)
-    check_run_folder(config)
+HEADINGS = tuple(dict.fromkeys(setting.heading for setting in settings().values()))
+
+ConfigFile = Annotated[
+    Path | None, Parameter(metavar="FILE", help="YAML file with any of these settings; options win over it")
+]
+
+
+@command("[OPTION ...]", "fastkl train --prompts prompts.jsonl --reward rewards.py:score", options=settings())
+def train(*, config: ConfigFile = None, **given: Any) -> int:
+    """Train a model.
+
+    Without options: the embedded main job, a story model that learns to alliterate.
+    Settings come from the defaults [in brackets], then from --config, then from options; with --resume, the run's own
+    config.yaml takes the place of the defaults.
+    """
+    run = merged(given, config, TrainConfig())
+    check_config(run)
+    check_run_folder(run)
     from fastkl.rollout.agreement import StaleEngineError
-    from fastkl.training.loop import Diverged, train
+    from fastkl.training import loop
 
     try:
-        train(config)
-    except (Diverged, StaleEngineError) as stop:
+        loop.train(run)
+    except (loop.Diverged, StaleEngineError) as stop:
         print(f"fastkl: {stop}", file=sys.stderr)
         return 1
     return 0
 
 
-SWEEP_DEFAULTS = TrainConfig(output="runs/sweep")
+def merged(given: dict[str, Any], config: Path | None, defaults: TrainConfig) -> TrainConfig:
+    """The defaults, then with --resume the run's own config.yaml, then --config, then the options."""
+    base = defaults
+    if given.get("resume"):
+        output = given.get("output") or (load_config(config, defaults) if config else defaults).output
+        own = Path(output).expanduser() / "config.yaml"
+        if own.is_file():
+            base = replace(load_config(own, defaults), output=str(own.parent))
+    return with_settings(load_config(config, base) if config else base, given)
 
 
-def add_sweep(parser: argparse.ArgumentParser) -> None:
-    """Options of `fastkl sweep`."""
-    parser.description = (
-        f"{parser.description} Each run has its folder, OUTPUT/kl_coef-VALUE, and OUTPUT/report.html compares them.\n"
-        "Options are those of `fastkl train`. A sweep that was stopped goes on with the same command and --resume."
-    )
-    parser.add_argument("--kl-coef", dest="values", metavar="X", nargs="+", required=True, help="the values of beta")
-    add_settings(parser, SWEEP_DEFAULTS, without=("kl_coef",))
+SWEEP = TrainConfig(output="runs/sweep")
 
 
-def run_sweep(arguments: argparse.Namespace) -> int:
-    """`fastkl sweep`."""
+@command(
+    "--kl-coef X ... [OPTION ...]",
+    "fastkl sweep --kl-coef 0 0.1 0.3 --output runs/sweep",
+    options=[name for name in settings() if name != "kl_coef"],
+    defaults=SWEEP,
+)
+def sweep(
+    *,
+    kl_coef: Annotated[tuple[str, ...], Parameter(metavar="X", help="The values of beta.")],
+    config: ConfigFile = None,
+    **given: Any,
+) -> int:
+    """Train once for each of several KL coefficients, and compare.
+
+    Each run has its folder, OUTPUT/kl_coef-VALUE, and OUTPUT/report.html compares them. Options are those of
+    `fastkl train`. A sweep that was stopped goes on with the same command and --resume.
+    """
     from fastkl.training.sweep import sweep
 
-    given = {name: value for name, value in vars(arguments).items() if name in field_types()}
-    config = load_config(arguments.config, SWEEP_DEFAULTS) if arguments.config else SWEEP_DEFAULTS
-    config = with_settings(config, given)
-    return sweep(config, [with_settings(config, {"kl_coef": value}).kl_coef for value in arguments.values])
+    run = with_settings(load_config(config, SWEEP) if config else SWEEP, given)
+    return sweep(run, [settings()["kl_coef"].converted(value) for value in kl_coef])
 
 
-SCORE_FIELDS = (
-    *("temperature", "top_k", "top_p", "min_p", "min_tokens", "banned_token_ids", "allowed_token_ids"),
-    *("dtype", "device"),
+@command(
+    "FILE.jsonl --model NAME [OPTION ...]",
+    "fastkl score rollouts.jsonl --model ./policy --reference ./sft",
+    fastkl.score_files.__doc__,
+    options=(*replayed_names(), "dtype", "device"),
 )
-"""The settings that scoring shares with training."""
-
-
-def add_score(parser: argparse.ArgumentParser) -> None:
-    """Options of `fastkl score`."""
-    source = Path(__file__).parents[1].joinpath("score_files", "command.py").read_text(encoding="utf-8")
-    parser.description = ast.get_docstring(ast.parse(source))  # importing it would import torch
-    parser.add_argument("input", metavar="FILE.jsonl", help='completions, one per line; "-" reads standard input')
-    parser.add_argument("--model", metavar="NAME", required=True, help="the policy: a local folder or a hub id")
-    parser.add_argument("--reference", metavar="NAME", help="the reference; without it, no KL is computed")
-    parser.add_argument(
-        "--output", metavar="FILE", help='the scores; "-" for standard output [FILE.scores.jsonl beside the input]'
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the output where it ends")
-    parser.add_argument(
-        "--skip-malformed", action="store_true", help="report lines that cannot be scored and go on, instead of ending"
-    )
-    parser.add_argument(
-        "--batch-tokens", metavar="N", type=int, default=4096, help="tokens per forward, prompts included [4096]"
-    )
-    add_fields(parser, SCORE_FIELDS, TrainConfig())
-
-
-def run_score(arguments: argparse.Namespace) -> int:
-    """`fastkl score`."""
-    given = {name: value for name, value in vars(arguments).items() if name in SCORE_FIELDS}
+def score(
+    input: Annotated[
+        str,
+        Parameter(
+            name="FILE.jsonl", allow_leading_hyphen=True, help='Completions, one per line; "-" reads standard input.'
+        ),
+    ],
+    /,
+    *,
+    model: Annotated[str, Parameter(metavar="NAME", help="The policy: a local folder or a hub id.")],
+    reference: Annotated[
+        str | None, Parameter(metavar="NAME", help="The reference; without it, no KL is computed.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        Parameter(
+            metavar="FILE",
+            allow_leading_hyphen=True,
+            help='The scores; "-" is standard output. [FILE.scores.jsonl beside the input]',
+        ),
+    ] = None,
+    batch_tokens: Annotated[int, Parameter(metavar="N", help="Tokens per forward, prompts included. [4096]")] = 4096,
+    skip_malformed: Annotated[
+        bool, Parameter(negative=(), help="Report lines that cannot be scored and go on, instead of ending.")
+    ] = False,
+    resume: Annotated[bool, Parameter(negative=(), help="Continue the output where it ends.")] = False,
+    **given: Any,
+) -> int:
+    """Score completions under a policy and a reference, from JSONL to JSONL."""
     shared = with_settings(TrainConfig(), given)
     from fastkl.score_files.command import ScoreConfig, score_file
 
-    names = ("input", "model", "reference", "output", "batch_tokens", "skip_malformed", "resume")
-    score_file(ScoreConfig(**{name: getattr(arguments, name) for name in names}, shared=shared))
+    score_file(ScoreConfig(input, model, reference, output, batch_tokens, skip_malformed, resume, shared))
     return 0
 
 
-def add_report(parser: argparse.ArgumentParser) -> None:
-    """Options of `fastkl report`."""
-    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="run folder; several are compared")
-    parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="the page [report.html in the run's folder, or beside the runs]"
-    )
-
-
-def run_report(arguments: argparse.Namespace) -> int:
-    """`fastkl report`."""
-    for folder in arguments.folders:
+@command("DIR ... [OPTION ...]", "fastkl report runs/sweep/*")
+def report(
+    *folders: Annotated[Path, Parameter(name="DIR", help="Run folder; several are compared.")],
+    output: Annotated[
+        Path | None, Parameter(metavar="FILE", help="The page [report.html in the run's folder, or beside the runs].")
+    ] = None,
+) -> int:
+    """Write one self-contained HTML page about one run or several."""
+    if not folders:
+        raise UserError("report: name a run folder, or several (DIR).")
+    for folder in folders:
         if not folder.is_dir():
             raise UserError(f"report: there is no run folder {str(folder)!r}.")
     from fastkl.report.page import write_report
 
-    print(write_report(arguments.folders, arguments.output))
+    print(write_report(list(folders), output))
     return 0
 
 
-def add_doctor(parser: argparse.ArgumentParser) -> None:
-    """Options of `fastkl doctor`."""
-    from fastkl.audit import doctor
+@command("RUN|FILE.jsonl [OPTION ...]", "fastkl doctor runs/alliteration", fastkl.audit.__doc__)
+def doctor(
+    path: Annotated[Path | None, Parameter(name="RUN|FILE.jsonl", help="Run folder, or rollouts.")] = None,
+    /,
+    *,
+    table: Annotated[bool, Parameter(negative=(), help="Compute the table of docs/negative-kl.md instead.")] = False,
+) -> int:
+    """Audit the KL of a run or of another trainer's rollouts.
 
-    parser.description = "\n".join((doctor.__doc__ or "").splitlines())
-    parser.add_argument("path", metavar="RUN|FILE.jsonl", nargs="?", type=Path, help="run folder, or rollouts")
-    parser.add_argument("--table", action="store_true", help="compute the table of docs/negative-kl.md instead")
+    The exit code is 1 where the estimate is significantly negative.
+    """
+    if table:
+        from fastkl.audit.negative_kl import table as computed
 
-
-def run_doctor(arguments: argparse.Namespace) -> int:
-    """`fastkl doctor`: exit code 1 where the estimate is significantly negative."""
-    if arguments.table:
-        from fastkl.audit.negative_kl import table
-
-        print(table())
+        print(computed())
         return 0
-    if arguments.path is None:
+    if path is None:
         raise UserError("doctor: name a run folder or a JSONL file of rollouts (or --table).")
     from fastkl.audit.doctor import diagnose
 
-    diagnosis = diagnose(arguments.path)
+    diagnosis = diagnose(path)
     print(diagnosis.text())
     return int(diagnosis.negative)
 
 
-def add_storyteller(parser: argparse.ArgumentParser) -> None:
-    """Options of `fastkl storyteller`."""
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="where model and tokenizer go")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="another seed, another model [0]")
+@command("[OPTION ...]", "fastkl bench --budget 60")
+def bench(
+    *,
+    output: Annotated[Path, Parameter(metavar="DIR", help="bench.json and pictures. [runs/bench]")] = Path(
+        "runs/bench"
+    ),
+    budget: Annotated[float, Parameter(metavar="S", help="Seconds after which no row starts. [150]")] = 150.0,
+) -> int:
+    """Time the scoring operators against their floors and peers, as this machine allows."""
+    from fastkl.microbench import run
+
+    run.run_bench(output, budget_s=budget)
+    return 0
 
 
-def run_storyteller(arguments: argparse.Namespace) -> int:
-    """`fastkl storyteller`."""
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise UserError(f"output: {str(arguments.output)!r} is a file, not a folder; choose another --output.")
+@command("--output DIR [OPTION ...]", "fastkl storyteller --output models/storyteller")
+def storyteller(
+    *,
+    output: Annotated[Path, Parameter(metavar="DIR", help="Where model and tokenizer go.")],
+    seed: Annotated[int, Parameter(metavar="N", help="Another seed, another model. [0]")] = 0,
+) -> int:
+    """Remake the embedded model (in a checkout of fastkl)."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output: {str(output)!r} is a file, not a folder; choose another --output.")
     try:
         from tools.storyteller.make import make_storyteller
     except ModuleNotFoundError as missing:
@@ -227,42 +273,5 @@ def run_storyteller(arguments: argparse.Namespace) -> int:
             raise
         raise UserError("storyteller: needs a checkout of the repository; a wheel holds the finished model.") from None
 
-    make_storyteller(arguments.output, seed=arguments.seed)
+    make_storyteller(output, seed=seed)
     return 0
-
-
-def add_bench(parser: argparse.ArgumentParser) -> None:
-    """Options of `fastkl bench`."""
-    parser.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path("runs/bench"), help="bench.json and pictures [runs/bench]"
-    )
-    parser.add_argument(
-        "--budget", metavar="S", type=float, default=150.0, help="seconds after which no row starts [150]"
-    )
-
-
-def run_bench(arguments: argparse.Namespace) -> int:
-    """`fastkl bench`."""
-    from fastkl.microbench import run
-
-    run.run_bench(arguments.output, budget_s=arguments.budget)
-    return 0
-
-
-Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]
-
-
-COMMANDS: tuple[Command, ...] = (
-    ("train", add_train, run_train, "Train a model"),
-    ("sweep", add_sweep, run_sweep, "Train once for each of several KL coefficients, and compare"),
-    ("score", add_score, run_score, "Score completions under a policy and a reference, from JSONL to JSONL"),
-    ("report", add_report, run_report, "Write one self-contained HTML page about one run or several"),
-    ("doctor", add_doctor, run_doctor, "Audit the KL of a run or of another trainer's rollouts"),
-    (
-        "bench",
-        add_bench,
-        run_bench,
-        "Time the scoring operators against their floors and peers, as this machine allows",
-    ),
-    ("storyteller", add_storyteller, run_storyteller, "Remake the embedded model"),
-)

@@ -17,7 +17,7 @@ from torch import nn
 from fastkl.errors import UserError
 from fastkl.rollout.requests import EngineOptions, Request, completion
 from fastkl.rollout.weight_sync import push_weights
-from fastkl.sampling.params import Sampling
+from fastkl.sampling.params import Sampling, vllm_arguments
 from fastkl.sampling.rules import VLLM, check_parameters, vllm_parameters
 from fastkl.types import Completion
 
@@ -56,7 +56,7 @@ class VllmGenerator:
                     f"{str(failure).splitlines()[0][:160] if str(failure) else 'no message'}); details are in {log}. "
                     "Use --generator transformers."
                 ) from failure
-        self.allowed_token_ids = _allowed_ids(sampling, self.llm.llm_engine.model_config.get_vocab_size())
+        self.arguments = vllm_arguments(sampling, self.llm.llm_engine.model_config.get_vocab_size())
         check_parameters(vllm_parameters(self._params(seed=0)), VLLM)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -77,21 +77,7 @@ class VllmGenerator:
     def _params(self, seed: int) -> Any:
         from vllm import SamplingParams
 
-        sampling = self.sampling
-        return SamplingParams(
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_new_tokens,
-            stop_token_ids=list(sampling.stop_token_ids),
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            min_tokens=sampling.min_tokens,
-            allowed_token_ids=self.allowed_token_ids,
-            seed=seed,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-        )
+        return SamplingParams(**self.arguments, seed=seed, logprobs=0, flat_logprobs=True, detokenize=False)
 
     def close(self) -> None:
         """See Generator."""
@@ -114,14 +100,6 @@ def start(options: EngineOptions) -> VllmGenerator:
     )
     generator.sync(options.policy)
     return generator
-
-
-def _allowed_ids(sampling: Sampling, vocab: int) -> list[int] | None:
-    """The ids that vLLM may draw, or None for all: it takes no list of banned ids."""
-    if not sampling.banned_token_ids and not sampling.allowed_token_ids:
-        return None
-    excluded = set(sampling.excluded_ids(vocab))
-    return [v for v in range(vocab) if v not in excluded]
 
 
 def _sampled_logprobs(output: Any) -> list[float]:

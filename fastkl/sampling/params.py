@@ -1,30 +1,97 @@
-"""Sampling: how completions are drawn."""
+"""Sampling: how completions are drawn. `SamplingSettings` is the only list of sampling parameters.
+
+What a field says is all that is said about its parameter: type, default, range and help make the options, config.yaml
+and docs/settings.md; its `Rule` makes the parameters that are handed to vLLM, those that `fastkl score` and the doctor
+read from a file, and the tables of rules.py. Only how a parameter is replayed on the logits is told elsewhere, in
+replay.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Annotated, Any, get_type_hints
 
-if TYPE_CHECKING:  # the tables serve error messages, which should not wait for torch
-    pass
+NEUTRAL, TRANSFORM, SUPPORT, REJECTED = "neutral", "transform", "support", "rejected"
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How completions are drawn; the defaults leave the policy's distribution whole.
+class Rule:
+    """What a sampling parameter is to the scorer, and why. A rejected one may still have a value in `off`."""
+
+    kind: str
+    why: str
+    off: tuple[Any, ...] = (None,)
+    vllm: str | None = ""  # its name in vllm.SamplingParams: "" is the field's own, None is none
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """Begins a block of settings under this title."""
+
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers that a setting takes; the text stands in help pages and in messages."""
+
+    text: str
+    fits: Callable[[float], bool]
+
+
+AT_LEAST_0 = Range("0 or more", lambda x: x >= 0)
+AT_LEAST_1 = Range("1 or more", lambda x: x >= 1)
+ABOVE_0 = Range("above 0", lambda x: x > 0)
+SHARE = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
+BELOW_1 = Range("0 or more and below 1", lambda x: 0 <= x < 1)
+
+NOT_DRAWN = "ids that cannot be drawn"
+ENDS_BY_TEXT = Rule(NEUTRAL, "ends a completion by a rule on its text")
+RECOMPUTED = Rule(SUPPORT, "recomputed from the policy's logits")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """What a user may set; the defaults leave the policy's distribution whole.
 
     The order is vLLM's: banned and allowed ids, min_tokens, temperature, min_p, top_k, top_p.
     """
 
-    temperature: float
-    max_new_tokens: int
-    stop_token_ids: tuple[int, ...]
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    min_p: float = 0.0
-    min_tokens: int = 0  # no stop id among the first min_tokens tokens
-    banned_token_ids: tuple[int, ...] = ()
-    allowed_token_ids: tuple[int, ...] = ()  # empty: all
+    temperature: Annotated[
+        float, Heading("Sampling"), ABOVE_0, Rule(TRANSFORM, "divides the logits of policy and reference")
+    ] = 1.0
+    """Sampling temperature; scores use the same."""
+    max_new_tokens: Annotated[int, AT_LEAST_1, Rule(NEUTRAL, ENDS_BY_TEXT.why, vllm="max_tokens")] = 96
+    """Completions are cut at this many tokens."""
+    top_k: Annotated[int, AT_LEAST_0, RECOMPUTED] = 0
+    """Keep only the k likeliest tokens; 0 keeps all."""
+    top_p: Annotated[float, SHARE, RECOMPUTED] = 1.0
+    """Nucleus sampling; 1 keeps all."""
+    min_p: Annotated[float, BELOW_1, RECOMPUTED] = 0.0
+    """Keep tokens with at least this fraction of the likeliest one's probability; 0 keeps all."""
+    min_tokens: Annotated[int, AT_LEAST_0, Rule(SUPPORT, "bans every stop id in the first tokens of a completion")] = 0
+    """No end-of-sequence before this many tokens."""
+    banned_token_ids: Annotated[tuple[int, ...], AT_LEAST_0, Rule(SUPPORT, NOT_DRAWN, vllm=None)] = ()
+    """Token ids that are never sampled; none for no ban."""
+    allowed_token_ids: Annotated[
+        tuple[int, ...], AT_LEAST_0, Rule(SUPPORT, f"all others are {NOT_DRAWN}", vllm=None)
+    ] = ()
+    """The only token ids that are sampled; none allows all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling(SamplingSettings):
+    """How completions are drawn: what the user has set, and the ids that end a completion of this model."""
+
+    stop_token_ids: Annotated[tuple[int, ...], ENDS_BY_TEXT] = ()
+
+    @classmethod
+    def of(cls, settings: SamplingSettings, stop_token_ids: tuple[int, ...]) -> Sampling:
+        """The sampling parameters among `settings` (a TrainConfig has them, too), for a model with these stop ids."""
+        chosen = {field.name: getattr(settings, field.name) for field in fields(SamplingSettings)}
+        return cls(**chosen, stop_token_ids=stop_token_ids)
 
     def excluded_ids(self, vocab: int) -> list[int]:
         """The ids that can never be drawn, in order."""
@@ -34,5 +101,29 @@ class Sampling:
     @property
     def truncates(self) -> bool:
         """Whether some ids cannot be drawn at some positions."""
-        filters = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-        return filters or self.min_tokens > 0 or bool(self.banned_token_ids or self.allowed_token_ids)
+        return any(getattr(self, name) != DEFAULTS[name] for name, rule in rules().items() if rule.kind == SUPPORT)
+
+
+DEFAULTS = {field.name: field.default for field in fields(Sampling)}
+
+
+@cache
+def rules() -> dict[str, Rule]:
+    """The rule of every field of Sampling."""
+    hints = get_type_hints(Sampling, include_extras=True)
+    return {name: next(m for m in hints[name].__metadata__ if isinstance(m, Rule)) for name in DEFAULTS}
+
+
+def replayed_names() -> tuple[str, ...]:
+    """The parameters that change what is drawn: those that the scorer must know."""
+    return tuple(name for name, rule in rules().items() if rule.kind in (TRANSFORM, SUPPORT))
+
+
+def vllm_arguments(sampling: Sampling, vocab: int) -> dict[str, Any]:
+    """What vllm.SamplingParams is told so that it draws as `sampling` says from `vocab` logits."""
+    values = {rule.vllm or name: getattr(sampling, name) for name, rule in rules().items() if rule.vllm is not None}
+    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    if sampling.banned_token_ids or sampling.allowed_token_ids:  # it takes no list of banned ids
+        excluded = set(sampling.excluded_ids(vocab))
+        arguments["allowed_token_ids"] = [v for v in range(vocab) if v not in excluded]
+    return arguments

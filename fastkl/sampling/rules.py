@@ -1,4 +1,4 @@
-"""The sampling contract: which ways of drawing tokens can be scored exactly, which cannot, and why.
+"""The sampling rules: which ways of drawing tokens can be scored exactly, which cannot, and why.
 
 The KL penalty is taken under the distribution that the sampler really drew from. A sampling parameter is therefore one
 of four things:
@@ -11,46 +11,29 @@ of four things:
 Were a SUPPORT parameter ignored by the scorer, the mean of log pi(y) - log q(y) would be KL(pi_S, q) + log pi(S): a
 policy that moves its mass off S would be paid for it. A parameter that the tables do not know is rejected.
 
-Below the tables: `Sampling`, what a run asks of its generator, and `support_of`, its replay for the scorer.
+The rules of our own parameters stand in params.py; here are those of everything else that vLLM takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastkl.errors import UserError
-
-if TYPE_CHECKING:  # the tables serve error messages, which should not wait for torch
-    pass
-
-
-NEUTRAL, TRANSFORM, SUPPORT, REJECTED = "neutral", "transform", "support", "rejected"
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What a sampling parameter is to the scorer, and why. A rejected one may still have a value in `off`."""
-
-    kind: str
-    why: str
-    off: tuple[Any, ...] = (None,)
-
-
-NOT_DRAWN = "ids that cannot be drawn"
-
+from fastkl.sampling.params import ENDS_BY_TEXT, NEUTRAL, REJECTED, SUPPORT, Rule, rules
 
 VALUES_ONLY = "chooses what is reported, not what is drawn"
-
-
 DEPENDS_ON_TEXT = "it changes the logits by what the text already holds"
+SEED = Rule(NEUTRAL, "how many draws, and from which random numbers")
 
+TRANSFORMERS: dict[str, Rule] = {"seed": SEED, **rules()}
+"""What fastkl's own generator takes: the fields of Sampling, and the seed."""
 
 VLLM: dict[str, Rule] = {
-    **dict.fromkeys(("n", "seed"), Rule(NEUTRAL, "how many draws, and from which random numbers")),
-    **dict.fromkeys(("stop", "stop_token_ids", "max_tokens"), Rule(NEUTRAL, "ends a completion by a rule on its text")),
-    "repetition_detection": Rule(NEUTRAL, "ends a completion by a rule on its text"),
+    **{rule.vllm or name: rule for name, rule in rules().items() if rule.vllm is not None},
+    "allowed_token_ids": Rule(SUPPORT, rules()["allowed_token_ids"].why),
+    **dict.fromkeys(("n", "seed"), SEED),
+    **dict.fromkeys(("stop", "repetition_detection"), ENDS_BY_TEXT),
     **dict.fromkeys(
         (
             *("logprobs", "prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start", "logprob_token_ids"),
@@ -64,10 +47,6 @@ VLLM: dict[str, Rule] = {
         ("skip_clone", "skip_reading_prefix_cache", "_eos_token_id", "_all_stop_token_ids", "_watermarking_skipped"),
         Rule(NEUTRAL, "the engine's own bookkeeping"),
     ),
-    "temperature": Rule(TRANSFORM, "divides the logits of policy and reference"),
-    **dict.fromkeys(("top_k", "top_p", "min_p"), Rule(SUPPORT, "recomputed from the policy's logits")),
-    "min_tokens": Rule(SUPPORT, "bans every stop id in the first tokens of a completion"),
-    "allowed_token_ids": Rule(SUPPORT, f"all others are {NOT_DRAWN}"),
     "presence_penalty": Rule(REJECTED, DEPENDS_ON_TEXT, off=(0,)),
     "frequency_penalty": Rule(REJECTED, DEPENDS_ON_TEXT, off=(0,)),
     "repetition_penalty": Rule(REJECTED, DEPENDS_ON_TEXT, off=(1,)),
@@ -85,16 +64,8 @@ VLLM: dict[str, Rule] = {
 }
 """Every field of vllm.SamplingParams. A test walks them, so that a new engine's new field is looked at by a person."""
 
-
-TRANSFORMERS: dict[str, Rule] = {
-    "seed": VLLM["seed"],
-    "max_new_tokens": VLLM["max_tokens"],
-    "stop_token_ids": VLLM["stop_token_ids"],
-    "temperature": VLLM["temperature"],
-    **{name: VLLM[name] for name in ("top_k", "top_p", "min_p", "min_tokens", "allowed_token_ids")},
-    "banned_token_ids": Rule(SUPPORT, NOT_DRAWN),
-}
-"""What fastkl's own generator takes: the fields of Sampling, and the seed."""
+FILES: dict[str, Rule] = {**VLLM, **TRANSFORMERS, "eos_token_ids": ENDS_BY_TEXT}
+"""What a line of a file may say about how a completion was drawn: the engine's names, ours, and the doctor's."""
 
 
 def check_parameters(parameters: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
@@ -106,6 +77,12 @@ def check_parameters(parameters: Mapping[str, Any], rules: Mapping[str, Rule]) -
                 f"{name}: {value!r} cannot be scored ({rule.why}), so the KL estimate would be wrong and could go "
                 f"negative; use {name} {rule.off[0]!r}."
             )
+
+
+def why_rejected(name: str) -> str:
+    """Why the parameter `name` cannot be scored (begins with a space); nothing for one that can, or is unknown."""
+    rule = VLLM.get(name)
+    return f" It cannot be scored: {rule.why}." if rule and rule.kind == REJECTED else ""
 
 
 def vllm_parameters(params: Any) -> dict[str, Any]:

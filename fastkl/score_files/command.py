@@ -1,30 +1,4 @@
-"""`fastkl score`: per-token scores of completions under a policy and a reference, from JSONL to JSONL.
-
-A line of the input holds one completion:
-
-    prompt         a text, chat messages, or token ids (prompt_token_ids is taken before it)
-    completion     a text or token ids (token_ids, then sampled_token_ids, are taken before it)
-    sampling       how it was drawn, where lines differ: {"temperature": 0.7, "top_k": 50}; the options otherwise
-    mask           0/1 for each of the completion's tokens; those with 0 are not scored (default: all are)
-    id             copied to the output
-
-Other fields are left alone. A line {"settings": {...}} holds sampling parameters for the lines below it. The names are
-those of vLLM's SamplingParams; what cannot be replayed, penalties for repetition for one, is refused by name.
-
-Prompts are tokenized with the tokenizer's special tokens, chats by their template, completions without special tokens:
-no end of the text is added, so write it (the tokenizer knows it as text) or give token ids where it was sampled. Prompt
-and completion are tokenized apart, as a generator sees them; where their texts together would make other tokens, the
-completion is scored as it was generated, not as it would be re-encoded.
-
-The output has a header, {"settings": {...}}, and then one line for each completion, in order:
-
-    line, id       where the completion stands in the input, from 1
-    num_tokens     of the completion, and sums, the totals of the lists below
-    token_ids      what was scored, and lists with one number for each token, in nats:
-    policy_logprobs, ref_logprobs, entropy, kl    over the whole vocabulary, at the sampling temperature
-    policy_logprobs_support, ref_logprobs_support, kl_support    over the ids that the sampler could draw, if not all
-    error          instead of all these: why the line could not be scored (--skip-malformed)
-"""
+"""The command `fastkl score`, whose files are described in __init__.py, where its help page takes them from."""
 
 from __future__ import annotations
 
@@ -45,10 +19,10 @@ import fastkl
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
 from fastkl.kernels.operators import TokenScores
-from fastkl.sampling.params import Sampling
+from fastkl.sampling.params import Sampling, replayed_names
 from fastkl.sampling.replay import support_of
 from fastkl.score_files.progress import ScoreView
-from fastkl.score_files.read import SAMPLING_NAMES, Job, JobReader, Malformed, read_windows, sampling_of
+from fastkl.score_files.read import Job, JobReader, Malformed, read_windows, sampling_of
 from fastkl.score_files.write import start_output, to_line
 from fastkl.scoring import backbone, models
 from fastkl.scoring.head import head_of
@@ -144,7 +118,7 @@ def output_path(config: ScoreConfig) -> Path | None:
 
 def header(config: ScoreConfig, dtype: torch.dtype) -> dict[str, Any]:
     """What shapes the numbers, for readers of the output and for --resume."""
-    sampling = {name: getattr(config.shared, name) for name in SAMPLING_NAMES}
+    sampling = {name: getattr(config.shared, name) for name in replayed_names()}
     return {
         "fastkl": fastkl.__version__,
         "model": config.model,

@@ -1,8 +1,8 @@
 """The input of `fastkl score`: lines of JSON in, jobs with token ids for the models out.
 
-score.py says which fields a line may have. The input is read in windows of at most WINDOW_LINES lines and about
+__init__.py says which fields a line may have. The input is read in windows of at most WINDOW_LINES lines and about
 WINDOW_BYTES bytes: what is held in memory, what is sorted by length, and what is written at once. They depend on the
-input's bytes alone, so that a resumed run meets the same ones (score_output.py).
+input's bytes alone, so that a resumed run meets the same ones (write.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from fastkl.config.files import with_settings
 from fastkl.config.settings import TrainConfig, check_config
 from fastkl.data.prompts import is_chat, rendered
 from fastkl.errors import UserError
-from fastkl.sampling.params import Sampling
-from fastkl.sampling.rules import TRANSFORMERS, VLLM, check_parameters
+from fastkl.sampling.params import Sampling, replayed_names
+from fastkl.sampling.rules import FILES, check_parameters
 
 WINDOW_LINES = 256
 
@@ -26,12 +26,6 @@ WINDOW_BYTES = 1 << 18
 
 
 NO_LIMIT = 1 << 30  # tokens of a completion: it is there already
-
-
-SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "min_tokens", "banned_token_ids", "allowed_token_ids")
-
-
-RULES = {**VLLM, **TRANSFORMERS, "eos_token_ids": VLLM["stop_token_ids"]}
 
 
 PROMPT_NAMES = ("prompt_token_ids", "prompt")
@@ -276,9 +270,9 @@ def sampling_field(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def sampling_of(parameters: Mapping[str, Any], base: TrainConfig, stop_token_ids: Tokens) -> Sampling:
     """How the completion was drawn: `base`, changed by `parameters` (names of vLLM's SamplingParams or of the doctor's
-    settings; None: as in `base`). UserError for parameters that are wrong or cannot be replayed (contract.py)."""
-    check_parameters(parameters, RULES)
-    given = {name: parameters[name] for name in SAMPLING_NAMES if parameters.get(name) is not None}
+    settings; None: as in `base`). UserError for parameters that are wrong or cannot be replayed (rules.py)."""
+    check_parameters(parameters, FILES)
+    given = {name: parameters[name] for name in replayed_names() if parameters.get(name) is not None}
     if given.get("top_k") == -1:  # how engines spell "off"
         given["top_k"] = 0
     config = with_settings(replace(base, max_new_tokens=NO_LIMIT), given)
@@ -286,5 +280,4 @@ def sampling_of(parameters: Mapping[str, Any], base: TrainConfig, stop_token_ids
     stops = set(stop_token_ids)
     for name in ("stop_token_ids", "eos_token_ids"):
         stops |= set(only_ids(name, parameters.get(name) or []))
-    shared = {name: getattr(config, name) for name in SAMPLING_NAMES}
-    return Sampling(max_new_tokens=config.max_new_tokens, stop_token_ids=tuple(sorted(stops)), **shared)
+    return Sampling.of(config, tuple(sorted(stops)))

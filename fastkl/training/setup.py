@@ -75,7 +75,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     source = models.resolve_model(config.model)
     model_config, tokenizer = models.load_config(source), models.load_tokenizer(source)
     prompts = load_prompts(config.prompts, tokenizer, max_prompt_tokens=room_for_prompt(config, model_config))
-    sampling = sampling_of(config, models.stop_token_ids(model_config, source))
+    sampling = Sampling.of(config, models.stop_token_ids(model_config, source))
     generator, reason = choose_generator(config.generator, model_config, device)
     folder = prepare_run_folder(config)
     resumed = checkpoint.newest_checkpoint(folder / "checkpoints") if config.resume else None
@@ -148,12 +148,6 @@ def limits_of(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> 
         max_grad_norm=config.max_grad_norm,
         agreement_nats=AGREEMENT_NATS[dtype],
     )
-
-
-def sampling_of(config: TrainConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """The settings that the generator and the scorer's replay share."""
-    shared = {field.name for field in dataclasses.fields(Sampling)} - {"stop_token_ids"}
-    return Sampling(stop_token_ids=stop_token_ids, **{name: getattr(config, name) for name in shared})
 
 
 def start_generator(inputs: Inputs, config: TrainConfig, policy: nn.Module, dtype: torch.dtype) -> Generator:

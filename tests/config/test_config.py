@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from fastkl.config.files import field_help, load_config, save_config, with_settings
+from fastkl.config import settings as table
+from fastkl.config.files import load_config, save_config, with_settings
 from fastkl.config.settings import TrainConfig, check_config
 from fastkl.errors import UserError
 from fastkl.training.run_folder import prepare_run_folder
@@ -31,7 +32,7 @@ def test_defaults_pass_the_checks():
         {"temperature": -1.0},
         {"steps": 0},
         {"prompts_per_step": 0},
-        {"num_samples": 0, "baseline": "none"},
+        {"num_samples": 0, "advantage": "none"},
         {"max_new_tokens": 0},
         {"micro_batch_tokens": -1},
         {"top_k": -1},
@@ -47,7 +48,7 @@ def test_defaults_pass_the_checks():
         {"seed": -1},
         {"gpu_memory_utilization": 1.5},
         {"kl_reduction": "summ"},
-        {"baseline": "leave-one-out"},
+        {"advantage": "leave-one-out"},
         {"generator": "sglang"},
         {"lr_decay": "step"},
         {"dtype": "float16"},
@@ -73,7 +74,7 @@ def test_a_wrong_value_is_refused_by_a_message_that_begins_with_its_name(setting
 @pytest.mark.parametrize(
     "settings",
     [
-        {"num_samples": 1, "baseline": "none"},
+        {"num_samples": 1, "advantage": "none"},
         {"kl_coef": 0.0},
         {"report_to": ()},
         {"save_every": 0, "keep_checkpoints": 0, "sample_every": 0, "max_grad_norm": 0.0},
@@ -111,7 +112,7 @@ def test_sampling_that_cannot_be_scored_is_refused_with_the_reason(name):
         ({"kl_credit": "caused", "kl_estimator": "k3", "kl_placement": "loss"}, "not credited"),
         ({"kl_target": 5.0, "kl_coef": 0.0}, "above 0"),
         ({"allowed_token_ids": (3,), "banned_token_ids": (3,)}, "bans them all"),
-        ({"banned_token_ids": (-1,)}, "negative"),
+        ({"banned_token_ids": (5, -1)}, "^banned_token_ids: -1 is out of range; it must be 0 or more"),
     ],
 )
 def test_a_penalty_or_a_ban_that_cannot_work_is_refused_with_its_reason(settings, words):
@@ -120,10 +121,13 @@ def test_a_penalty_or_a_ban_that_cannot_work_is_refused_with_its_reason(settings
 
 
 def test_every_field_has_a_help_text_and_a_heading():
-    assert list(field_help()) == [field.name for field in dataclasses.fields(TrainConfig)]
-    assert all(help_.text.endswith(".") and help_.group for help_ in field_help().values())
-    assert field_help()["kl_coef"].group == "The objective"
-    assert field_help()["top_k"].text == "Keep only the k likeliest tokens; 0 keeps all."
+    assert {*table.settings()} == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert all(setting.help.endswith(".") and setting.heading for setting in table.settings().values())
+    assert table.settings()["kl_coef"].heading == "The objective"
+    assert table.settings()["top_k"].help == "Keep only the k likeliest tokens; 0 keeps all."
+    assert list(dict.fromkeys(setting.heading for setting in table.settings().values())) == [
+        *("What is trained, on what, for what", "The objective", "Sampling", "Optimisation", "The run")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def distance(policy, ref, sampling: Sampling) -> float:
 
 def adversary(case: str, naive: bool, steps: int = 150):
     """Trains the policy against the scorer: (the policy at its least penalty, the reference, sampling, the course)."""
-    sampling = Sampling(1.0, LENGTH, (STOP,), **CASES[case])
+    sampling = Sampling(1.0, LENGTH, stop_token_ids=(STOP,), **CASES[case])
     policy, ref = tables(case)
     optimizer = torch.optim.Adam([policy], lr=0.05)
     course, best = [], policy.detach().clone()

@@ -45,14 +45,16 @@ def token_ids(completions) -> list[list[tuple[int, ...]]]:
 def test_transformers_generator_records_the_models_own_logprobs():
     model = toy_model()
     for temperature in (1.0, 0.6):
-        generator = TransformersGenerator(model, ToyTokenizer(), Sampling(temperature, 8, (STOP,)), max_rows=8)
+        sampling = Sampling(temperature, 8, stop_token_ids=(STOP,))
+        generator = TransformersGenerator(model, ToyTokenizer(), sampling, max_rows=8)
         completions = draw(generator, PROMPTS, 4, seed=1, step=1)
         assert gaps(model, PROMPTS, completions, temperature).max() < 1e-5
 
 
 def test_transformers_generator_under_bfloat16_records_the_log_probs_of_a_bfloat16_trunk_and_a_float32_head():
     model = toy_model(dtype=torch.float32)
-    generator = TransformersGenerator(model, ToyTokenizer(), Sampling(1.0, 8, (STOP,)), dtype=torch.bfloat16)
+    sampling = Sampling(1.0, 8, stop_token_ids=(STOP,))
+    generator = TransformersGenerator(model, ToyTokenizer(), sampling, dtype=torch.bfloat16)
     completions = draw(generator, PROMPTS, 32, seed=1, step=1)
 
     def mean_gap(bfloat16: bool) -> float:
@@ -89,7 +91,7 @@ def test_a_sample_depends_on_its_own_seed_alone():
     many = toy_rollouts(model, PROMPTS, 6)
     torch.manual_seed(2)
     assert token_ids(toy_rollouts(model, PROMPTS[:1], 3))[0] == token_ids(many)[0][:3]
-    narrow = TransformersGenerator(model, ToyTokenizer(), Sampling(1.0, 6, (STOP,)), max_rows=6)
+    narrow = TransformersGenerator(model, ToyTokenizer(), Sampling(1.0, 6, stop_token_ids=(STOP,)), max_rows=6)
     assert token_ids(draw(narrow, PROMPTS, 6, seed=7, step=1)) == token_ids(many)
     assert token_ids(toy_rollouts(model, PROMPTS, 6, step=2)) != token_ids(many)
 
@@ -133,7 +135,7 @@ def engine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     tied_model().save_pretrained(folder)
     generator = VllmGenerator(
-        str(folder), ToyTokenizer(), Sampling(1.0, 12, (STOP,)), dtype="float32", max_model_len=32,
+        str(folder), ToyTokenizer(), Sampling(1.0, 12, stop_token_ids=(STOP,)), dtype="float32", max_model_len=32,
         gpu_memory_utilization=0.2, log=folder / "engine.log",
     )  # fmt: skip
     yield generator

@@ -10,18 +10,9 @@ from toy import STOP, VOCAB, ToyTokenizer, draw, prompt, toy_model
 
 from fastkl.errors import UserError
 from fastkl.rollout.transformers import TransformersGenerator, sample
-from fastkl.sampling.params import Sampling
+from fastkl.sampling.params import NEUTRAL, REJECTED, SUPPORT, TRANSFORM, Sampling
 from fastkl.sampling.replay import support_of
-from fastkl.sampling.rules import (
-    NEUTRAL,
-    REJECTED,
-    SUPPORT,
-    TRANSFORM,
-    TRANSFORMERS,
-    VLLM,
-    check_parameters,
-    vllm_parameters,
-)
+from fastkl.sampling.rules import TRANSFORMERS, VLLM, check_parameters, vllm_parameters
 
 PROMPTS = (prompt(1, 2, 3), prompt(4), prompt(5, 6, 7, 8, 9))
 SETTINGS = [

@@ -21,8 +21,8 @@ from fastkl.config.settings import TrainConfig
 from fastkl.report.step_metrics import StepReport
 from fastkl.rollout.agreement import StaleEngineError
 from fastkl.rollout.transformers import TransformersGenerator
+from fastkl.sampling.params import Sampling
 from fastkl.training import loop
-from fastkl.training.setup import sampling_of
 from fastkl.types import SAMPLE_SUMS, RolloutBatch
 
 PROMPTS = (prompt(1, 2, 3), prompt(4), prompt(5, 6, 7, 8, 9))
@@ -38,7 +38,7 @@ def course(naive: bool, seed: int, tolerant: bool = True) -> list[dict[str, list
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
     scored = toy_config(num_samples=32, kl_coef=0.2, max_new_tokens=16) if naive else config  # as if all could be drawn
     limits = {"agreement_nats": math.inf} if tolerant else {}
-    generator = TransformersGenerator(policy, ToyTokenizer(), sampling_of(config, (STOP,)))
+    generator = TransformersGenerator(policy, ToyTokenizer(), Sampling.of(config, (STOP,)))
     steps = []
     for step in range(1, STEPS + 1):
         completions = draw(generator, PROMPTS, config.num_samples, seed=0, step=step)

@@ -12,8 +12,8 @@ from toy_step import step_gradient, toy_update
 from fastkl.report.step_metrics import StepReport
 from fastkl.rollout import agreement
 from fastkl.rollout.transformers import TransformersGenerator
+from fastkl.sampling.params import Sampling
 from fastkl.scoring.pack import scorable
-from fastkl.training.setup import sampling_of
 from fastkl.types import RolloutBatch
 
 
@@ -94,7 +94,7 @@ def scored_by(policy, batch, temperature: float):
 def test_gradient_under_truncated_sampling_is_that_of_the_logprobs_on_the_support(options):
     policy, reference = toy_model(0), toy_model(1).requires_grad_(False)
     config = toy_config(max_new_tokens=6, **options)
-    sampling = sampling_of(config, (STOP,))
+    sampling = Sampling.of(config, (STOP,))
     prompts = toy_batch(policy).prompts
     completions = draw(TransformersGenerator(policy, ToyTokenizer(), sampling), prompts, 4, seed=1, step=1)
     rewards = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastkl.errors import UserError
-from fastkl.sampling.params import Sampling
-from fastkl.sampling.rules import DEPENDS_ON_TEXT, NEUTRAL, NOT_DRAWN, REJECTED, SUPPORT, VLLM, Rule
+from fastkl.sampling.params import NEUTRAL, NOT_DRAWN, REJECTED, SUPPORT, Rule, Sampling
+from fastkl.sampling.rules import DEPENDS_ON_TEXT, VLLM
 from fastkl.sampling.rules import check_parameters as check
 
 BEAMS = "beam search does not draw from a distribution"

@@ -1,0 +1,148 @@
+"""What can be said about a setting, and a dataclass of settings as a table: one `Setting` per field.
+
+A field's annotation, its default and the string below it say it all (`table_of`); a `Heading` begins a block. Command
+line, YAML and JSON hand in text or plain values: `Setting.converted` makes the field's type of them, the same way for
+all, and `Setting.check` looks at what came out.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from fastkl.errors import UserError, nearest
+from fastkl.sampling.params import Heading, Range
+
+KINDS = {
+    str: ("a text", "a list of names"),
+    int: ("a whole number", "a list of whole numbers"),
+    float: ("a number", "a list of numbers"),
+    bool: ("true or false", ""),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """The setting names an entry of a table, or, where `own`, a function of the user's (file.py:function)."""
+
+    entries: Mapping[str, Any]
+    own: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """All there is to know about a field."""
+
+    name: str
+    config: type  # the dataclass that it is a field of
+    type: type  # of the value, or of a list's items
+    is_list: bool
+    default: Any
+    heading: str
+    choices: tuple[str, ...] = ()
+    own: bool = False  # besides the choices, a function of the user's: file.py:function
+    range: Range | None = None
+
+    @property
+    def option(self) -> str:
+        """Its name on the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def help(self) -> str:
+        """The string below the field."""
+        return help_texts(self.config)[self.name]
+
+    @property
+    def default_text(self) -> str:
+        """The default as it is typed; "none" is the empty list."""
+        return " ".join(map(str, self.default)) or "none" if self.is_list else str(self.default)
+
+    @property
+    def takes(self) -> str:
+        """What a value may be, for people: "reward, loss", "0 or more"."""
+        own = ("FILE.py:FUNCTION",) if self.own else ()
+        return ", ".join((*self.choices, *own)) or (self.range.text if self.range else "")
+
+    def converted(self, given: Any) -> Any:
+        """`given`, a text or a plain value, as this setting's type. UserError where it is something else."""
+        try:
+            if not self.is_list:
+                return self._one(given)
+            items = [given] if isinstance(given, str | int | float) else list(given or ())
+            return () if items == ["none"] else tuple(map(self._one, items))
+        except (ValueError, TypeError):
+            shown = list(given) if isinstance(given, tuple) else given
+            raise UserError(f"{self.name}: {shown!r} is not {KINDS[self.type][self.is_list]}.") from None
+
+    def _one(self, given: Any) -> Any:
+        if isinstance(given, bool) != (self.type is bool) or (self.type is str and not isinstance(given, str)):
+            raise TypeError
+        return whole_number(given) if self.type is int else self.type(given)
+
+    def check(self, value: Any) -> None:
+        """UserError for a value that is out of range, or none of the choices."""
+        for item in value if self.is_list else (value,):
+            if self.choices and item not in self.choices and not (self.own and ":" in item):
+                raise UserError(
+                    f"{self.name}: unknown {item!r}.{nearest(item, self.choices)} Choose from {', '.join(self.choices)}"
+                    f"{' or FILE.py:FUNCTION' if self.own else ''}."
+                )
+            if self.type in (int, float) and not (math.isfinite(item) and (not self.range or self.range.fits(item))):
+                wanted = self.range.text if self.range else "finite"
+                raise UserError(f"{self.name}: {item} is out of range; it must be {wanted}.")
+
+
+def whole_number(given: Any) -> int:
+    """12, "12", 12.0 or "1e3" as an int. ValueError or TypeError for anything else."""
+    try:
+        return int(given) if isinstance(given, str) else operator.index(given)
+    except (ValueError, TypeError):
+        if not float(given).is_integer():
+            raise ValueError from None
+        return int(float(given))
+
+
+def table_of(config: type) -> dict[str, Setting]:
+    """Every field of a dataclass of settings, by its name; blocks in the order of the headings of its own fields."""
+    hints = get_type_hints(config, include_extras=True)
+    own = {field.name for field in fields(config)} - {
+        field.name for base in config.__bases__ for field in _fields(base)
+    }
+    found: list[Setting] = []
+    heading = ""
+    for field in fields(config):
+        hint, *notes = (
+            get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else [hints[field.name]]
+        )
+        about = {type(note): note for note in notes}
+        heading = about[Heading].title if Heading in about else heading
+        registry = about.get(Registry, Registry({}))
+        is_list = get_origin(hint) is tuple
+        item = get_args(hint)[0] if is_list else hint
+        choices = get_args(item) if get_origin(item) is Literal else tuple(registry.entries)
+        kind = str if get_origin(item) is Literal else item
+        found.append(
+            Setting(field.name, config, kind, is_list, field.default, heading, choices, registry.own, about.get(Range))
+        )
+    headings = list(dict.fromkeys(setting.heading for setting in found if setting.name in own))
+    return {setting.name: setting for setting in sorted(found, key=lambda setting: headings.index(setting.heading))}
+
+
+def _fields(cls: type) -> tuple[Any, ...]:
+    return fields(cls) if is_dataclass(cls) else ()
+
+
+@cache
+def help_texts(config: type) -> dict[str, str]:
+    """The string below every field."""
+    from docstring_parser import parse_from_object
+
+    params = [
+        param for cls in (*config.__bases__, config) if is_dataclass(cls) for param in parse_from_object(cls).params
+    ]
+    return {param.arg_name: " ".join((param.description or "").split()) for param in params}
