@@ -180,8 +180,8 @@ class Backbone(nn.Module):
 
 @pytest.mark.parametrize("operator", [token_scores, linear_token_scores, linear_token_loss])
 def test_autocast_changes_the_hidden_states_but_not_the_arithmetic_of_the_scores(operator):
-    """Under autocast the backbone gives bfloat16; scores and gradients are those of a float64 computation from these very
-    hidden states (or logits), where an autocast head would round every logit."""
+    """Under autocast the backbone gives bfloat16; scores and gradients are those of a float64 computation from these
+    very hidden states (or logits), where an autocast head would round every logit."""
     g = torch.Generator().manual_seed(3)
     x, targets = torch.randn(19, H, generator=g), torch.randint(0, V, (19,), generator=g)
     model = Backbone()
