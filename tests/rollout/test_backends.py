@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastkl.config.settings import TrainConfig
+from fastkl.config.settings import TrainConfig, settings
 from fastkl.errors import UserError
 from fastkl.rollout.generator import GENERATORS, Backend, choose_generator
 from fastkl.rollout.requests import grouped, requests_of, sample_seed
@@ -36,7 +36,9 @@ def mine(monkeypatch):
     module.start = lambda options: Mine(options.policy, options.tokenizer, options.sampling, dtype=options.dtype)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(GENERATORS, "mine", Backend(module.__name__))
-    return module
+    settings.cache_clear()
+    yield module
+    settings.cache_clear()
 
 
 def test_a_generator_in_the_registry_is_chosen_by_name_and_makes_a_runs_completions(mine, tmp_path):
