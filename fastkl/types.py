@@ -17,10 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # settings and messages should not wait for torch
-    import torch
+import torch
 
 
 @dataclass(frozen=True, slots=True)

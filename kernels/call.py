@@ -84,6 +84,7 @@ class Call:
         """Fills `stats` by the kernel that stores no logits, if it serves this call; returns whether it does."""
         if not (self.use_triton and isinstance(policy, Side) and self.rows.support is None):
             return False
+        assert not isinstance(self.reference, Tensor)
         from .gpu import heads
 
         if not heads.fits(policy, self.reference):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def whole_heads(*heads: Head | None) -> tuple[Head | None, ...]:
     )
 
 
-def _gather(sharded: Tensor) -> Tensor:
+def _gather(sharded: Any) -> Tensor:
     from torch.distributed.tensor import Partial
 
     mesh = sharded.device_mesh

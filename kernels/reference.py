@@ -7,6 +7,8 @@ it, measure against it. In fp32 it also serves as the baseline ("the plain PyTor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -41,7 +43,7 @@ def token_scores(
     z = policy_logits[:, :valid_vocab].to(dtype) / tau
     r = None if ref_logits is None else ref_logits.detach()[:, :valid_vocab].to(dtype) / tau
     full = _scores(z, r, target_ids, keep=None)
-    on_support = (None, None, None, None)
+    on_support: tuple[Tensor | None, ...] = (None, None, None, None)
     if support is not None:
         on_support = _scores(z, r, target_ids, keep_mask(support, z.detach(), target_ids))
 
@@ -116,7 +118,7 @@ def linear_token_scores(
     if mask is not None:
         policy_hidden = torch.where(mask[:, None], policy_hidden, 0)
         ref_hidden = None if ref_hidden is None else torch.where(mask[:, None], ref_hidden, 0)
-    options = {"softcap": softcap, "logit_scale": logit_scale, "logits_dtype": logits_dtype}
+    options: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "logits_dtype": logits_dtype}
     z = head_logits(policy_hidden, policy_weight, policy_bias, **options)
     r = None
     if ref_hidden is not None:

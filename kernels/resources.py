@@ -125,7 +125,7 @@ def configurations(architecture: int) -> list[Configuration]:
 def _aligned(signature: dict[str, Any]) -> Iterator[tuple[int, ...]]:
     """The places of the arguments that are multiples of 16: (index,), or (index, place in the tuple)."""
     for i, (name, kind) in enumerate(signature.items()):
-        kinds = [((i,), name, kind)]
+        kinds: list[tuple[tuple[int, ...], str, Any]] = [((i,), name, kind)]
         if isinstance(kind, tuple):
             names = getattr(kind, "_fields", [name] * len(kind))
             kinds = [((i, j), names[j], k) for j, k in enumerate(kind)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def _apply_top_k_top_p(logits: Tensor, top_k: int | Tensor | None, top_p: Tensor
 def switched_on(support: Support, vocab: int) -> Support:
     """Without the limits that are off for every row, as far as that can be told without waiting for a GPU."""
 
-    def on(value: float | int | Tensor | None, is_on: Callable[[Tensor], Tensor]) -> float | int | Tensor | None:
+    def on(value: Any, is_on: Callable[[Tensor], Tensor]) -> Any:
         if value is None or (isinstance(value, Tensor) and value.is_cuda):
             return value
         return value if bool(is_on(torch.as_tensor(value)).any()) else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,10 +116,10 @@ class Support:
     def select(self, rows: Tensor | slice) -> Support:
         """The same support for some rows: a slice without a step, or i64 [n] in any order."""
 
-        def pick(value: float | Tensor | None) -> float | Tensor | None:
+        def pick(value: Any) -> Any:
             return value[rows] if isinstance(value, Tensor) and value.dim() else value
 
-        if self.kept_ids is None:
+        if self.kept_ids is None or self.kept_offsets is None:
             return Support(
                 banned_ids=self.banned_ids,
                 banned_rows=pick(self.banned_rows),

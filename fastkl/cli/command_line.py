@@ -54,7 +54,7 @@ def run(tokens: list[str]) -> int:
         raise UserError(in_one_line(mistake, f"fastkl {tokens[0]}" if tokens[0] in known else "fastkl")) from mistake
 
 
-def in_one_line(mistake: Exception, command: str) -> str:
+def in_one_line(mistake: Any, command: str) -> str:
     """What is wrong with the arguments, and what to do."""
     from cyclopts import exceptions as e
 

@@ -83,7 +83,8 @@ class Problem:
         part.hidden, part.ref_hidden = self.hidden[rows].double(), self.ref_hidden[rows].double()
         part.targets, part.a, part.c = self.targets[rows], self.a[rows], self.c[rows]
         if of_logits:
-            part.logits = tuple(z[rows].double() for z in self.logits)
+            policy, ref = self.logits
+            part.logits = policy[rows].double(), ref[rows].double()
         return part
 
 
@@ -224,7 +225,7 @@ def in_the_forward(p: Problem, k3: bool = False, **options: Any) -> Scorer:
 
 def own_rows(p: Problem) -> Iterator[Row]:
     """Every job with our operators and with plain PyTorch; other projects' are in peers.py."""
-    options = {"softcap": p.shape.softcap}
+    options: dict[str, Any] = {"softcap": p.shape.softcap}
     ours, plain = partial(linear_token_scores, **options), partial(reference.linear_token_scores, **options)
     for letter in "DEFHG":
         if letter in "DE":
@@ -243,7 +244,10 @@ def own_rows(p: Problem) -> Iterator[Row]:
 
 def _logits_rows(p: Problem) -> Iterator[Row]:
     """Logits in: forward alone, with the reference, with the gradient, and on a support."""
-    contenders = {"fastkl": token_scores, "plain PyTorch": reference.token_scores}
+    contenders: dict[str, Callable[..., TokenScores]] = {
+        "fastkl": token_scores,
+        "plain PyTorch": reference.token_scores,
+    }
     if p.device == "cuda":
         contenders["compiled PyTorch"] = torch.compile(reference.token_scores, dynamic=False)
     supports = {

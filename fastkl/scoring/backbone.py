@@ -15,16 +15,19 @@ Left out: variable-length kernels for long ragged batches on a GPU; they would t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fastkl.types import PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ATTENTION = "fastkl_packed"
 
@@ -120,7 +123,7 @@ def register_packed_attention() -> None:
 
 
 @contextmanager
-def scoring(model: nn.Module, layout: str) -> Iterator[None]:
+def scoring(model: PreTrainedModel, layout: str) -> Iterator[None]:
     """Prepares a model for `hidden_states` and for the backward through it, and gives it back as it was.
 
     Under gradient checkpointing the backward runs layers again: they must find the same attention as in the forward,
@@ -137,7 +140,7 @@ def scoring(model: nn.Module, layout: str) -> Iterator[None]:
         model.train(was_training)
 
 
-def packed_hidden_states(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
+def packed_hidden_states(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """The backbone over one packed row; returns the hidden states [N, H] that predict the scored tokens."""
     hidden = model.base_model(
         input_ids=batch.input_ids[None],
@@ -148,7 +151,7 @@ def packed_hidden_states(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
     return hidden.index_select(0, batch.score_positions)
 
 
-def padded_hidden_states(model: nn.Module, batch: PackedBatch, rows_at_once: int = 32) -> torch.Tensor:
+def padded_hidden_states(model: PreTrainedModel, batch: PackedBatch, rows_at_once: int = 32) -> torch.Tensor:
     """The backbone over right-padded rows, sorted by length, `rows_at_once` at a time; returns [N, H] as above.
 
     No attention mask is needed: attention is causal, and every pad lies to the right of the tokens that count.
@@ -168,14 +171,14 @@ def padded_hidden_states(model: nn.Module, batch: PackedBatch, rows_at_once: int
     return torch.cat(hidden).index_select(0, place[batch.score_positions])
 
 
-def hidden_states(model: nn.Module, batch: PackedBatch, layout: str) -> torch.Tensor:
+def hidden_states(model: PreTrainedModel, batch: PackedBatch, layout: str) -> torch.Tensor:
     """Hidden states [N, H] of the scored positions, in the layout that `scoring` was entered with. Differentiable."""
     return packed_hidden_states(model, batch) if layout == "packed" else padded_hidden_states(model, batch)
 
 
 @torch.no_grad()
 def choose_layout(
-    model: nn.Module,
+    model: PreTrainedModel,
     probe: PackedBatch,
     dtype: torch.dtype = torch.float32,
     *,
@@ -189,7 +192,7 @@ def choose_layout(
     agree under autocast too (HALF_TOLERANCE). Raises RuntimeError when none agrees: such a model would be mis-scored.
     """
     register_packed_attention()
-    checks = [(nullcontext, tolerance)]
+    checks: list[tuple[Callable[[], Any], float]] = [(nullcontext, tolerance)]
     if dtype != torch.float32:
         checks.append((lambda: torch.autocast(probe.input_ids.device.type, dtype=dtype), HALF_TOLERANCE))
     reasons = []
@@ -212,7 +215,7 @@ def choose_layout(
     raise RuntimeError("no way of batching agrees with one-at-a-time forwards (" + "; ".join(reasons) + ")")
 
 
-def _difference(model: nn.Module, batch: PackedBatch, layout: str) -> float:
+def _difference(model: PreTrainedModel, batch: PackedBatch, layout: str) -> float:
     """Largest difference of the layout's hidden states from those of separate forwards, relative to the largest."""
     rows = batch.input_ids.split([length for length in batch.lengths if length])
     states = [model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import nn
 
 from fastkl.errors import UserError
 from fastkl.kernels.types import Head
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def head_of(model: nn.Module) -> Head:
+
+def head_of(model: PreTrainedModel) -> Head:
     """Weight, bias, softcap and scale of the model's output head."""
     linear, config = model.get_output_embeddings(), model.config
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
@@ -18,7 +22,7 @@ def head_of(model: nn.Module) -> Head:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, token_ids: list[int], tolerance: float = 1e-3) -> None:
+def check_head(model: PreTrainedModel, token_ids: list[int], tolerance: float = 1e-3) -> None:
     """Raises UserError unless backbone + Head reproduce the model's own logits on `token_ids`."""
     ids = torch.tensor([token_ids], device=model.device)
     own = model(input_ids=ids, use_cache=False).logits.float()

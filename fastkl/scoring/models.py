@@ -8,12 +8,15 @@ logit_scale * softcap * tanh((hidden @ weight.T + bias) / softcap).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fastkl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def resolve_model(name: str) -> str:
@@ -72,7 +75,7 @@ def load_config(source: str) -> Any:
         ) from failure
 
 
-def load_model(source: str, device: torch.device) -> nn.Module:
+def load_model(source: str, device: torch.device) -> PreTrainedModel:
     """A causal language model in float32 on `device`, dropout off. UserError when it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
@@ -87,7 +90,7 @@ def load_model(source: str, device: torch.device) -> nn.Module:
     return without_dropout(model).to(device)
 
 
-def without_dropout(model: nn.Module) -> nn.Module:
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Sets every dropout probability to 0, so that train() and eval() score alike: noise is no KL."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):

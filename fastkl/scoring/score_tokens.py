@@ -38,16 +38,16 @@ def backbone_and_head(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     input_ids[:, 1:][mask[:, 1:]]. Raises UserError for a model that would be mis-scored, and for inputs that do not
     fit together.
     """
-    model = _plain(model)
-    layout_of(model)
+    plain = _plain(model)
+    layout_of(plain)
     inputs: dict[str, Tensor] = {"input_ids": _checked_ids(input_ids)}
     if attention_mask is not None:
         counted = _same_shape("attention_mask", attention_mask, input_ids)
         inputs["attention_mask"] = counted.long()
         inputs["position_ids"] = (counted.cumsum(1) - 1).clamp(min=0)
-    with backbone.scoring(model, "padded"):
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-    return hidden, head_of(model)
+    with backbone.scoring(plain, "padded"):
+        hidden = plain.base_model(**inputs, use_cache=False).last_hidden_state
+    return hidden, head_of(plain)
 
 
 def head_scores(
@@ -127,10 +127,10 @@ def completion_mask(input_ids: Tensor, prompt_tokens: int, stop_token_ids: int |
 
 
 def layout_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> str:
-    """How the backbone batches a model's sequences (backbone.py); checks the model when it is seen first.
+    """How the backbone batches the model's sequences (backbone.py); checks the model when it is first seen.
 
     dtype: that of the matrix products, if they run under autocast.
-    Raises UserError if backbone and head do not give the model's own logits, or no batched forward equals separate
+    Raises UserError if backbone and head do not give the model's own logits, or if no batched forward equals separate
     ones.
     """
     model = _plain(model)
@@ -155,7 +155,7 @@ def check_same_logits(policy: Head, reference: Head) -> None:
             )
 
 
-def _plain(model: nn.Module) -> Any:
+def _plain(model: Any) -> Any:
     """The transformers model inside of torch.compile's and PEFT's wrappers; adapters stay in their places."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise UserError(

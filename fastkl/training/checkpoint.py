@@ -18,13 +18,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from fastkl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = 1
 
@@ -51,7 +54,7 @@ def save_checkpoint(
     root: Path,
     step: int,
     *,
-    policy: nn.Module,
+    policy: PreTrainedModel,
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
@@ -175,7 +178,8 @@ def _random_tensors() -> dict[str, torch.Tensor]:
 
 def _random_states() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = state
     numpy_state = [name, keys.tolist(), position, has_gauss, cached]
     return {"python": [version, list(internal), gauss], "numpy": numpy_state}
 

@@ -7,6 +7,7 @@ d hidden = d logits @ W, dW += d logits^T @ hidden, accumulated in float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,11 +67,13 @@ class HeadSource:
         self.buffer_rows = -(-chunk_rows // ROW_MULTIPLE) * ROW_MULTIPLE
         new = policy.hidden.new_zeros
         self.hidden_buffer = new(sides, self.buffer_rows, self.hidden_size, dtype=dtype)
-        self.logits_buffers: Tensor | list[Tensor] | None = None  # made by the first load
-        self.grad_hidden = self.grad_weight = self.grad_bias = None
+        self.logits_buffers: Any = None  # a tensor or a list of two, made by the first load
+        self.grad_hidden: Tensor | None = None
+        self.grad_weight: Tensor | None = None
+        self.grad_bias: Tensor | None = None
         self.loaded_from = 0
 
-    def _new_logits_buffers(self) -> Tensor | list[Tensor]:
+    def _new_logits_buffers(self) -> Any:
         """[sides, rows, V] where one product fills both sides; else two tensors, which the allocator finds easier."""
         sides, rows = self.hidden_buffer.shape[:2]
         device = self.hidden_buffer.device
@@ -173,7 +176,7 @@ class LogitsSource:
         self.vocab = policy_logits.shape[1]
         device = policy_logits.device
         self.buffers = [torch.empty(chunk_rows, self.vocab, dtype=dtype, device=device) for _ in self.logits]
-        self.grad_logits = None
+        self.grad_logits: Tensor | None = None
 
     def collect_gradients(self, needed: Sequence[bool], inplace: bool) -> None:
         """See Source.collect_gradients."""

@@ -57,7 +57,8 @@ class HeadSource(cpu.HeadSource):
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
         """The policy's and the reference's, f32 [V]."""
         ref_bias = None if self.reference is None else self.reference.bias
-        return tuple(None if b is None else b.float() for b in (self.policy.bias, ref_bias))
+        policy, reference = (None if b is None else b.float() for b in (self.policy.bias, ref_bias))
+        return policy, reference
 
     def gradient_buffer(self, z: Tensor) -> Tensor:
         """Where the gradient of the chunk z goes: over the logits if the dtype is the same."""
