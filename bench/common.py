@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,20 @@ def seconds_of(call: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+class Steps:
+    """A callback of fastkl's training loop: when each step ended, and what it reported."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.metrics: list[Mapping[str, Any]] = []
+        self.samples: list[Sequence[Mapping[str, Any]]] = []
+
+    def on_step_end(self, metrics: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+        self.ends.append(time.perf_counter())
+        self.metrics.append(metrics)
+        self.samples.append(samples)
 
 
 def step_seconds(ends: list[float]) -> list[float]:

@@ -1,48 +1,50 @@
 """The control: one training run twice, scored by fastkl and scored as most trainers score, and what each KL says.
 
-    python bench/training/naive_control.py run [options of fastkl train]    writes bench/results/naive_control.json
-    python bench/training/naive_control.py picture          draws docs/naive-control.png from it (needs chromium)
+    python bench/training/naive_control.py run        writes bench/results/naive_control.json
+    python bench/training/naive_control.py picture    draws docs/naive-control.png from it (needs chromium)
 
 Both runs are the same `fastkl train`: the storyteller finishes stories that lack their last sentence, is paid for
 alliteration and pays for every word, under top_k 20 and min_tokens 32. So it wants to end, and may not in the first 32
 tokens. "support" is fastkl as it is: policy and reference are scored on the ids that could be drawn. "naive" scores
-both over the whole vocabulary. The product has no switch for that: two functions of the training loop are replaced from
-here, the one that says which ids could be drawn (it answers: all) and the one that stops a run whose generator and
-trainer disagree (it only takes down what it would have said).
+both over the whole vocabulary. The product has no switch for that; it is set on the run, between set-up and the first
+step, together with a limit that lets generator and trainer disagree.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from bench.common import ROOT, parser, read_lines, run_alone, write
+from bench.common import Steps, parser, run_alone, write
 from bench.training.pictures import DOCS, screenshot
 from fastkl.audit.alarm import mean_and_error
+from fastkl.config.settings import TrainConfig
 from fastkl.report.page.charts import line_chart
 from fastkl.report.page.svg import Series
-from fastkl.training import loop
+from fastkl.rollout.agreement import StaleEngineError, check_agreement
+from fastkl.training.loop import run_steps
+from fastkl.training.setup import set_up
 
 NUM_PROMPTS = 8
 FIRST_STORY = 10_000_000  # seeds from here on were not in the storyteller's training
-SETTINGS = {
-    "--reward": ["alliteration", f"{__file__}:words"],
-    "--reward-weights": ["1", "-0.3"],
-    "--top-k": ["20"],
-    "--min-tokens": ["32"],
-    "--prompts-per-step": ["4"],
-    "--steps": ["30"],
-    "--lr": ["5e-4"],
-    "--report-to": ["none"],
-    "--save-every": ["0"],
-    "--sample-every": ["0"],
+SETTINGS: dict[str, Any] = {
+    "reward": ("alliteration", f"{__file__}:words"),
+    "reward_weights": (1.0, -0.3),
+    "top_k": 20,
+    "min_tokens": 32,
+    "prompts_per_step": 4,
+    "steps": 30,
+    "lr": 5e-4,
+    "report_to": (),
+    "save_every": 0,
+    "sample_every": 0,
 }
 SCORERS = ("support", "naive")
 KEYS = {
@@ -71,73 +73,44 @@ def unfinished_stories() -> list[str]:
     return [" ".join(re.split(r"(?<=[.!?]) +(?=[A-Z\"])", text)[:-1]) for text in stories]
 
 
-@contextmanager
-def naive_scoring() -> Iterator[list[str]]:
-    """fastkl's training loop, scoring over the whole vocabulary; yields what its guard would have stopped it with."""
-    from fastkl.rollout import agreement
-
-    check, complaints = agreement.check_agreement, []
-
-    def take_down(*args: Any) -> None:
-        try:
-            check(*args)
-        except agreement.StaleEngineError as complaint:
-            complaints.append(str(complaint))
-
-    with (
-        mock.patch.object(loop, "support_of", lambda *_: None),
-        mock.patch.object(agreement, "check_agreement", take_down),
-    ):
-        yield complaints
-
-
-def settings() -> list[str]:
-    """SETTINGS as a command line; options given after them win."""
-    return [part for name, values in SETTINGS.items() for part in (name, *values)]
-
-
-def train_once(scorer: str, folder: str, options: list[str]) -> dict[str, Any]:
+def train_once(scorer: str, folder: str, options: dict[str, Any]) -> dict[str, Any]:
     """One run; its numbers per step."""
-    from fastkl.cli import main
-
     prompts = Path(folder).with_suffix(".prompts.jsonl")
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in unfinished_stories()))
-    command = ["train", "--prompts", str(prompts), *settings(), *options, "--output", folder]
-    complaints: list[str] = []
+    steps = Steps()
+    run = set_up(TrainConfig(**SETTINGS | options, prompts=str(prompts), output=folder), callbacks=[steps])
+    limit = run.limits.agreement_nats
     if scorer == "naive":
-        with naive_scoring() as complaints:
-            code = main(command)
-    else:
-        code = main(command)
-    if code or (scorer == "naive" and not complaints):
-        sys.exit(code or "the control was not scored naively: the loop's guard had nothing to say")
-    return numbers(Path(folder)) | {"guard": complaints[0] if complaints else None}
+        all_ids = dataclasses.replace(run.objective.sampling, top_k=0, min_tokens=0)
+        run.objective = dataclasses.replace(run.objective, sampling=all_ids)
+        run.limits = dataclasses.replace(run.limits, agreement_nats=math.inf)
+    run_steps(run)
+    complaint = guard(steps.metrics[0], limit)
+    if scorer == "naive" and not complaint:
+        sys.exit("the control was not scored naively: the loop's guard has nothing to say")
+    return numbers(steps) | {"guard": complaint}
 
 
-def numbers(folder: Path) -> dict[str, Any]:
+def guard(metrics: Mapping[str, Any], limit: float) -> str | None:
+    """What the training loop would have stopped a step with, had it been asked."""
+    try:
+        check_agreement(metrics["mismatch/mean_abs_logprob"], metrics["mismatch/max_abs_logprob"], limit, step=1)
+    except StaleEngineError as complaint:
+        return str(complaint)
+    return None
+
+
+def numbers(steps: Steps) -> dict[str, Any]:
     """Per step: the KL estimate with its standard error over the step's completions, and the metrics in KEYS."""
-    metrics, samples = (read_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
-    kls: dict[int, list[float]] = {}
-    for sample in samples:
-        kls.setdefault(sample["step"], []).append(sample["kl"])
-    estimates = [mean_and_error(kls[row["step"]]) for row in metrics]
-    last = sorted((s for s in samples if s["step"] == metrics[-1]["step"]), key=lambda s: s["reward"])
+    estimates = [mean_and_error([sample["kl"] for sample in samples]) for samples in steps.samples]
+    last = sorted(steps.samples[-1], key=lambda s: s["reward"])
     return {
-        "step": [row["step"] for row in metrics],
+        "step": [row["step"] for row in steps.metrics],
         "kl": [mean for mean, _ in estimates],
         "kl_error": [error for _, error in estimates],
-        **{name: [row[key] for row in metrics] for name, key in KEYS.items()},
+        **{name: [row[key] for row in steps.metrics] for name, key in KEYS.items()},
         "last_samples": [s["prompt"] + s["completion"] for s in last[:: max(1, len(last) // 3)]],  # across the rewards
     }
-
-
-def run(options: list[str], result: Path) -> None:
-    """Both runs, and the file."""
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {scorer: run_alone(train_once, scorer, f"{folder}/{scorer}", options) for scorer in SCORERS}
-    used = " ".join(["fastkl train", *settings(), *options]).replace(f"{ROOT}/", "")
-    write(result, {"settings": used, "runs": runs})
-    summary(runs)
 
 
 def summary(runs: dict[str, Any]) -> None:
@@ -173,11 +146,19 @@ def picture(result: Path) -> None:
 def main() -> None:
     p = parser(__doc__, "naive_control.json")
     p.add_argument("what", choices=("run", "picture"))
-    arguments, options = p.parse_known_args()
-    if arguments.what == "run":
-        run(options, arguments.output)
-    else:
-        picture(arguments.output)
+    p.add_argument("--steps", type=int, default=SETTINGS["steps"])
+    p.add_argument("--generator", default="auto")
+    p.add_argument("--seed", type=int, default=0)
+    given = p.parse_args()
+    if given.what == "picture":
+        picture(given.output)
+        return
+    options = {"steps": given.steps, "generator": given.generator, "seed": given.seed}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {scorer: run_alone(train_once, scorer, f"{folder}/{scorer}", options) for scorer in SCORERS}
+    used = SETTINGS | options | {"reward": ("alliteration", "bench/training/naive_control.py:words")}
+    write(given.output, {"settings": used, "runs": runs})
+    summary(runs)
 
 
 if __name__ == "__main__":

@@ -28,17 +28,7 @@ from typing import Any
 
 import torch
 
-from bench.common import (
-    WARM_UP_STEPS,
-    make_llama,
-    parser,
-    read_lines,
-    run_alone,
-    seconds_of,
-    step_seconds,
-    trl_run,
-    write,
-)
+from bench.common import WARM_UP_STEPS, Steps, make_llama, parser, run_alone, seconds_of, step_seconds, trl_run, write
 
 B, K, T = 16, 8, 96
 SIZES: dict[str, dict[str, int]] = {
@@ -69,18 +59,9 @@ def vowels(completions: list[str], **_: Any) -> list[float]:
 
 def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens: int = T) -> dict[str, Any]:
     """fastkl's training loop as `fastkl train` runs it."""
-    from fastkl.config.settings import TrainConfig
-    from fastkl.training import state
-    from fastkl.training.loop import train
+    from fastkl import TrainConfig, train
 
-    ends: list[float] = []
-    record = state.Run.record
-
-    def timed_record(self: Any, *args: Any) -> None:
-        record(self, *args)
-        ends.append(time.perf_counter())
-
-    state.Run.record = timed_record
+    steps_seen = Steps()
     with tempfile.TemporaryDirectory() as folder:
         train(
             TrainConfig(
@@ -88,12 +69,13 @@ def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens
                 lr_decay="constant", steps=steps + WARM_UP_STEPS, prompts_per_step=B, num_samples=K,
                 max_new_tokens=new_tokens, generator=generator, dtype=dtype, save_every=0, sample_every=0,
                 report_to=(), output=f"{folder}/run",
-            )
+            ),
+            callbacks=[steps_seen],
         )  # fmt: skip
-        counted = read_lines(Path(folder, "run", "metrics.jsonl"))[WARM_UP_STEPS:]
+    counted = steps_seen.metrics[WARM_UP_STEPS:]
     stages = {key: statistics.median(row[key] for row in counted) for key in counted[0] if key.startswith("time/")}
     tokens = statistics.median(row["completion/mean_length"] for row in counted) * B * K
-    return {"step_s": step_seconds(ends), "tokens_per_step": tokens, "stages": stages}
+    return {"step_s": step_seconds(steps_seen.ends), "tokens_per_step": tokens, "stages": stages}
 
 
 def trl_steps(
@@ -140,8 +122,8 @@ def one_text_at_a_time(model: Path, steps: int) -> dict[str, Any]:
 
 def parts(model: Path, steps: int, generator: str, dtype: str, new_tokens: int = T) -> dict[str, Any]:
     """The unavoidable parts of a step, each measured alone; seconds, medians over `steps` repeats."""
-    from fastkl.config.settings import TrainConfig
-    from fastkl.scoring import backbone
+    from fastkl import TrainConfig
+    from fastkl.rollout.requests import grouped, requests_of
     from fastkl.scoring.head import head_of
     from fastkl.scoring.pack import pack
     from fastkl.training.setup import set_up
@@ -154,26 +136,25 @@ def parts(model: Path, steps: int, generator: str, dtype: str, new_tokens: int =
         )  # fmt: skip
         run = set_up(config)
         prompts = run.prompts.take(B)
-        completions = run.generator.generate(prompts, K, seed=0, step=1)
+        completions = grouped(run.generator.generate(requests_of(prompts, K, seed=0, step=1)), K)
         valid = torch.ones(B, K, dtype=torch.bool)
         batch = RolloutBatch(prompts, completions, torch.zeros(B, K), valid, 0)
-        micros = [micro for _, micro in pack(batch, range(B), run.micro_batch_tokens, run.device)]
-        weight = head_of(run.policy).weight
+        micros = [micro for _, micro in pack(batch, range(B), run.limits.micro_batch_tokens, run.device)]
+        weight = head_of(run.policy.model).weight
 
         def reference_forward() -> None:
-            with torch.no_grad(), run.autocast(), backbone.scoring(run.reference, run.layout):
+            with torch.no_grad(), run.reference.scoring():
                 for micro in micros:
-                    backbone.hidden_states(run.reference, micro, run.layout)
+                    run.reference.hidden(micro)
 
         def policy_forward_backward() -> None:
-            with backbone.scoring(run.policy, run.layout):
+            with run.policy.scoring():
                 for micro in micros:
-                    with run.autocast():
-                        hidden = backbone.hidden_states(run.policy, micro, run.layout)
-                    hidden.backward(torch.ones_like(hidden))
+                    states = run.policy.hidden(micro).states
+                    states.backward(torch.ones_like(states))
             run.policy.zero_grad(set_to_none=True)
 
-        head = weight.detach().to(run.compute_dtype if run.device.type == "cuda" else torch.float32)
+        head = weight.detach().to(run.policy.dtype if run.device.type == "cuda" else torch.float32)
         hidden, logits = (torch.randn(2048, size, device=run.device).to(head.dtype) for size in head.shape[::-1])
 
         @torch.no_grad()
@@ -192,9 +173,12 @@ def parts(model: Path, steps: int, generator: str, dtype: str, new_tokens: int =
 
 def bare_generation(run: Any, batch: Any) -> Callable[[], Any]:
     """Generation of as many tokens per sequence without seeds, log-probs, or anything made of the output."""
+    from fastkl.rollout.requests import requests_of
+    from fastkl.rollout.vllm import VllmGenerator
+
     lengths = [len(c.token_ids) for group in batch.completions for c in group]
-    if run.generator.name == "transformers":
-        return lambda: run.generator.generate(batch.prompts, K, seed=0, step=1)
+    if not isinstance(run.generator, VllmGenerator):
+        return lambda: run.generator.generate(requests_of(batch.prompts, K, seed=0, step=1))
     from vllm import SamplingParams
 
     params = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]

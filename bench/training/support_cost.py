@@ -12,20 +12,19 @@ rounds, the first round left out; ratios are taken within a round.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
-from unittest import mock
 
-from bench.common import parser, read_lines, write
+from bench.common import Steps, parser, write
 from fastkl.config.settings import TrainConfig
-from fastkl.rollout import agreement
-from fastkl.sampling.params import Sampling
-from fastkl.sampling.replay import support_of
-from fastkl.training import loop
+from fastkl.rollout.requests import Request
+from fastkl.training.loop import run_steps
+from fastkl.training.setup import set_up
 from fastkl.training.state import Run
+from fastkl.types import Completion
 
 DRAWS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -42,40 +41,37 @@ def case_of(step: int) -> tuple[str, str]:
     return CASES[(step - 1) % len(CASES)]
 
 
-def run_in_turn(config: TrainConfig) -> list[dict[str, Any]]:
-    """The run; returns its metrics, one dict per step."""
-    set_up = loop.set_up
-    scorer = ""
+class InTurn:
+    """The run's generator, whose sampling, and with it the scorer's, changes from step to step."""
 
-    def set_up_in_turn(config: TrainConfig) -> Run:
-        """A run whose generator changes its sampling, and the trainer's, from step to step."""
-        run = set_up(config)
-        whole, generate = run.sampling, run.generator.generate
+    def __init__(self, run: Run) -> None:
+        self.run, self.generator, self.whole, self.step = run, run.generator, run.objective.sampling, 0
 
-        def generate_in_turn(*args: Any, step: int, **options: Any) -> Any:
-            nonlocal scorer
-            name, scorer = case_of(step)
-            run.sampling = run.generator.sampling = dataclasses.replace(whole, **DRAWS[name])
-            return generate(*args, step=step, **options)
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self.step += 1
+        name, scorer = case_of(self.step)
+        drawn = self.generator.sampling = dataclasses.replace(self.whole, **DRAWS[name])
+        scored = self.whole if scorer == "blind" else drawn
+        self.run.objective = dataclasses.replace(self.run.objective, sampling=scored)
+        return self.generator.generate(requests)
 
-        run.generator.generate = generate_in_turn
-        return run
-
-    def support_in_turn(sampling: Sampling, *args: Any) -> Any:
-        return None if scorer == "blind" else support_of(sampling, *args)
-
-    with (
-        mock.patch.object(loop, "set_up", set_up_in_turn),
-        mock.patch.object(loop, "support_of", support_in_turn),
-        mock.patch.object(
-            agreement, "check_agreement", lambda *_: None
-        ),  # it would stop the blind steps, and rightly so
-    ):
-        loop.train(config)
-    return read_lines(Path(config.output, "metrics.jsonl"))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.generator, name)
 
 
-def costs(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def run_in_turn(config: TrainConfig) -> list[Mapping[str, Any]]:
+    """The run; returns its metrics, one mapping per step."""
+    steps = Steps()
+    run = set_up(config, callbacks=[steps])
+    run.generator = InTurn(run)
+    run.limits = dataclasses.replace(
+        run.limits, agreement_nats=math.inf
+    )  # it would stop the blind steps, and rightly so
+    run_steps(run)
+    return steps.metrics
+
+
+def costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Median seconds of every case's stages, and of a whole step's difference to its blind twin and to plain."""
     rounds = [rows[i : i + len(CASES)] for i in range(len(CASES), len(rows), len(CASES))]
     found: dict[str, Any] = {}

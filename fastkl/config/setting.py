@@ -27,10 +27,11 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """The setting names an entry of a table, or, where `own`, a function of the user's (file.py:function)."""
+    """The setting names an entry of a table, a word besides, or, where `own`, a function of the user's."""
 
     entries: Mapping[str, Any]
-    own: bool = False
+    own: bool = False  # file.py:function
+    besides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ def table_of(config: type) -> dict[str, Setting]:
         registry = about.get(Registry, Registry({}))
         is_list = get_origin(hint) is tuple
         item = get_args(hint)[0] if is_list else hint
-        choices = get_args(item) if get_origin(item) is Literal else tuple(registry.entries)
+        choices = get_args(item) if get_origin(item) is Literal else (*registry.besides, *registry.entries)
         kind = str if get_origin(item) is Literal else item
         found.append(
             Setting(field.name, config, kind, is_list, field.default, heading, choices, registry.own, about.get(Range))

@@ -16,6 +16,7 @@ from fastkl.config.setting import Registry, Setting, table_of
 from fastkl.errors import UserError
 from fastkl.objective.advantages import ADVANTAGES, find_advantage
 from fastkl.objective.kl_estimators import ESTIMATORS, Penalty, check_penalty
+from fastkl.rollout.generator import GENERATORS
 from fastkl.sampling.params import AT_LEAST_0, AT_LEAST_1, SHARE, Heading, SamplingSettings
 
 
@@ -64,7 +65,7 @@ class TrainConfig(SamplingSettings):
     """B, prompts drawn for each step (a single prompt is repeated)."""
     num_samples: Annotated[int, AT_LEAST_1] = 16
     """K, completions per prompt."""
-    generator: Literal["auto", "vllm", "transformers"] = "auto"
+    generator: Annotated[str, Registry(GENERATORS, besides=("auto",))] = "auto"
     """"vllm", "transformers", or "auto": vLLM where it can run the model."""
     gpu_memory_utilization: Annotated[float, SHARE] = 0.3
     """Share of the GPU's memory that vLLM may take; ignored without a GPU."""

@@ -32,10 +32,10 @@ A whole loop, KL-penalised RLOO, takes twenty lines:
 `generate` keeps 50 ids unless top_k is set. To sample so, score so: score_tokens(..., support=Support(top_k=50)), and
 take the scores that end in `_support`.
 
-The first call with a model compares backbone and head with the model's own logits, and the batched forward with
-separate ones, on a few tokens: a model that would be mis-scored is refused (UserError). Padding is never forwarded, the
-logits are never stored, and dropout is off while scoring. Hidden states stay in the model's dtype, autocast included;
-logits are float32 (float64 for float64 models).
+The first call with a model compares backbone and head with its own logits, and the batched forward with separate
+ones, on a few tokens: a model that would be mis-scored is refused (UserError). Padding is never forwarded, the logits
+are never stored, and dropout is off while scoring. Hidden states stay in the model's dtype, autocast included; logits
+are float32 (float64 for float64 models).
 
 PEFT: adapters count, and their weights get the gradient; adapters on the head itself are refused. torch.compile: the
 backbone runs as the module has it, so compile in place (`model.model.compile()`). DistributedDataParallel and FSDP2

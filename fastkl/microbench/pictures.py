@@ -68,6 +68,7 @@ def bars(
             ]
             y += BAR
     if line is not None:
+        parts.append(f'<text x="{x(line):.0f}" y="52" text-anchor="middle">{line:g}</text>')
         parts.append(f'<line class="axis" x1="{x(line):.1f}" x2="{x(line):.1f}" y1="56" y2="{y:.0f}"/>')
     for number, doubt in enumerate(doubts, 1):
         y += 18

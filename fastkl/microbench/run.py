@@ -124,14 +124,16 @@ def measure(row: Row, ceiling: dict[str, float], device: str, seconds: float) ->
     return Result(
         row.job, row.name, row.shape.name, median, low, high, percent_of_floor=share, **least,
         peak_mib=peak_mib(row.call, device), max_error=error, repeats=len(times),
-        doubt=doubt(row, high / low, share),
+        doubt=doubt(row, times, share),
     )  # fmt: skip
 
 
-def doubt(row: Row, spread: float, percent_of_floor: float) -> str:
+def doubt(row: Row, times: list[float], percent_of_floor: float) -> str:
     """Why the row may mislead: what it leaves out of the job, and what the measurement itself shows."""
     found = [row.doubt] if row.doubt else []
-    if spread > 1.25:
+    if len(times) < 3:
+        found.append(f"timed {'once' if len(times) == 1 else 'twice'} only")
+    if quantile(times, 0.8) > 1.25 * quantile(times, 0.2):
         found.append("times vary: the machine was busy, or the call is short")
     if percent_of_floor > 105:
         found.append("faster than its floor: caches or clocks served it better than the products it is compared with")

@@ -61,11 +61,10 @@ def sampled_logprobs(scores: TokenScores) -> Tensor:
     return scores.policy_logprobs if on_support is None else on_support
 
 
-def sampled_ref_logprobs(scores: TokenScores) -> Tensor:
-    """log q(y) on the same ids, f32 [N]."""
-    logprobs = scores.ref_logprobs if scores.ref_logprobs_support is None else scores.ref_logprobs_support
-    assert logprobs is not None, "a KL needs a reference"
-    return logprobs
+def sampled_ref_logprobs(scores: TokenScores) -> Tensor | None:
+    """log q(y) on the same ids, f32 [N]; None without a reference."""
+    on_support = scores.ref_logprobs_support
+    return scores.ref_logprobs if on_support is None else on_support
 
 
 def support_kl(scores: TokenScores) -> Tensor:
@@ -81,7 +80,9 @@ def full_kl(scores: TokenScores) -> Tensor:
 
 def log_ratio(scores: TokenScores) -> Tensor:
     """k = log pi(y) - log q(y), f32 [N]."""
-    return sampled_logprobs(scores) - sampled_ref_logprobs(scores)
+    ref_logprobs = sampled_ref_logprobs(scores)
+    assert ref_logprobs is not None, "a KL needs a reference"
+    return sampled_logprobs(scores) - ref_logprobs
 
 
 ESTIMATORS: dict[str, KlEstimator] = {

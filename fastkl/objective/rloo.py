@@ -168,8 +168,9 @@ class BatchObjective:
     def breakdown(self, scores: TokenScores, loss: torch.Tensor) -> Breakdown:
         """What the micro-batch's N scores, and what was made of them, come to; afterwards nothing is on the device."""
         batch, logprobs = self.batch, sampled_logprobs(scores)
-        assert scores.entropy is not None and scores.kl is not None
-        values = (logprobs, sampled_ref_logprobs(scores), scores.entropy, scores.kl, support_kl(scores))
+        ref_logprobs = sampled_ref_logprobs(scores)
+        assert ref_logprobs is not None and scores.entropy is not None and scores.kl is not None
+        values = (logprobs, ref_logprobs, scores.entropy, scores.kl, support_kl(scores))
         columns = [sequence_sums(column, batch.completion_cu_seqlens) for column in values]
         table = torch.stack([*columns, self.kl, self.penalized.flatten()], dim=-1).float().cpu()
         gap_sum, gap_max, num_tokens = logprob_gaps(batch.engine_logprobs, logprobs)

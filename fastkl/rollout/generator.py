@@ -10,18 +10,18 @@ Left out: continuous batching across steps, engines in other processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
-from torch import nn
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fastkl.errors import UserError
-from fastkl.rollout import transformers, vllm
 from fastkl.rollout.requests import EngineOptions, Request
 from fastkl.sampling.params import Sampling
 from fastkl.types import Completion
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 class Generator(Protocol):
@@ -42,17 +42,28 @@ class Generator(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """One kind of generator: why it cannot run a model here (None: it can), and how it starts."""
+class Backend(NamedTuple):
+    """One kind of generator: a module with two functions.
 
-    obstacle: Callable[[Any, torch.device], str | None]  # the model's config, the trainer's device; starts nothing
-    start: Callable[[EngineOptions], Generator]
+    obstacle(model config, device) says why it cannot run the model here, or None if it can, and starts nothing;
+    start(EngineOptions) gives the generator, running with the policy's weights. The module is imported when it is
+    asked: settings are checked against the names in GENERATORS before torch is loaded.
+    """
+
+    module: str
+
+    def obstacle(self, model_config: Any, device: torch.device) -> str | None:
+        """Why it cannot run this model here; None: it can."""
+        return import_module(self.module).obstacle(model_config, device)
+
+    def start(self, options: EngineOptions) -> Generator:
+        """A running generator. UserError, naming the cause, where it does not start."""
+        return import_module(self.module).start(options)
 
 
 GENERATORS: dict[str, Backend] = {
-    "vllm": Backend(vllm.obstacle, vllm.start),
-    "transformers": Backend(transformers.obstacle, transformers.start),
+    "vllm": Backend("fastkl.rollout.vllm"),
+    "transformers": Backend("fastkl.rollout.transformers"),
 }
 """In the order in which "auto" tries them."""
 

@@ -127,10 +127,10 @@ def completion_mask(input_ids: Tensor, prompt_tokens: int, stop_token_ids: int |
 
 
 def layout_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> str:
-    """How the backbone batches the model's sequences (backbone.py); checks the model when it is first seen.
+    """How the backbone batches a model's sequences (backbone.py); checks the model when it is seen first.
 
     dtype: that of the matrix products, if they run under autocast.
-    Raises UserError if backbone and head do not give the model's own logits, or if no batched forward equals separate
+    Raises UserError if backbone and head do not give the model's own logits, or no batched forward equals separate
     ones.
     """
     model = _plain(model)

@@ -68,9 +68,10 @@ def test_table_and_picture_say_in_words_what_is_timed_and_why_a_row_is_doubtful(
 
 def test_a_measurement_that_shows_its_own_doubt_says_so():
     row = next(jobs.own_rows(jobs.Problem(TINY, "cpu")))
-    assert run.doubt(row, spread=1.1, percent_of_floor=90.0) == ""
-    assert run.doubt(row, spread=1.5, percent_of_floor=90.0).startswith("times vary")
-    assert run.doubt(replace(row, doubt="less"), 1.1, 120.0).startswith("less; faster than its floor")
+    assert run.doubt(row, [1.0, 1.1, 1.1, 3.0], 90.0) == ""
+    assert run.doubt(row, [1.0, 1.0, 1.5, 1.5], 90.0).startswith("times vary")
+    assert run.doubt(row, [1.0], 90.0) == "timed once only"
+    assert run.doubt(replace(row, doubt="less"), [1.0] * 5, 120.0).startswith("less; faster than its floor")
 
 
 def test_a_bar_is_as_long_as_its_value():

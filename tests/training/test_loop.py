@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import fastkl
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
 from fastkl.training import checkpoint, loop
-from fastkl.training.loop import Diverged
+from fastkl.training.loop import Diverged, run_steps
 from fastkl.training.schedule import learning_rate
+from fastkl.training.setup import set_up
 
 
 def small(tmp_path: Path, **options) -> TrainConfig:
@@ -149,3 +153,85 @@ def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path):
         final.append(load_file(saved))
     for name, value in final[0].items():
         torch.testing.assert_close(final[1][name], value, rtol=0, atol=1e-6)
+
+
+class Witness:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict] = []
+        self.checkpoints: list[tuple[int, Path]] = []
+
+    def on_step_end(self, metrics, samples) -> None:
+        self.steps.append(dict(metrics) | {"num_samples": len(samples)})
+
+    def on_checkpoint(self, step, folder) -> None:
+        assert (folder / "checkpoint.json").is_file()
+        self.checkpoints.append((step, folder))
+
+
+def test_callbacks_are_told_of_steps_and_checkpoints_and_the_result_holds_the_trained_policy(tmp_path):
+    from safetensors.torch import load_file
+
+    config, witness = small(tmp_path, save_every=2), Witness()
+    result = fastkl.train(config, callbacks=[witness, SimpleNamespace(on_checkpoint=lambda step, folder: None)])
+    assert result.folder == Path(config.output)
+    assert [step["step"] for step in witness.steps] == [1, 2, 3]
+    logged, keys = rows(config), ("reward/raw", "kl/mean", "loss")
+    for told, line in zip(witness.steps, logged, strict=True):
+        assert [told[key] for key in keys] == [line[key] for key in keys]
+        assert told["num_samples"] == 8
+    assert result.metrics["step"] == 3 and result.metrics["loss"] == logged[-1]["loss"]
+    checkpoints = result.folder / "checkpoints"
+    assert witness.checkpoints == [(2, checkpoints / "step-2"), (3, checkpoints / "step-3")]
+    saved = load_file(checkpoints / "step-3" / "model.safetensors")
+    ours = result.policy.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in saved.items())
+
+
+def test_an_object_that_no_hook_would_ever_call_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="callbacks: .* has none of on_step_end, on_checkpoint, on_eval"):
+        fastkl.train(small(tmp_path), callbacks=[object()])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_a_thread_trains_as_in_the_main_thread(tmp_path):
+    """Where Python allows no signal handlers."""
+    here, there = small(tmp_path, output=str(tmp_path / "here")), small(tmp_path, output=str(tmp_path / "there"))
+    loop.train(here)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loop.train, there).result()
+    same = ("loss", "reward/raw", "kl/exact")
+    assert [[row[key] for key in same] for row in rows(there)] == [[row[key] for key in same] for row in rows(here)]
+
+
+class Recording:
+    """A generator that says what it is asked, around the real one."""
+
+    def __init__(self, generator, policy) -> None:
+        self.generator, self.policy, self.sampling = generator, policy, generator.sampling
+        self.calls: list[str] = []
+        self.at_sync: list[torch.Tensor] = []
+
+    def generate(self, requests):
+        self.calls.append("generate")
+        assert [(r.prompt_index, r.sample_index) for r in requests] == [(b, k) for b in range(2) for k in range(4)]
+        assert len({r.seed for r in requests}) == 8
+        return self.generator.generate(requests)
+
+    def sync(self, policy) -> None:
+        assert policy is self.policy
+        self.calls.append("sync")
+        self.at_sync.append(next(policy.parameters()).detach().clone())
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_weights_go_to_the_generator_after_every_update_and_the_last_one_too(tmp_path):
+    run = set_up(small(tmp_path))
+    recording = run.generator = Recording(run.generator, run.policy.model)
+    result = run_steps(run)
+    assert recording.calls == ["generate", "sync"] * 3 + ["close"]
+    assert not torch.equal(recording.at_sync[0], recording.at_sync[1])
+    assert torch.equal(recording.at_sync[-1], next(result.policy.parameters()))

@@ -197,9 +197,9 @@ class Scorer:
         asked = [name for name, wanted in (("entropy", for_loss), ("kl", reference)) if wanted]
         ref, recorded = None, kept
 
-        def policy_task(outputs: Any, head: Head) -> dict[str, Tensor]:
+        def policy_task(backbone: Any, head: Head) -> dict[str, Tensor]:
             nonlocal recorded
-            hidden = completions.predicting(outputs.last_hidden_state)
+            hidden = completions.predicting(backbone.last_hidden_state)
             support = support_of(self.sampling, completions.positions, len(head.weight))
             if record_kept and support is not None and support.is_recomputed:
                 lengths = completions.mask.sum(1)
@@ -216,7 +216,7 @@ class Scorer:
             found = {name: completions.in_rows(x) for name, x in found.items() if x is not None}
             if balances:
                 base = base_model_of(self.trainer, self.trainer.model)
-                found["balancing_loss"] = balancing_loss(base, outputs.router_logits, attention_mask)
+                found["balancing_loss"] = balancing_loss(base, backbone.router_logits, attention_mask)
             return found
 
         with self.trainer.accelerator.autocast():
