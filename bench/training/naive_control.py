@@ -26,8 +26,8 @@ from bench.common import Steps, parser, run_alone, write
 from bench.training.pictures import DOCS, screenshot
 from fastkl.audit.alarm import mean_and_error
 from fastkl.config.settings import TrainConfig
-from fastkl.report.page.charts import line_chart
-from fastkl.report.page.svg import Series
+from fastkl.report.charts import line_chart
+from fastkl.report.svg import Series
 from fastkl.rollout.agreement import StaleEngineError, check_agreement
 from fastkl.training.loop import run_steps
 from fastkl.training.setup import set_up

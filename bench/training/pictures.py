@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bench.common import ROOT, read_lines
 from fastkl.config.files import load_config
-from fastkl.report.page import ASSETS, write_report
+from fastkl.report.page.write import ASSETS, write_report
 from fastkl.report.terminal import View
 
 DOCS = ROOT / "docs"

@@ -10,10 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-SIGMAS = 4.0
-
-
-WINDOW_STEPS = 8
+from fastkl.audit.thresholds import SIGMAS, WINDOW_STEPS
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

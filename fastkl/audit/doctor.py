@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkl.audit.alarm import SIGMAS, WINDOW_STEPS, is_negative, mean_and_error
-from fastkl.audit.rollout_checks import CAUSES, Finding, Rollouts, Row
-from fastkl.audit.run_checks import CHECKS, Clear, RunRecord
+from fastkl.audit.alarm import is_negative, mean_and_error
+from fastkl.audit.findings import Clear, Finding
+from fastkl.audit.rollout_checks import CAUSES, Rollout, Rollouts
+from fastkl.audit.run_checks import CHECKS, RunRecord
+from fastkl.audit.thresholds import SIGMAS, WINDOW_STEPS
 from fastkl.errors import UserError
 
 
@@ -82,15 +84,15 @@ def ever_negative(steps: Sequence[int], estimates: Sequence[float]) -> bool:
 def read_rollouts(path: Path) -> Rollouts:
     """Reads the documented JSONL. UserError names the line that does not fit."""
     settings: dict[str, Any] = {}
-    rows: list[Row] = []
-    names = {*Row.__slots__}
+    rows: list[Rollout] = []
+    names = {*Rollout.__slots__}
     for number, line in enumerate(_lines(path), start=1):
         try:
             record = json.loads(line)
             if "settings" in record:
                 settings |= record["settings"]
                 continue
-            row = Row(**{name: value for name, value in record.items() if name in names})
+            row = Rollout(**{name: value for name, value in record.items() if name in names})
             if len(row.logprobs) != len(row.ref_logprobs) or (row.mask and len(row.mask) != len(row.logprobs)):
                 raise ValueError("logprobs, ref_logprobs and mask differ in length")
         except (ValueError, TypeError) as failure:
@@ -112,7 +114,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def diagnose_run(folder: Path) -> Diagnosis:
-    """Audits a run of fastkl from what its folder holds (run_causes.py). UserError where it has no scored samples."""
+    """Audits a run of fastkl from what its folder holds (run_checks.py). UserError where it has no scored samples."""
     run = RunRecord(
         _settings(folder / "config.yaml"),
         _whole_lines(folder / "metrics.jsonl"),

@@ -1,9 +1,9 @@
 """The causes of a negative KL estimate: each looks at rollouts and says what it sees, and what to do about it.
 
-In: Rollouts, one Row per completion (fields as in doctor.py). Out of each cause: a Finding, or None where it does not
-fit. Nearly all of them live on one number per token, sampler - trainer: what the generator recorded minus what the
-trainer computed for the same token. It is never negative where ids were kept from being drawn (it is -log of the mass
-of the ids that were left), and of both signs where the weights or the precision differ. Standard library only.
+In: Rollouts (fields as in doctor.py). Out of each cause: a Finding, or None where it does not fit. Nearly all of them
+live on one number per token, sampler - trainer: what the generator recorded minus what the trainer computed for the
+same token. It is never negative where ids were kept from being drawn (it is -log of the mass of the ids that were
+left), and of both signs where the weights or the precision differ. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,25 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastkl.audit.alarm import SIGMAS, mean_and_error
-
-NOISE = 1e-3
-"""Nats below which two float32 computations of the same log-prob agree."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A cause that fits: "shown" by the numbers, or "possible" where the record lacks what would show it."""
-
-    cause: str
-    certainty: str
-    evidence: str
-    remedy: str
+from fastkl.audit.alarm import mean_and_error
+from fastkl.audit.findings import BANNED_END, DROPOUT, HALF_SCORED, PADDING, STALE, TRUNCATED_SAMPLING, Cause, Finding
+from fastkl.audit.thresholds import BOTH_SIGNS, CLEAR_GAP, FRESH, NOISE, ONE_SIGN, QUIET, SIGMAS, STALE_GAP
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One completion."""
+class Rollout:
+    """One completion with its log-probs."""
 
     logprobs: list[float]
     ref_logprobs: list[float]
@@ -62,14 +51,14 @@ class Row:
 class Rollouts:
     """What the causes look at."""
 
-    rows: list[Row]
+    rows: list[Rollout]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def gaps(self) -> list[tuple[int, float]]:
         """(position, sampler - trainer) of every token."""
         return [pair for row in self.rows for pair in row.gaps()]
 
-    def first_step(self) -> list[Row]:
+    def first_step(self) -> list[Rollout]:
         """The completions of step 1, where policy and reference are one model; none if the record begins later."""
         return [row for row in self.rows if row.step is not None and row.step <= 1]
 
@@ -85,11 +74,9 @@ def padding_scored(rollouts: Rollouts) -> Finding | None:
                 after, nats = after + 1, nats + row.logprobs[t] - row.ref_logprobs[t]
     if not after:
         return None
-    return Finding(
-        "padding is scored", "shown",
-        f"{after} scored positions come after an end-of-sequence token; they add {nats:.4g} nats to the estimates",
-        MASK,
-    )  # fmt: skip
+    return PADDING.fits(
+        f"{after} scored positions come after an end-of-sequence token; they add {nats:.4g} nats to the estimates"
+    )
 
 
 def truncated_rows_half_scored(rollouts: Rollouts) -> Finding | None:
@@ -99,11 +86,9 @@ def truncated_rows_half_scored(rollouts: Rollouts) -> Finding | None:
     silent = [row for row in cut if row.k1() == 0.0]
     if not cut or len(silent) < len(cut) or sum(row.k1() == 0.0 for row in whole) > 0.5 * len(whole):
         return None
-    return Finding(
-        "truncated rows are half scored", "shown",
-        f"all {len(cut)} completions that were cut have a KL of exactly 0, the {len(whole)} others do not",
-        WHOLE_OR_OUT,
-    )  # fmt: skip
+    return HALF_SCORED.fits(
+        f"all {len(cut)} completions that were cut have a KL of exactly 0, the {len(whole)} others do not"
+    )
 
 
 def truncated_sampling(rollouts: Rollouts) -> Finding | None:
@@ -112,36 +97,32 @@ def truncated_sampling(rollouts: Rollouts) -> Finding | None:
     names = [n for n in names if not (n == "top_p" and rollouts.settings[n] >= 1)]
     gaps = rollouts.gaps()
     if not gaps:
-        return _possible("truncated sampling is not accounted for", names, REPLAY)
+        return _possible(TRUNCATED_SAMPLING, names)
     start = _ban_end(gaps)
     late = [gap for t, gap in gaps if t >= start]
     if not _one_sided(late):
         return None
     share = sum(gap > NOISE for gap in late) / len(late)
-    return Finding(
-        "truncated sampling is not accounted for", "shown",
+    return TRUNCATED_SAMPLING.fits(
         f"at {share:.0%} of the tokens the sampler's log-prob is higher than the trainer's, nowhere lower, by "
         f"{math.fsum(late) / len(late):.3g} nats on average: the mass of the ids that could not be drawn"
-        + (f" (settings: {', '.join(names)})" if names else ""),
-        REPLAY,
-    )  # fmt: skip
+        + (f" (settings: {', '.join(names)})" if names else "")
+    )
 
 
 def banned_end(rollouts: Rollouts) -> Finding | None:
     """min_tokens bans the end of the text in the first tokens, and the scorer does not know."""
     gaps = rollouts.gaps()
     if not gaps:
-        return _possible("a banned end-of-sequence is not accounted for", _set(rollouts.settings, "min_tokens"), BAN)
+        return _possible(BANNED_END, _set(rollouts.settings, "min_tokens"))
     end = _ban_end(gaps)
     if not end:
         return None
     early = [gap for t, gap in gaps if t < end]
-    return Finding(
-        "a banned end-of-sequence is not accounted for", "shown",
+    return BANNED_END.fits(
         f"in the first {end} tokens the sampler's log-prob is higher than the trainer's by "
-        f"{math.fsum(early) / len(early):.3g} nats on average, never lower, and the difference ends there",
-        BAN,
-    )  # fmt: skip
+        f"{math.fsum(early) / len(early):.3g} nats on average, never lower, and the difference ends there"
+    )
 
 
 def dropout(rollouts: Rollouts) -> Finding | None:
@@ -149,12 +130,10 @@ def dropout(rollouts: Rollouts) -> Finding | None:
     ratios = [abs(r.logprobs[t] - r.ref_logprobs[t]) for r in rollouts.first_step() for t in r.scored()]
     if not ratios or math.fsum(ratios) / len(ratios) < NOISE:
         return None
-    return Finding(
-        "dropout is on", "shown",
+    return DROPOUT.fits(
         f"in step 1 policy and reference are the same model, yet their log-probs differ by "
-        f"{math.fsum(ratios) / len(ratios):.3g} nats on average",
-        "switch dropout off in policy and reference, in training mode too",
-    )  # fmt: skip
+        f"{math.fsum(ratios) / len(ratios):.3g} nats on average"
+    )
 
 
 def reencoded(rollouts: Rollouts) -> Finding | None:
@@ -176,37 +155,24 @@ def stale_or_rounded(rollouts: Rollouts) -> Finding | None:
     gaps = [gap for _, gap in rollouts.gaps()]
     spread = math.fsum(map(abs, gaps)) / len(gaps) if gaps else 0.0
     lower = sum(gap < -NOISE for gap in gaps)
-    if spread < NOISE or lower < 0.05 * len(gaps):
+    if spread < NOISE or lower < BOTH_SIGNS * len(gaps):
         return None
     first = [abs(gap) for row in rollouts.first_step() for _, gap in row.gaps()]
     fresh = math.fsum(first) / len(first) if first else None
     mean, error = mean_and_error(gaps)
-    grows = fresh is not None and fresh < 0.2 * spread
-    if grows or (fresh is None and mean > SIGMAS * error and spread > 0.05):
+    grows = fresh is not None and fresh < FRESH * spread
+    if grows or (fresh is None and mean > SIGMAS * error and spread > STALE_GAP):
         begin = f"; in step 1 only {fresh:.2g}" if grows else ""
-        return Finding(
-            "the engine samples from stale weights", "shown" if grows else "possible",
+        return STALE.fits(
             f"sampler and trainer differ by {spread:.3g} nats on average, in both directions{begin}; the sampler's are "
             f"higher by {mean:.3g} on average, as those of the model that drew the tokens must be",
-            "push the weights after every update and compare log-probs; tied heads and prefix caches are usual traps",
-        )  # fmt: skip
+            shown=grows,
+        )
     return Finding(
-        "logits are rounded to bfloat16 on one side", "shown" if spread < 0.1 else "possible",
+        "logits are rounded to bfloat16 on one side", "shown" if spread < CLEAR_GAP else "possible",
         f"sampler and trainer differ by {spread:.3g} nats on average, in both directions, from the start",
         "compute the head's logits in float32 in the trainer; use importance weights (fastkl: --importance token)",
     )  # fmt: skip
-
-
-MASK = "mask every position after the first end-of-sequence token (which is scored itself), or pack without padding"
-
-
-WHOLE_OR_OUT = "keep their full KL, or take them out of reward, baseline and loss together (fastkl: --truncated)"
-
-
-REPLAY = "score policy and reference on the ids that could be drawn (fastkl does), or sample without truncation"
-
-
-BAN = "score the first min_tokens tokens with the stop ids left out, for policy and reference (fastkl does)"
 
 
 CAUSES: tuple[Callable[[Rollouts], Finding | None], ...] = (
@@ -219,17 +185,17 @@ def _set(settings: dict[str, Any], *names: str) -> list[str]:
     return [name for name in names if settings.get(name)]
 
 
-def _possible(cause: str, names: Sequence[str], remedy: str) -> Finding | None:
+def _possible(cause: Cause, names: Sequence[str]) -> Finding | None:
     if not names:
         return None
-    values = f"tokens were drawn with {', '.join(names)}, and no sampler_logprobs were recorded to compare with"
-    return Finding(cause, "possible", values, remedy)
+    text = f"tokens were drawn with {', '.join(names)}, and no sampler_logprobs were recorded to compare with"
+    return cause.fits(text, shown=False)
 
 
 def _one_sided(gaps: Sequence[float]) -> bool:
     """Whether the sampler's log-probs are higher at some tokens and (but for rounding) lower at none."""
     higher, lower = sum(gap > NOISE for gap in gaps), sum(gap < -NOISE for gap in gaps)
-    return bool(gaps) and higher > 0.02 * len(gaps) and lower < 0.001 * len(gaps)
+    return bool(gaps) and higher > ONE_SIGN[0] * len(gaps) and lower < ONE_SIGN[1] * len(gaps)
 
 
 def _ban_end(gaps: Sequence[tuple[int, float]]) -> int:
@@ -242,8 +208,8 @@ def _ban_end(gaps: Sequence[tuple[int, float]]) -> int:
         before = [gap for values in by_position[:end] for gap in values]
         after = [gap for values in by_position[end:] for gap in values]
         at_end = by_position[end - 1]
-        floor = max(NOISE, 0.1 * math.fsum(before) / max(1, len(before)))
-        quiet = sum(abs(gap) > floor for gap in after) <= 0.01 * len(after)
+        floor = max(NOISE, QUIET[0] * math.fsum(before) / max(1, len(before)))
+        quiet = sum(abs(gap) > floor for gap in after) <= QUIET[1] * len(after)
         if _one_sided(before) and quiet and math.fsum(at_end) > NOISE * len(at_end):
             return end
     return 0

@@ -2,7 +2,7 @@
 
 In: a RunRecord (config.yaml, metrics.jsonl, samples.jsonl). Out of each check: a Finding (a cause fits), a Clear (in
 order, with the numbers that say so), or None where the files lack what would show it. A run folder holds sums per
-completion and means per step, no log-probs per token; those checks are in causes.py. Standard library only.
+completion and means per step, no log-probs per token; those checks are in rollout_checks.py. Standard library only.
 """
 
 from __future__ import annotations
@@ -12,19 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from fastkl.audit.alarm import SIGMAS, mean_and_error
-from fastkl.audit.rollout_checks import BAN, MASK, NOISE, REPLAY, WHOLE_OR_OUT, Finding
-
-MIN_STEPS = 8
-"""Steps from which the spread over steps is known well enough for a verdict."""
-
-
-@dataclass(frozen=True, slots=True)
-class Clear:
-    """Something that was looked at and is in order."""
-
-    what: str
-    evidence: str
+from fastkl.audit.alarm import mean_and_error
+from fastkl.audit.findings import BANNED_END, DROPOUT, HALF_SCORED, PADDING, STALE, TRUNCATED_SAMPLING, Clear, Finding
+from fastkl.audit.thresholds import CLEAR_GAP, FRESH, NOISE, PADDED, SIGMAS, WEIGHTS_CUT, WINDOW_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +49,7 @@ Verdict = Finding | Clear | None
 def estimate_and_exact(run: RunRecord) -> Verdict:
     """The estimate's mean is the exact KL on the support, whatever the policy: the differences have mean zero."""
     rows = [m for m in run.metrics if _is_number(m.get("kl/mean")) and _is_number(m.get("kl/support"))]
-    if len(rows) < MIN_STEPS:
+    if len(rows) < WINDOW_STEPS:
         return None
     mean, error = mean_and_error([m["kl/mean"] - m["kl/support"] for m in rows])
     text = f"over {len(rows)} steps the estimate (kl/mean) differs from the exact KL (kl/support) by"
@@ -82,13 +72,11 @@ def replayed_support(run: RunRecord) -> Verdict:
     if not names or not moved:
         return None
     if all(a == b for a, b in moved) and gap > NOISE:
-        return Finding(
-            "truncated sampling is not accounted for", "shown",
+        return TRUNCATED_SAMPLING.fits(
             f"tokens were drawn with {', '.join(names)}, yet the KL on the ids that could be drawn (kl/support) equals "
             f"the KL on all (kl/exact) at all {len(moved)} steps, and the log-probs of generator and trainer differ by "
-            f"up to {gap:.2g} nats on average",
-            REPLAY,
-        )  # fmt: skip
+            f"up to {gap:.2g} nats on average"
+        )
     return Clear(
         "truncated sampling",
         f"{', '.join(names)}: policy and reference were scored on the ids that could be drawn (kl/support differs from "
@@ -103,12 +91,10 @@ def banned_end(run: RunRecord) -> Verdict:
         return None
     early = sum(s.get("finish_reason") == "stop" and s.get("num_tokens", math.inf) <= banned for s in run.samples)
     if early:
-        return Finding(
-            "a banned end-of-sequence is not accounted for", "shown",
+        return BANNED_END.fits(
             f"{early} completions ended within the {banned:g} tokens in which min_tokens bans the end: the generator "
-            "did not ban what the scorer leaves out",
-            BAN,
-        )  # fmt: skip
+            "did not ban what the scorer leaves out"
+        )
     return Clear("banned end of the text", f"no completion ended within the {banned:g} tokens that min_tokens asks for")
 
 
@@ -127,12 +113,10 @@ def scored_positions(run: RunRecord) -> Verdict:
         return None
     extra = sum(round(nats[step] / mean[step] - tokens[step]) for step in shared)
     total = sum(tokens[step] for step in shared)
-    if abs(extra) > 1e-4 * total:
-        return Finding(
-            "padding is scored", "shown",
-            f"the completions have {total:,} tokens, but the means per token are over {total + extra:,} positions",
-            MASK,
-        )  # fmt: skip
+    if abs(extra) > PADDED * total:
+        return PADDING.fits(
+            f"the completions have {total:,} tokens, but the means per token are over {total + extra:,} positions"
+        )
     return Clear("padding", f"the scored positions are the completions' {total:,} tokens and no others")
 
 
@@ -146,11 +130,7 @@ def truncated_rows(run: RunRecord) -> Verdict:
     moved = {s["step"] for s in run.scored() if s["kl"] != 0.0}  # steps in which the policy had left the reference
     silent = [s for s in rewarded if not _is_number(s.get("kl")) or (s["kl"] == 0.0 and s["step"] in moved)]
     if silent:
-        return Finding(
-            "truncated rows are half scored", "shown",
-            f"{len(silent)} of {len(cut)} completions that were cut have a reward but no KL",
-            WHOLE_OR_OUT,
-        )  # fmt: skip
+        return HALF_SCORED.fits(f"{len(silent)} of {len(cut)} completions that were cut have a reward but no KL")
     share = len(cut) / len(run.samples)
     how = "they left their groups" if cut and not rewarded else "they are scored whole"
     return Clear("truncated rows", f"{share:.0%} of the completions were cut" + (f"; {how}" if cut else ""))
@@ -164,10 +144,7 @@ def first_step(run: RunRecord) -> Verdict:
     tokens = sum(s.get("num_tokens", 1) for s in run.scored() if s.get("step") == 1)
     text = f"in step 1 their log-probs of a completion differ by up to {max(ratios):.2g} nats"
     if math.fsum(ratios) / max(1, tokens) > NOISE:
-        return Finding(
-            "dropout is on", "possible", f"policy and reference begin as one model, yet {text}",
-            "switch dropout off in policy and reference; resume a run with the reference that it was started with",
-        )  # fmt: skip
+        return DROPOUT.fits(f"policy and reference begin as one model, yet {text}", shown=False)
     return Clear("policy and reference begin as one model", text)
 
 
@@ -179,14 +156,10 @@ def engine_gap(run: RunRecord) -> Verdict:
     text = f"their log-probs of the same tokens differ by up to {max(gaps):.2g} nats on average in a step"
     if max(gaps) <= NOISE:
         return Clear("generator and trainer", text)
-    if gaps[0] < 0.2 * max(gaps):
-        return Finding(
-            "the engine samples from stale weights", "shown" if max(gaps) > 0.1 else "possible",
-            f"{text}; in the first step only by {gaps[0]:.2g}",
-            "push the weights after every update; tied heads and prefix caches are usual traps",
-        )  # fmt: skip
+    if gaps[0] < FRESH * max(gaps):
+        return STALE.fits(f"{text}; in the first step only by {gaps[0]:.2g}", shown=max(gaps) > CLEAR_GAP)
     return Finding(
-        "engine and trainer differ", "shown" if max(gaps) > 0.1 else "possible", f"{text}, from the first step",
+        "engine and trainer differ", "shown" if max(gaps) > CLEAR_GAP else "possible", f"{text}, from the first step",
         "bfloat16 explains up to 0.1 nats (--importance token corrects for it); more means that they replay different "
         "settings or models",
     )  # fmt: skip
@@ -198,7 +171,7 @@ def importance_cut(run: RunRecord) -> Verdict:
     if run.config.get("importance", "none") == "none" or not cut:
         return None
     text = f"up to {max(cut):.2%} of a step's importance weights were cut at the cap"
-    if max(cut) > 0.05:
+    if max(cut) > WEIGHTS_CUT:
         remedy = "look for the cause of the mismatch; a higher --importance-cap has less bias and more noise"
         return Finding("the generator is far from the trainer", "possible", text, remedy)
     return Clear("importance weights", text)

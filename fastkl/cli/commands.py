@@ -211,7 +211,7 @@ def report(
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"report: there is no run folder {str(folder)!r}.")
-    from fastkl.report.page import write_report
+    from fastkl.report.page.write import write_report
 
     print(write_report(list(folders), output))
     return 0

@@ -3,7 +3,7 @@
 In: one dict of metrics and one list of sample dicts per step. Out: one JSON object per line, in the system's hands
 before `log` returns. A number that is not finite becomes null, so that every line is JSON for every reader.
 A full disk or a lost connection never stops training: it is reported once, and unwritten lines wait for better days.
-Left out: drawing (report.py) and the terminal (view.py).
+Left out: drawing (page/) and the terminal (terminal.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self
 
 from fastkl.errors import UserError
+from fastkl.report.metrics import markdown as metrics_page
 
 MAX_WAITING_LINES = 20_000  # lines kept in memory while the disk refuses them; the oldest go first
 
@@ -193,6 +194,7 @@ class _TensorBoard:
         self._writer = module.SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=purge_step)
         if resume_step is None:
             self._writer.add_text("config", _markdown_table(("setting", "value"), config.items()), 0)
+            self._writer.add_text("metrics", metrics_page(), 0)
 
     def log(self, metrics: Metrics, samples: Sequence[Sample]) -> None:
         step = metrics["step"]

@@ -1,13 +1,19 @@
-"""One step's account of itself: what the update computed, as a line of metrics.jsonl and records of samples.jsonl."""
+"""One step's account of itself: what the update computed, as records of samples.jsonl and a line of metrics.jsonl.
+
+In: what went into the step and what became of it (`StepReport`). Out: the step's samples, and what the formulas of
+metrics.py read (`FinishedStep`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from fastkl.types import SAMPLE_SUMS, RolloutBatch, StepOutcome
+from fastkl.types import SAMPLE_SUMS, Breakdown, Completion, RolloutBatch, StepOutcome
 
 
 def distinct_2(texts: Sequence[str]) -> float:
@@ -20,79 +26,15 @@ def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
     return zip(words, words[1:], strict=False)
 
 
+@dataclass(frozen=True, slots=True)
 class StepReport:
-    """Words what one step did: its line of metrics.jsonl and its records of samples.jsonl."""
+    """What one step did."""
 
-    def __init__(
-        self,
-        step: int,
-        batch: RolloutBatch,
-        reward_by_function: Mapping[str, float],
-        kl_coef: float,
-        outcome: StepOutcome,
-    ) -> None:
-        """kl_coef: the beta that the step's loss was computed with."""
-        self.step = step
-        self.batch = batch
-        self.reward_by_function = reward_by_function
-        self.kl_coef = kl_coef
-        self.outcome = outcome
-
-    def metrics(
-        self, lr: float, seconds: Mapping[str, float], well_formed: Callable[..., float] | None
-    ) -> dict[str, float | int]:
-        """The step's line of metrics.jsonl, but for the run's own counters."""
-        batch, total = self.batch, self.outcome.total
-        scored = ~total.sums[..., 0].isnan()
-        completions = [completion for group in batch.completions for completion in group]
-        texts = [completion.text for completion in completions]
-        lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float32)
-        mean = {name: float(total.sums[..., i][scored].mean()) for i, name in enumerate(SAMPLE_SUMS)}
-        per_token = {
-            name: float(total.sums[..., i][scored].sum()) / max(1, total.num_tokens)
-            for i, name in enumerate(SAMPLE_SUMS)
-        }
-        rewards = batch.rewards[batch.valid]
-        values: dict[str, float | int] = {
-            "step": self.step,
-            "reward/raw": float(rewards.mean()),
-            "reward/std": float(rewards.std(correction=0)),
-            "reward/penalized": mean["reward_penalized"],
-            **{f"reward/{name}": value for name, value in self.reward_by_function.items()},
-            "kl/mean": mean["logprob"] - mean["ref_logprob"],
-            "kl/per_token": per_token["logprob"] - per_token["ref_logprob"],
-            "kl/exact": mean["kl_exact"],
-            "kl/support": mean["kl_support"],
-            "kl/penalty": self.kl_coef * mean["kl_penalized"],
-            "kl/coef": self.kl_coef,
-            "lm_cross_entropy": -per_token["logprob"],
-            "original_lm_cross_entropy": -per_token["ref_logprob"],
-            "entropy": per_token["entropy"],
-            "loss": total.loss,
-            "grad_norm": self.outcome.grad_norm,
-            "lr": lr,
-            "diversity/distinct_2": distinct_2(texts),
-            "completion/mean_length": float(lengths.mean()),
-            "completion/truncated_share": sum(c.finish_reason == "length" for c in completions) / len(completions),
-            "groups/skipped": int((~scored.any(dim=1)).sum()),
-            "throughput/tokens_per_second": float(lengths.sum()) / sum(seconds.values()),
-            **{
-                f"time/{stage}_s": seconds.get(stage, 0.0)
-                for stage in ("generate", "reward", "score", "update", "sync")
-            },
-            "time/step_s": sum(seconds.values()),
-            "mismatch/mean_abs_logprob": total.mean_gap,
-            "mismatch/max_abs_logprob": total.gap_max,
-            "mismatch/engine_kl": total.engine_kl_sum / max(1, total.num_tokens),
-            "mismatch/weights_cut": total.num_weights_cut / max(1, total.num_tokens),
-            "policy_version": self.batch.policy_version,
-        }
-        if well_formed is not None:
-            prompted = [
-                p.text + c.text for p, group in zip(batch.prompts, batch.completions, strict=True) for c in group
-            ]
-            values["grammar/well_formed"] = well_formed(prompted)
-        return values
+    step: int
+    batch: RolloutBatch
+    reward_by_function: Mapping[str, float]
+    kl_coef: float  # the beta that the step's loss was computed with
+    outcome: StepOutcome
 
     def samples(self) -> list[dict[str, Any]]:
         """One record per completion, for samples.jsonl; scores are null for a sample that left its group."""
@@ -117,3 +59,75 @@ class StepReport:
                     }
                 )
         return records
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """What the formulas of metrics.py read: the step's report, what the run adds to it, and what several keys share."""
+
+    report: StepReport
+    lr: float
+    seconds: Mapping[str, float]  # by stage
+    checker: Callable[[list[str]], float] | None = None  # texts -> share of well-formed sentences
+    skipped_steps: int = 0  # so far, as are the tokens
+    tokens_generated: int = 0
+    kl_alarm: bool = False
+
+    @property
+    def total(self) -> Breakdown:
+        """What the update computed."""
+        return self.report.outcome.total
+
+    @property
+    def num_tokens(self) -> int:
+        """Scored tokens, at least 1: what sums over them are divided by."""
+        return max(1, self.total.num_tokens)
+
+    @cached_property
+    def scored(self) -> torch.Tensor:
+        """Which samples took part in the update, bool [B, K]."""
+        return ~self.total.sums[..., 0].isnan()
+
+    @cached_property
+    def mean(self) -> dict[str, float]:
+        """Of each of SAMPLE_SUMS, the mean over the scored samples."""
+        return {name: float(self.total.column(name)[self.scored].mean()) for name in SAMPLE_SUMS}
+
+    @cached_property
+    def per_token(self) -> dict[str, float]:
+        """Of each of SAMPLE_SUMS, the mean over the scored tokens."""
+        return {name: float(self.total.column(name)[self.scored].sum()) / self.num_tokens for name in SAMPLE_SUMS}
+
+    @cached_property
+    def rewards(self) -> torch.Tensor:
+        """Those that apply, f32."""
+        return self.report.batch.rewards[self.report.batch.valid]
+
+    @cached_property
+    def completions(self) -> list[Completion]:
+        """All of the step, [B * K]."""
+        return [completion for group in self.report.batch.completions for completion in group]
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """Their tokens, f32 [B * K]."""
+        return torch.tensor([len(completion.token_ids) for completion in self.completions], dtype=torch.float32)
+
+    @property
+    def distinct_2(self) -> float:
+        """Of all completions together."""
+        return distinct_2([completion.text for completion in self.completions])
+
+    @property
+    def well_formed(self) -> float | None:
+        """Share of well-formed sentences; None without a checker."""
+        if self.checker is None:
+            return None
+        batch = self.report.batch
+        pairs = zip(batch.prompts, batch.completions, strict=True)
+        return self.checker([p.text + c.text for p, group in pairs for c in group])
+
+    @property
+    def step_seconds(self) -> float:
+        """All stages together."""
+        return sum(self.seconds.values())

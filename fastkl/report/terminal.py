@@ -2,16 +2,16 @@
 
 In: the metrics dict of each step, a sample completion now and then, notes. Out: text on standard output.
 Plain lines are used when standard output is not a terminal that can redraw, and when CI or NO_COLOR is set.
-Left out: files (track.py) and pictures (report.py).
+What is shown of a step, and how it is written: metrics.py. Left out: files (loggers.py) and pictures (page/).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from types import TracebackType
 from typing import Self
@@ -25,6 +25,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from fastkl.report import metrics as table
+from fastkl.report.metrics import STAGES
 from fastkl.report.numbers import duration, finite, number, percent
 from fastkl.rewards.built_in import reward_spans
 
@@ -40,38 +42,13 @@ WIDE_COLUMNS = 120  # from here on, the sample stands beside the numbers
 REFRESHES_PER_SECOND = 1  # the clock's pace; the processor has better things to do
 
 
-STAGES = (  # metric, name, colour
-    ("time/generate_s", "generate", "dodger_blue2"),
-    ("time/reward_s", "reward", "gold3"),
-    ("time/score_s", "score", "medium_turquoise"),
-    ("time/update_s", "update", "dark_orange3"),
-    ("time/sync_s", "sync", "orchid"),
-)
+COLOURS = ("dodger_blue2", "gold3", "medium_turquoise", "dark_orange3", "orchid", "grey50")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the panel: a label, its metric, how to write it, and its unit."""
-
-    label: str
-    key: str
-    write: Callable[[float], str]
-    unit: str = ""
+STAGE_COLOURS = dict(zip((*STAGES, "other"), itertools.cycle(COLOURS), strict=False))
 
 
-ROWS = (
-    Row("reward", "reward/raw", number, "mean"),
-    Row("KL", "kl/mean", number, "nats per completion"),
-    Row("policy CE", "lm_cross_entropy", number, "nats per token"),
-    Row("original CE", "original_lm_cross_entropy", number, "nats per token"),
-    Row("entropy", "entropy", number, "nats per token"),
-    Row("distinct-2", "diversity/distinct_2", percent, "of word pairs"),
-    Row("well formed", "grammar/well_formed", percent, "of sentences"),
-    Row("speed", "throughput/tokens_per_second", number, "tokens/s"),
-)
-
-
-def sparkline(values: Sequence[float], width: int) -> str:
+def blocks(values: Sequence[float], width: int) -> str:
     """The history of a number in at most `width` block characters, each the mean of its share of `values`."""
     values = [value for value in values if math.isfinite(value)]
     if not values or width < 1:
@@ -86,10 +63,12 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 def stage_seconds(history: Sequence[Metrics]) -> dict[str, float]:
     """Mean seconds per step in each stage over `history`, and what is left of the step as "other"."""
-    totals = {key: sum(finite(step.get(key)) for step in history) for key, _, _ in STAGES}
-    named = {name: totals[key] / max(1, len(history)) for key, name, _ in STAGES}
-    step_s = sum(finite(step.get("time/step_s")) for step in history) / max(1, len(history))
-    return {**named, "other": max(0.0, step_s - sum(named.values()))}
+
+    def mean(key: str) -> float:
+        return sum(finite(step.get(key)) for step in history) / max(1, len(history))
+
+    named = {stage: mean(f"time/{stage}_s") for stage in STAGES}
+    return {**named, "other": max(0.0, mean("time/step_s") - sum(named.values()))}
 
 
 def one_line(text: str) -> str:
@@ -176,23 +155,12 @@ class View:
             self._print = lambda line: None  # type: ignore[method-assign]
 
     def _plain_line(self, metrics: Metrics) -> str:
-        parts = [f"step {metrics['step']:>{len(str(self.total_steps))}}/{self.total_steps}"]
-        written = {row.key: row.write(value) for row in ROWS if (value := metrics.get(row.key)) is not None}
-        entropies = [written[key] for key in ("lm_cross_entropy", "original_lm_cross_entropy") if key in written]
-        for label, text in (
-            ("reward", written.get("reward/raw")),
-            ("kl", written.get("kl/mean")),
-            ("ce", "/".join(entropies)),
-            ("distinct-2", written.get("diversity/distinct_2")),
-            ("well-formed", written.get("grammar/well_formed")),
-        ):
-            if text:
-                parts.append(f"{label} {text}")
-        if "throughput/tokens_per_second" in written:
-            parts.append(f"{written['throughput/tokens_per_second']} tok/s")
-        if metrics.get("time/step_s") is not None:
-            parts.append(f"{finite(metrics['time/step_s']):.1f} s")
-        return "  ".join([*parts, f"left {duration(self.seconds_left() or 0)}"])
+        line = f"step {metrics['step']:>{len(str(self.total_steps))}}/{self.total_steps}"
+        for metric in table.METRICS:
+            value = metrics.get(metric.key)
+            if metric.plain and value is not None:
+                line += metric.plain.format(text=metric.write(value), value=value)
+        return f"{line}  left {duration(self.seconds_left() or 0)}"
 
     # The live panel, from top to bottom
 
@@ -231,7 +199,7 @@ class View:
         return line
 
     def _numbers(self, width: int) -> RenderableType:
-        table = Table(
+        rows = Table(
             box=None,
             expand=True,
             padding=(0, 1, 0, 0),
@@ -239,22 +207,23 @@ class View:
             header_style="dim",
             show_header=bool(self._history),
         )
-        table.add_column("", no_wrap=True)
-        table.add_column("now", justify="right", no_wrap=True)
-        table.add_column("first", justify="right", no_wrap=True, style="dim")
-        table.add_column("", no_wrap=True, style="dim")
-        table.add_column("", ratio=1, no_wrap=True, style="cyan")
+        rows.add_column("", no_wrap=True)
+        rows.add_column("now", justify="right", no_wrap=True)
+        rows.add_column("first", justify="right", no_wrap=True, style="dim")
+        rows.add_column("", no_wrap=True, style="dim")
+        rows.add_column("", ratio=1, no_wrap=True, style="cyan")
         spark_width = max(8, (width if width < WIDE_COLUMNS else width * 3 // 5) - 52)
-        for row in ROWS:
-            series = [value for step in self._history if (value := step.get(row.key)) is not None]
+        for metric in (metric for metric in table.METRICS if metric.panel):
+            series = [value for step in self._history if (value := step.get(metric.key)) is not None]
             if not series:
                 continue
-            style = "bold green" if row.key == "reward/raw" else "bold"
-            history = Text(sparkline(series, spark_width), "green" if row.key == "reward/raw" else "")
-            table.add_row(row.label, Text(row.write(series[-1]), style), row.write(series[0]), row.unit, history)
+            colour = "" if rows.row_count else "green"  # the first is what the run is about
+            now, first = metric.write(series[-1]), metric.write(series[0])
+            history = Text(blocks(series, spark_width), colour)
+            rows.add_row(metric.name, Text(now, f"bold {colour}"), first, metric.unit, history)
         if not self._history:
-            table.add_row(Text("sampling the first completions …", "dim italic"))
-        return table
+            rows.add_row(Text("sampling the first completions …", "dim italic"))
+        return rows
 
     def _stages(self, width: int) -> list[Text]:
         """The stacked bar of time per stage over the last ten steps, and its legend."""
@@ -263,19 +232,18 @@ class View:
         if not total:
             return []
         columns = (width if width < WIDE_COLUMNS else width * 3 // 5 - 1) - 4
-        colours = {name: colour for _, name, colour in STAGES} | {"other": "grey50"}
         bar, legend, position, drawn = Text(no_wrap=True), Text.assemble(("time  ", "dim")), 0.0, 0
         for name, share in ((name, value / total) for name, value in seconds.items()):
             position += share * columns
-            bar.append("━" * (round(position) - drawn), colours[name])
+            bar.append("━" * (round(position) - drawn), STAGE_COLOURS[name])
             drawn = round(position)
             if share >= 0.005:
-                legend.append("■ ", colours[name]).append(f"{name} {percent(share)}  ")
+                legend.append("■ ", STAGE_COLOURS[name]).append(f"{name} {percent(share)}  ")
         return [bar, legend]
 
     def _story(self, max_characters: int) -> Text:
         prompt, completion, reward = self._sample or ("", "", "")
-        names = [key.removeprefix("reward/") for key in (self._history[-1] if self._history else {})]
+        names = table.reward_names(self._history[-1] if self._history else ())
         text = prompt + completion
         story = Text.assemble((text, ""), overflow="fold")
         story.stylize("dim", 0, len(prompt))

@@ -17,8 +17,9 @@ from fastkl.data.prompts import PromptSource
 from fastkl.objective.kl_control import KlController
 from fastkl.objective.rloo import Objective
 from fastkl.report.loggers import RunLog
-from fastkl.report.page import write_report
-from fastkl.report.step_metrics import StepReport
+from fastkl.report.metrics import metrics_of
+from fastkl.report.page.write import write_report
+from fastkl.report.step_metrics import FinishedStep, StepReport
 from fastkl.report.terminal import View
 from fastkl.rewards.load import RewardFunction
 from fastkl.rollout.generator import Generator
@@ -85,14 +86,22 @@ class Run:
     def record(self, report: StepReport, watch: Stopwatch) -> None:
         """Logs and shows a completed step."""
         lr = self.optimizer.param_groups[0]["lr"]
-        metrics = report.metrics(lr, watch.seconds, self.well_formed)
         samples = report.samples()
         self.tokens_generated += sum(sample["num_tokens"] for sample in samples)
         self.skipped_steps += not report.outcome.applied
-        metrics |= {"steps/skipped": self.skipped_steps, "tokens/generated": self.tokens_generated}
         self.completed_step, self.prompt_state = report.step, self.prompts.state()
         warning = self.alarm.add(sample["kl"] for sample in samples)
-        metrics["kl/alarm"] = int(warning is not None)
+        metrics = metrics_of(
+            FinishedStep(
+                report,
+                lr,
+                watch.seconds,
+                checker=self.well_formed,
+                skipped_steps=self.skipped_steps,
+                tokens_generated=self.tokens_generated,
+                kl_alarm=warning is not None,
+            )
+        )
         if warning and not self.alarm_rang:
             self.view.note(warning)
         self.alarm_rang = warning is not None

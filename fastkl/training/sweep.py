@@ -44,7 +44,7 @@ def sweep(config: TrainConfig, kl_coefs: Sequence[float]) -> int:
         if code or stopped:
             print(f"sweep: stopped at {where}. Go on with the same command and --resume.", file=sys.stderr)
             return code or 130
-    from fastkl.report.page import write_report
+    from fastkl.report.page.write import write_report
 
     print(f"sweep: {write_report(folders, Path(config.output).expanduser() / 'report.html')}")
     return 0

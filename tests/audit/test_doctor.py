@@ -133,9 +133,9 @@ def test_a_window_of_steps_can_be_negative_although_the_whole_is_not():
         for _ in range(20):
             k = g.gauss(-1.0 if 10 <= step < 18 else 1.0, 1.0)
             rows.append({"logprobs": [k], "ref_logprobs": [0.0], "step": step})
-    from fastkl.audit.rollout_checks import Row
+    from fastkl.audit.rollout_checks import Rollout
 
-    diagnosis = diagnose_rollouts("x", Rollouts([Row(**row) for row in rows]))
+    diagnosis = diagnose_rollouts("x", Rollouts([Rollout(**row) for row in rows]))
     assert diagnosis.mean > 0
     assert diagnosis.negative
 

@@ -299,7 +299,8 @@ def stand_in(tmp_path, monkeypatch) -> Path:
     python.chmod(0o755)
     monkeypatch.setattr(sweep.sys, "executable", str(python))
     monkeypatch.setenv("PYTHONPATH", str(Path(fastkl.__file__).parents[1]))
-    monkeypatch.setattr("fastkl.report.page.write_report", lambda folders, output: (output, [str(f) for f in folders]))
+    name = "fastkl.report.page.write.write_report"
+    monkeypatch.setattr(name, lambda folders, output: (output, [str(f) for f in folders]))
     return tmp_path
 
 

@@ -20,11 +20,11 @@ import pytest
 import yaml
 
 from fastkl.errors import UserError
+from fastkl.report.charts import stacked_shares
 from fastkl.report.numbers import number
-from fastkl.report.page import write_report
-from fastkl.report.page.charts import stacked_shares
-from fastkl.report.page.runs import load_runs
-from fastkl.report.page.svg import CHARACTER_WIDTH, draw_legend, root_ticks, ticks
+from fastkl.report.page.run_files import load_runs
+from fastkl.report.page.write import write_report
+from fastkl.report.svg import CHARACTER_WIDTH, draw_legend, root_ticks, ticks
 
 LETTERS = {
     "b": "big brown brave bear bird boat bell basket bright blue berry",
@@ -157,7 +157,7 @@ def test_headline_numbers_are_those_of_the_first_and_last_step(tmp_path: Path) -
         ("0.00 → 3.25", "nats per completion"),
         ("60 % → 45 %", "75 % of the start"),
     ]
-    assert plain[-1] == ("1:40", "5 steps, 59,000 tokens")
+    assert plain[-1] == ("1:40", "5 steps of 20.0 s, 59,000 tokens")
     assert "<b>75 %</b> of its first variety" in page
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from fastkl.report import terminal as view_module
 from fastkl.report.numbers import duration, number, percent
-from fastkl.report.page.highlight import pieces
-from fastkl.report.terminal import View, can_redraw, one_line, sparkline, stage_seconds
+from fastkl.report.page.stories import pieces
+from fastkl.report.terminal import View, blocks, can_redraw, one_line, stage_seconds
 from fastkl.rewards.built_in import alliterating_runs, alliteration, reward_spans
 
 METRICS: dict[str, Any] = {
@@ -200,13 +200,13 @@ def test_control_characters_never_reach_the_terminal() -> None:
 
 
 def test_sparkline_shows_bucket_means_from_lowest_to_highest() -> None:
-    assert sparkline([0, 1, 2, 3, 4, 5, 6], 7) == view_module.BARS
-    assert sparkline([0, 0, 6, 6, 12, 12], 3) == "▁▄▇"
-    assert sparkline([5, 5, 5], 9) == "▁▁▁"
-    assert sparkline([], 9) == sparkline([float("nan")], 9) == sparkline([1.0], 0) == ""
+    assert blocks([0, 1, 2, 3, 4, 5, 6], 7) == view_module.BARS
+    assert blocks([0, 0, 6, 6, 12, 12], 3) == "▁▄▇"
+    assert blocks([5, 5, 5], 9) == "▁▁▁"
+    assert blocks([], 9) == blocks([float("nan")], 9) == blocks([1.0], 0) == ""
     rng = random.Random(0)
     values = [rng.random() for _ in range(1000)]
-    line = sparkline(values, 10)
+    line = blocks(values, 10)
     means = [sum(values[start : start + 100]) / 100 for start in range(0, 1000, 100)]
     assert (
         line[means.index(max(means))] == view_module.BARS[-1] and line[means.index(min(means))] == view_module.BARS[0]

@@ -9,7 +9,8 @@ import torch
 from toy import STOP, ToyTokenizer, draw, toy_batch, toy_config, toy_model
 from toy_step import step_gradient, toy_update
 
-from fastkl.report.step_metrics import StepReport
+from fastkl.report.metrics import metrics_of
+from fastkl.report.step_metrics import FinishedStep, StepReport
 from fastkl.rollout import agreement
 from fastkl.rollout.transformers import TransformersGenerator
 from fastkl.sampling.params import Sampling
@@ -208,7 +209,7 @@ def test_report_equals_the_scores_computed_one_sequence_at_a_time():
     batch, config = toy_batch(policy), toy_config()
     _, outcome = step_gradient(policy, reference, batch, config)
     report = StepReport(1, batch, {}, config.kl_coef, outcome)
-    metrics = report.metrics(1e-3, {"generate": 1.0}, None)
+    metrics = metrics_of(FinishedStep(report, 1e-3, {"generate": 1.0}))
     logp_sum, ref_sum, kl_sum, entropy_sum, tokens = 0.0, 0.0, 0.0, 0.0, 0
     for p, group, valid in zip(batch.prompts, batch.completions, batch.valid.tolist(), strict=True):
         for c, ok in zip(group, valid, strict=True):

@@ -7,15 +7,14 @@ highest, the median and the lowest reward of the step. All text is escaped here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
 
 from fastkl.report.numbers import number
-from fastkl.report.page.highlight import pieces
-from fastkl.report.page.runs import Run
-from fastkl.rewards.built_in import reward_spans
+from fastkl.report.page.run_files import RunFiles
+from fastkl.rewards.built_in import Span, reward_spans
 
 SHOWN_CHARACTERS = 900  # the rest unfolds
 
@@ -24,6 +23,16 @@ MOST_CHARACTERS = 6000
 
 
 PROMPT_CHARACTERS = 300  # the end of a longer prompt
+
+
+def pieces(text: str, spans: Iterable[Span]) -> list[tuple[str, bool]]:
+    """Cut `text` at the spans: (piece, whether it is highlighted), nothing empty, together the text again."""
+    cut: list[tuple[str, bool]] = []
+    position = 0
+    for start, end in spans:
+        cut += [(text[position:start], False), (text[start:end], True)]
+        position = end
+    return [(piece, marked) for piece, marked in [*cut, (text[position:], False)] if piece]
 
 
 def marked_text(prompt: str, completion: str, reward_names: Sequence[str]) -> Markup:
@@ -64,7 +73,7 @@ def _written(value: float) -> str:
 
 
 def column(
-    run: Run, samples: Sequence[dict[str, Any]], title: str, ranks: Sequence[str], colour: int | None
+    run: RunFiles, samples: Sequence[dict[str, Any]], title: str, ranks: Sequence[str], colour: int | None
 ) -> dict[str, Any]:
     """One step's stories, by rank of their reward: "highest", "median", "lowest"."""
     ranked = sorted(samples, key=_reward, reverse=True)
@@ -87,14 +96,14 @@ def _reward(sample: dict[str, Any]) -> float:
     return reward if isinstance(reward, int | float) and math.isfinite(reward) else -math.inf
 
 
-def first_and_last(run: Run) -> list[dict[str, Any]]:
+def first_and_last(run: RunFiles) -> list[dict[str, Any]]:
     """The stories of one run's first and last step, side by side."""
     ends = {samples[0]["step"]: samples for samples in (run.first_samples, run.last_samples) if samples}
     ranks = ("highest", "median", "lowest")
     return [column(run, samples, f"Step {step}", ranks, None) for step, samples in ends.items()]
 
 
-def last_of_each(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def last_of_each(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """The last step's stories of several runs."""
     return [
         column(run, run.last_samples, f"{run.label}, step {run.last_samples[0]['step']}", ("highest", "median"), index)

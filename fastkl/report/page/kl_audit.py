@@ -1,6 +1,6 @@
 """The report's section on the KL audit: the verdict of `fastkl doctor` on each run, and what it looked at.
 
-In: `Run`s. Out: a plain dict for page.html, or None where the folders hold no scored samples.
+In: `RunFiles`. Out: a plain dict for page.html, or None where the folders hold no scored samples.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any
 
 from fastkl.audit.doctor import Diagnosis, diagnose_run
 from fastkl.errors import UserError
-from fastkl.report.page.runs import Run
+from fastkl.report.page.run_files import RunFiles
 
 
-def audit(runs: Sequence[Run]) -> dict[str, Any] | None:
+def kl_audit(runs: Sequence[RunFiles]) -> dict[str, Any] | None:
     """One run: a row per check. Several: a row per run. `bad` rows are those that name a cause or a negative KL."""
     found = [(run, diagnosis) for run in runs if (diagnosis := _diagnosis(run)) is not None]
     if not found:
@@ -30,7 +30,7 @@ def audit(runs: Sequence[Run]) -> dict[str, Any] | None:
     return {"intro": intro, "rows": rows}
 
 
-def _diagnosis(run: Run) -> Diagnosis | None:
+def _diagnosis(run: RunFiles) -> Diagnosis | None:
     try:
         return diagnose_run(run.folder)
     except UserError:

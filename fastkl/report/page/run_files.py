@@ -1,6 +1,6 @@
 """Reads run folders for the report.
 
-In: folders with metrics.jsonl and, where there are any, config.yaml and samples.jsonl. Out: one `Run` each.
+In: folders with metrics.jsonl and, where there are any, config.yaml and samples.jsonl. Out: one `RunFiles` each.
 Lenient where a run may still be going (a half-written last line, missing keys, no samples yet); strict about folders
 that hold no run at all.
 """
@@ -13,15 +13,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
 
 from fastkl.errors import UserError
+from fastkl.report.metrics import Metric, reward_names
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunFiles:
     """What the page shows of one run. Every list of steps is in order and holds each step once."""
 
     folder: Path
@@ -48,20 +50,45 @@ class Run:
         values = [value for value in self.series(key) if math.isfinite(value)]
         return (values[0], values[-1]) if values else (math.nan, math.nan)
 
+    def median(self, key: str) -> float:
+        """The median over steps; NaN without values."""
+        values = [value for value in self.series(key) if math.isfinite(value)]
+        return median(values) if values else math.nan
+
+    def total(self, key: str) -> float:
+        """The sum over steps."""
+        return sum(value for value in self.series(key) if math.isfinite(value))
+
+    def parts(self, metric: Metric) -> list[tuple[str, list[float]]]:
+        """A family's members at every step, and what is left of their sum (`metric.whole`) as "other"."""
+        layers = [(name, self.series(key)) for key, name in metric.labels(self.keys).items() if self.has(key)]
+        if layers and self.has(metric.whole):
+            steps = zip(self.series(metric.whole), *(values for _, values in layers), strict=True)
+            rest = [max(0.0, total - sum(v for v in values if math.isfinite(v))) for total, *values in steps]
+            layers.append(("other", rest))
+        return layers
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all steps."""
+        return list(dict.fromkeys(key for step in self.steps for key in step))
+
     @property
     def kl_key(self) -> str:
         """The less noisy of the two measures of the same sequence KL that this run has."""
         return "kl/exact" if self.has("kl/exact") else "kl/mean"
 
+    def key_of(self, metric: Metric) -> str:
+        """The metric's key, or that of a less noisy measure of the same quantity that this run has."""
+        return metric.exact if metric.exact and self.has(metric.exact) else metric.key
+
     @property
     def reward_names(self) -> list[str]:
         """The reward functions, from the metrics' names."""
-        general = {"reward/raw", "reward/std", "reward/penalized"}
-        names = {key for step in self.steps for key in step if key.startswith("reward/")} - general
-        return sorted(name.removeprefix("reward/") for name in names)
+        return reward_names(self.keys)
 
 
-def load_runs(folders: Sequence[Path]) -> list[Run]:
+def load_runs(folders: Sequence[Path]) -> list[RunFiles]:
     """Read the runs, with labels that tell them apart: by kl_coef where that does it, else by folder."""
     if not folders:
         raise UserError("report: no run folder given; name one or more, such as runs/alliteration.")
@@ -71,7 +98,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     return [_load(folder, label, config) for folder, label, config in zip(folders, labels, configs, strict=True)]
 
 
-def _load(folder: Path, label: str, config: dict[str, Any]) -> Run:
+def _load(folder: Path, label: str, config: dict[str, Any]) -> RunFiles:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"report: {folder} holds no metrics.jsonl; give the --output folder of a training run.")
@@ -79,7 +106,7 @@ def _load(folder: Path, label: str, config: dict[str, Any]) -> Run:
     if not rows:
         raise UserError(f"report: {path} holds no finished step yet; try again once the run has logged one.")
     first, last = _samples_at_ends(folder / "samples.jsonl")
-    return Run(folder, label, config, tuple(rows[step] for step in sorted(rows)), first, last)
+    return RunFiles(folder, label, config, tuple(rows[step] for step in sorted(rows)), first, last)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""The report's charts, each a small piece of SVG.
+"""Whole charts, each a small piece of SVG, for the report page and the microbenchmark.
 
-In: numbers (NaN is a gap). Out: `Markup` of one <svg>, complete without a script: axes, legend, a description for
+In: numbers (NaN is a gap). Out: one <svg>, complete without a script: axes, legend, a description for
 screen readers; what the pointer shows waits in its `data-points` attribute.
 """
 
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 
-from markupsafe import Markup, escape
-
+from fastkl.report import svg
 from fastkl.report.numbers import number, percent
-from fastkl.report.page import svg
-from fastkl.report.page.svg import Scale, Series
+from fastkl.report.svg import Scale, Series, Svg
 
 MAX_POINTS = 600  # on one chart, all series together: keeps the page small; longer ones show every k-th step
 
@@ -27,7 +26,7 @@ def line_chart(
     include_zero: bool = False,
     width: int = 420,
     height: int = 280,
-) -> Markup:
+) -> Svg:
     """Lines over steps, with a legend where there is more than one. Single points are drawn as dots.
 
     share: the values are shares of 1, drawn from 0 to 100 %. include_zero: the y axis reaches 0.
@@ -56,7 +55,7 @@ def line_chart(
 
 def frontier_chart(
     paths: Sequence[Series], steps: Sequence[Sequence[float]], *, title: str, width: int, height: int
-) -> Markup:
+) -> Svg:
     """Reward (y) against KL (x), one path per run. One run: a dot per step, coloured by step. Several: ends, named.
 
     The KL axis is a square-root axis where runs differ much in KL, as in Gao et al., "Scaling laws for reward model
@@ -94,7 +93,7 @@ def stacked_shares(
     title: str,
     width: int = 420,
     height: int = 280,
-) -> Markup:
+) -> Svg:
     """Each step's parts as shares of their sum, stacked from the bottom. layers: (name, values), one value per step."""
     keep = svg.every_kth(list(range(len(steps))), MAX_POINTS // max(1, len(layers)))
     steps = [steps[index] for index in keep]
@@ -116,7 +115,7 @@ def stacked_shares(
     return svg.document(parts, width, height, f"{title}, last step: {described}", points)
 
 
-def share_bars(totals: Mapping[str, Mapping[str, float]], *, title: str, width: int = 420) -> Markup:
+def share_bars(totals: Mapping[str, Mapping[str, float]], *, title: str, width: int = 420) -> Svg:
     """One stacked bar per run. totals: seconds by run and stage."""
     names = list(dict.fromkeys(name for stages in totals.values() for name in stages))
     legend, top = svg.draw_legend([(name, svg.colour_class(index)) for index, name in enumerate(names)], width)
@@ -138,16 +137,16 @@ def share_bars(totals: Mapping[str, Mapping[str, float]], *, title: str, width: 
     return svg.document(parts, width, max(280, round(y)), f"{title}: {'; '.join(described)}", svg.NO_POINTS)
 
 
-def sparkline(values: Sequence[float]) -> Markup:
+def sparkline(values: Sequence[float]) -> Svg:
     """The course of a number at a glance: no axes, no text."""
     values = svg.every_kth([value for value in values if math.isfinite(value)], 80)
     if len(values) < 2:
-        return Markup("")
+        return Svg("")
     low, high = min(values), max(values)
     x, y = Scale(0, len(values) - 1, 1, 119), Scale(low, high if high > low else low + 1, 26, 4)
     line = f'<path class="line s0" d="{svg.path_data(range(len(values)), values, x, y)}"/>'
     stretch = 'viewBox="0 0 120 30" preserveAspectRatio="none"'
-    return Markup(f'<svg class="spark" {stretch} aria-hidden="true">{line}</svg>')
+    return Svg(f'<svg class="spark" {stretch} aria-hidden="true">{line}</svg>')
 
 
 def _kl_scale(paths: Sequence[Series], start: float, end: float) -> tuple[Scale, list[float]]:

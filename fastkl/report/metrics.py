@@ -1,0 +1,319 @@
+"""The table of metrics: every key of metrics.jsonl with its title, unit, number format and formula.
+
+In: a `FinishedStep`. Out: the step's line of metrics.jsonl (`metrics_of`), and docs/metrics.md, which
+`python -m fastkl.report.metrics` prints. The terminal, the report page and the trackers take names, units and formats
+from here and have no lists of keys of their own, so a new metric is one entry of METRICS. Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from fastkl.audit.thresholds import SIGMAS, WINDOW_STEPS
+from fastkl.report.numbers import number, percent
+
+if TYPE_CHECKING:
+    from fastkl.report.step_metrics import FinishedStep
+
+Value = float | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One key of metrics.jsonl, or a family of them: the part in capitals of "reward/NAME" stands for any name."""
+
+    key: str
+    title: str
+    about: str  # one sentence, the caption of its chart
+    unit: str
+    formula: str  # in the notation of objective/rloo.py, for docs/metrics.md
+    value: Callable[[FinishedStep], Value | Mapping[str, Value]]  # None: not logged; of a family: values by name
+    label: str = ""  # the title's short form, for rows, columns and legends
+    write: Callable[[float], str] = number
+    panel: bool = False  # a row of the terminal's panel, a column of the page's table, a chart of a comparison
+    card: bool = False  # a card on top of the page, a column of a comparison
+    plain: str = ""  # its part of the terminal's plain lines, made of {text} (as `write` writes it) or {value}
+    chart: str = ""  # heading of the chart on a run's page; metrics with the same heading share it
+    from_zero: bool = False  # its axis reaches 0
+    band: str = ""  # key of the standard deviation that is drawn around it
+    area_to: str = ""  # key of the line down to which the area below it is filled
+    exact: str = ""  # key of a less noisy measure of the same quantity, which the page prefers
+    whole: str = ""  # key of a family's sum; the members are drawn as shares of it
+    change: bool = False  # the page compares the last step with the first
+    summary: Literal["last", "median"] = "last"  # the one number of a whole run
+
+    @property
+    def name(self) -> str:
+        """Label, or the title where there is no shorter form."""
+        return self.label or self.title
+
+    @property
+    def heading(self) -> str:
+        """The name with its unit, for the columns of tables; shares are written with a percent sign."""
+        return self.name if self.is_share or not self.unit else f"{self.name}, {self.unit}"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether its values are shares of 1."""
+        return self.write is percent
+
+    @property
+    def is_family(self) -> bool:
+        """Whether it stands for several keys."""
+        return CAPITALS.search(self.key) is not None
+
+    def labels(self, keys: Iterable[str]) -> dict[str, str]:
+        """Its keys among `keys`, in their order, each with its label; in a family the label is the name's part."""
+        if not self.is_family:
+            return {self.key: self.name} if self.key in keys else {}
+        start, end = CAPITALS.split(self.key)
+        own = {metric.key for metric in METRICS}
+        members = [key for key in keys if key.startswith(start) and key.endswith(end) and key not in own]
+        return {key: key[len(start) : len(key) - len(end)] for key in members}
+
+
+CAPITALS = re.compile("[A-Z]+")
+
+
+STAGES = ("generate", "reward", "score", "update", "sync")  # of a step, in order; each has a time, 0 where it has none
+
+
+CAPTIONS = {  # of charts that several metrics share
+    "Reward": "Mean per completion; the band is one standard deviation.",
+    "KL from the original": "Summed over a completion: estimated from the samples (k1), and exact.",
+    "Cross entropies": "Of the completions, under both models; the area between is the KL per token.",
+    "Diversity and grammar": "Different word pairs among all; well-formed sentences among all.",
+    "Where the time goes": "Each stage's share of the time.",
+}
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "step", "Step", "Number of the step.", "", "1, 2, ...",
+        lambda s: s.report.step,
+    ),
+    Metric(
+        "reward/raw", "Reward", "Mean per completion.", "mean per completion",
+        "mean_i r_i over the samples with a reward",
+        lambda s: float(s.rewards.mean()),
+        label="reward", panel=True, card=True, plain="  reward {text}", chart="Reward", band="reward/std",
+        change=True,
+    ),
+    Metric(
+        "reward/std", "Spread of the rewards", "Standard deviation over the step's completions.", "per completion",
+        "sqrt(mean_i (r_i - mean_j r_j)^2)",
+        lambda s: float(s.rewards.std(correction=0)),
+    ),
+    Metric(
+        "reward/penalized", "Penalised reward", "The reward less the KL penalty.", "mean per completion",
+        "mean_i R_i, R_i = r_i - beta * KL_i; r_i alone where the KL is in the loss",
+        lambda s: s.mean["reward_penalized"],
+        label="after the KL penalty", chart="Reward",
+    ),
+    Metric(
+        "reward/NAME", "Reward function NAME", "Each function's own mean, before weights.", "mean per completion",
+        "mean over the completions that the function applies to; also what it gives to log_metric",
+        lambda s: s.report.reward_by_function,
+        chart="Reward functions",
+    ),
+    Metric(
+        "kl/mean", "KL from the original", "Summed over a completion.", "nats per completion",
+        "mean_i sum_t (log pi(y_it) - log q(y_it))",
+        lambda s: s.mean["logprob"] - s.mean["ref_logprob"],
+        label="KL", panel=True, card=True, plain="  kl {text}", chart="KL from the original", from_zero=True,
+        exact="kl/exact",
+    ),
+    Metric(
+        "kl/per_token", "KL per token", "Mean over all scored tokens.", "nats per token",
+        "(1 / N) sum_it (log pi(y_it) - log q(y_it))",
+        lambda s: s.per_token["logprob"] - s.per_token["ref_logprob"],
+    ),
+    Metric(
+        "kl/exact", "Exact KL", "Over the whole vocabulary at every position, summed over a completion.",
+        "nats per completion", "mean_i sum_t sum_v pi(v) (log pi(v) - log q(v)), v any id",
+        lambda s: s.mean["kl_exact"],
+        label="exact KL", chart="KL from the original", from_zero=True,
+    ),
+    Metric(
+        "kl/support", "Exact KL on the support", "Over the ids that could be sampled, summed over a completion.",
+        "nats per completion", "as kl/exact, with v, pi and q on the ids that could be sampled",
+        lambda s: s.mean["kl_support"],
+    ),
+    Metric(
+        "kl/penalty", "KL penalty", "What the KL costs.", "reward per completion",
+        "beta * mean_i KL_i, by --kl-estimator and --kl-reduction",
+        lambda s: s.report.kl_coef * s.mean["kl_penalized"],
+    ),
+    Metric(
+        "kl/coef", "KL coefficient", "Constant without --kl-target.", "reward per nat", "beta",
+        lambda s: s.report.kl_coef,
+    ),
+    Metric(
+        "kl/alarm", "KL alarm", "1 where the KL estimate is below zero, which no KL is.", "",
+        f"mean of kl/mean over the last {WINDOW_STEPS} steps < -{SIGMAS:g} standard errors",
+        lambda s: int(s.kl_alarm),
+    ),
+    Metric(
+        "lm_cross_entropy", "Policy cross entropy", "Of the completions, under the policy.", "nats per token",
+        "-(1 / N) sum_it log pi(y_it)",
+        lambda s: -s.per_token["logprob"],
+        label="policy CE", panel=True, plain="  ce {text}", chart="Cross entropies",
+    ),
+    Metric(
+        "original_lm_cross_entropy", "Original cross entropy", "Of the completions, under the original model.",
+        "nats per token", "-(1 / N) sum_it log q(y_it)",
+        lambda s: -s.per_token["ref_logprob"],
+        label="original CE", panel=True, plain="/{text}", chart="Cross entropies", area_to="lm_cross_entropy",
+    ),
+    Metric(
+        "entropy", "Entropy", "Of the policy's next-token distribution.", "nats per token",
+        "-(1 / N) sum_it sum_v pi(v) log pi(v), v any id",
+        lambda s: s.per_token["entropy"],
+        label="entropy", panel=True, chart="Entropy",
+    ),
+    Metric(
+        "diversity/distinct_2", "Distinct-2", "Different word pairs among all.", "of word pairs",
+        "distinct pairs of adjacent words / all pairs, over the step's completions (Li et al. 2016)",
+        lambda s: s.distinct_2,
+        label="distinct-2", write=percent, panel=True, card=True, plain="  distinct-2 {text}",
+        chart="Diversity and grammar", change=True,
+    ),
+    Metric(
+        "grammar/well_formed", "Well formed", "Share of all sentences.", "of sentences",
+        "sentences of the storyteller's grammar / all sentences; models that speak its language only",
+        lambda s: s.well_formed,
+        label="well formed", write=percent, panel=True, card=True, plain="  well-formed {text}",
+        chart="Diversity and grammar",
+    ),
+    Metric(
+        "completion/mean_length", "Length", "Mean length of a completion.", "tokens",
+        "mean_i T_i over all completions",
+        lambda s: float(s.lengths.mean()),
+        label="length", chart="Length", from_zero=True,
+    ),
+    Metric(
+        "completion/truncated_share", "Cut completions", "Completions cut at max_new_tokens among all.",
+        "of completions", "completions without an end-of-sequence token / all completions",
+        lambda s: sum(c.finish_reason == "length" for c in s.completions) / len(s.completions),
+        write=percent,
+    ),
+    Metric(
+        "groups/skipped", "Prompts left out", "Prompts with too few scorable samples for an advantage.", "prompts",
+        "number of prompts without a scored sample",
+        lambda s: int((~s.scored.any(dim=1)).sum()),
+    ),
+    Metric(
+        "steps/skipped", "Steps skipped", "Steps so far whose loss or gradient was not finite.", "steps",
+        "number of steps without an update, since the run began",
+        lambda s: s.skipped_steps,
+    ),
+    Metric(
+        "loss", "Loss", "Its gradient is the update's; its value has no meaning of its own.", "",
+        "-(1 / normalizer) sum_i A_i sum_t log pi(y_it), plus the KL where it is in the loss",
+        lambda s: s.total.loss,
+    ),
+    Metric(
+        "grad_norm", "Gradient norm", "Before it is clipped.", "", "norm of the gradient of all parameters",
+        lambda s: s.report.outcome.grad_norm,
+    ),
+    Metric(
+        "lr", "Learning rate", "By --warmup-steps and --lr-decay.", "", "the optimizer's",
+        lambda s: s.lr,
+    ),
+    Metric(
+        "tokens/generated", "Tokens generated", "Tokens of all completions so far.", "tokens",
+        "sum of T_i since the run began",
+        lambda s: s.tokens_generated,
+    ),
+    Metric(
+        "throughput/tokens_per_second", "Speed", "Completion tokens over the whole step's time.", "tokens per second",
+        "sum_i T_i / time/step_s",
+        lambda s: float(s.lengths.sum()) / s.step_seconds,
+        label="speed", panel=True, card=True, plain="  {text} tok/s", chart="Speed", from_zero=True, summary="median",
+    ),
+    Metric(
+        "time/STAGE_s", "Time of stage STAGE", "One of " + ", ".join(STAGES) + ".", "seconds",
+        "time that the step spent in the stage",
+        lambda s: dict.fromkeys(STAGES, 0.0) | dict(s.seconds),
+        chart="Where the time goes", whole="time/step_s",
+    ),
+    Metric(
+        "time/step_s", "Step time", "All stages of the step.", "seconds", "sum of the stages' times",
+        lambda s: s.step_seconds,
+        label="step", plain="  {value:.1f} s",
+    ),
+    Metric(
+        "mismatch/mean_abs_logprob", "Generator against trainer",
+        "Mean gap between their log-probs of the same tokens.", "nats per token",
+        "(1 / N) sum_it abs(log e(y_it) - log pi(y_it))",
+        lambda s: s.total.mean_gap,
+        label="gap", chart="Generator against trainer", from_zero=True,
+    ),
+    Metric(
+        "mismatch/max_abs_logprob", "Largest gap", "Largest gap between their log-probs of the same token.", "nats",
+        "max_it abs(log e(y_it) - log pi(y_it))",
+        lambda s: s.total.gap_max,
+    ),
+    Metric(
+        "mismatch/engine_kl", "KL of generator and trainer", "Estimated from the samples; never below zero.",
+        "nats per token", "(1 / N) sum_it (w - 1 - log w), w = pi(y_it) / e(y_it)",
+        lambda s: s.total.engine_kl_sum / s.num_tokens,
+    ),
+    Metric(
+        "mismatch/weights_cut", "Weights cut", "Importance weights cut at --importance-cap among all.", "of tokens",
+        "tokens whose weight was above the cap / N",
+        lambda s: s.total.num_weights_cut / s.num_tokens,
+        write=percent,
+    ),
+    Metric(
+        "policy_version", "Policy version", "Version of the weights that sampled the completions.", "",
+        "step - 1",
+        lambda s: s.report.batch.policy_version,
+    ),
+)  # fmt: skip
+
+
+def metrics_of(step: FinishedStep) -> dict[str, float | int]:
+    """The step's line of metrics.jsonl, in the table's order."""
+    line: dict[str, Value] = {}
+    for metric in METRICS:
+        value = metric.value(step)
+        if isinstance(value, Mapping):
+            line |= {metric.key.replace(CAPITALS.findall(metric.key)[0], name): one for name, one in value.items()}
+        else:
+            line[metric.key] = value
+    return {key: value for key, value in line.items() if value is not None}
+
+
+def reward_names(keys: Iterable[str]) -> list[str]:
+    """The names of the reward functions among the keys of a step, in order."""
+    return [name for metric in METRICS if metric.key == "reward/NAME" for name in metric.labels(keys).values()]
+
+
+def markdown() -> str:
+    """docs/metrics.md."""
+    rows = [
+        f"| `{metric.key}` | **{metric.title}.** {metric.about} | {metric.unit} | {metric.formula} |"
+        for metric in METRICS
+    ]
+    return "\n".join([INTRODUCTION, "| Key | What it says | Unit | Formula |", "|---|---|---|---|", *rows, ""])
+
+
+INTRODUCTION = """# Metrics
+
+Every step of a run writes one line of `metrics.jsonl`; TensorBoard, W&B and trackio get the same keys, the terminal and
+the report page show some of them. This page is made from the table in `fastkl/report/metrics.py` by
+`python -m fastkl.report.metrics > docs/metrics.md`.
+
+Notation: sample i of the step has the completion y_i1 ... y_iT_i; r_i is its reward, beta the KL coefficient. pi is the
+policy, q the reference, e the generator's record; log pi(y) and log q(y) are those on the ids that could be sampled.
+Means run over the scored samples and N is the number of their tokens. Logarithms are natural. A value that is not
+finite is written as null. Two runs with equal settings may differ in `time/` and `throughput/` only.
+"""
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
