@@ -4,14 +4,13 @@ heading in words, and below them why a row may be doubtful."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from markupsafe import escape
-
 from fastkl.microbench.jobs import JOBS
-from fastkl.report.page import svg
+from fastkl.report import svg
 
 WIDTH, LEFT, BAR = 960, 250, 20
 KINDS = {"fastkl": "s0", "PyTorch": "s2", "other projects": "s1"}
@@ -79,6 +78,6 @@ def bars(
 
 def standalone(chart: str) -> str:
     """The chart as a file of its own, with the page's colours for light and dark."""
-    style = escape(Path(svg.__file__).with_name("style.css").read_text())
+    style = escape((Path(svg.__file__).parent / "page" / "style.css").read_text())
     opening, rest = str(chart).split(">", 1)
     return f'{opening} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}'
