@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
 
-import fastkl
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
-from fastkl.kernels.operators import TokenScores
-from fastkl.sampling.params import Sampling, replayed_names
+from fastkl.kernels.operators import TokenScores, head_token_scores
+from fastkl.sampling.params import replayed_names
 from fastkl.sampling.replay import support_of
 from fastkl.score_files.progress import ScoreView
 from fastkl.score_files.read import Job, JobReader, Malformed, read_windows, sampling_of
 from fastkl.score_files.write import start_output, to_line
-from fastkl.scoring import backbone, models
+from fastkl.scoring import models
 from fastkl.scoring.head import head_of
 from fastkl.scoring.pack import pack
-from fastkl.scoring.score_tokens import check_same_logits, head_scores, layout_of
+from fastkl.scoring.score_tokens import check_same_logits, layout_of
+from fastkl.scoring.scored_model import Hidden, ScoredModel
 from fastkl.training.setup import choose_device, compute_dtype
 from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch
+from fastkl.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def header(config: ScoreConfig, dtype: torch.dtype) -> dict[str, Any]:
     """What shapes the numbers, for readers of the output and for --resume."""
     sampling = {name: getattr(config.shared, name) for name in replayed_names()}
     return {
-        "fastkl": fastkl.__version__,
+        "fastkl": __version__,
         "model": config.model,
         "reference": config.reference,
         "dtype": str(dtype).removeprefix("torch."),
@@ -170,23 +170,23 @@ def write(output: BinaryIO, lines: bytes, path: Path | None) -> None:
 class Scorer:
     """Policy and reference, ready to score windows."""
 
-    policy: nn.Module
-    reference: nn.Module | None
-    device: torch.device
-    dtype: torch.dtype  # of the backbone's matrix products; weights, head and scores are float32
+    policy: ScoredModel
+    reference: ScoredModel | None
     batch_tokens: int
 
     @classmethod
     def load(cls, config: ScoreConfig, device: torch.device, dtype: torch.dtype) -> Scorer:
-        """Loads and checks the models; UserError for one that cannot be scored, or two that do not fit together."""
+        """Loads and checks the models; UserError for one that cannot be scored, or two that do not fit together.
+
+        dtype: of the backbone's matrix products; weights, head and scores are float32.
+        """
         sources = [models.resolve_model(name) for name in (config.model, config.reference) if name is not None]
         loaded = {source: models.load_model(source, device).requires_grad_(False) for source in dict.fromkeys(sources)}
-        policy, reference = loaded[sources[0]], loaded[sources[1]] if len(sources) == 2 else None
-        layout_of(policy, dtype)
+        scored = [ScoredModel(loaded[source], layout_of(loaded[source], dtype), dtype) for source in sources]
+        policy, reference = scored[0], scored[1] if len(scored) == 2 else None
         if reference is not None:
-            layout_of(reference, dtype)
-            check_same_logits(head_of(policy), head_of(reference))
-        return cls(policy, reference, device, dtype, config.batch_tokens)
+            check_same_logits(head_of(policy.model), head_of(reference.model))
+        return cls(policy, reference, config.batch_tokens)
 
     @torch.no_grad()
     def score(self, jobs: Sequence[Job | Malformed], view: ScoreView) -> list[dict[str, Any]]:
@@ -197,7 +197,7 @@ class Scorer:
         ready = [job for job in jobs if isinstance(job, Job)]
         ready.sort(key=lambda job: len(job.prompt) + len(job.completion))
         batch = as_rollouts(ready)
-        for members, micro in pack(batch, range(len(ready)), self.batch_tokens, self.device):
+        for members, micro in pack(batch, range(len(ready)), self.batch_tokens, self.policy.device):
             chosen = [ready[i] for i in members]
             for job, scores in zip(chosen, self._scores(chosen, micro), strict=True):
                 records[job.number] = record_of(job, scores)
@@ -206,51 +206,33 @@ class Scorer:
 
     def _scores(self, jobs: Sequence[Job], micro: PackedBatch) -> Iterator[dict[str, list[float]]]:
         """The scores of each job's tokens."""
-        hidden = self._hidden(self.policy, micro)
-        ref_hidden = None if self.reference is None else self._hidden(self.reference, micro)
+        policy = self._hidden(self.policy, micro)
+        reference = None if self.reference is None else self._hidden(self.reference, micro)
         ends = micro.completion_cu_seqlens.tolist()
-        owner = torch.repeat_interleave(torch.arange(len(jobs), device=self.device), micro.completion_lengths)
+        owner = torch.repeat_interleave(torch.arange(len(jobs), device=self.policy.device), micro.completion_lengths)
         found: list[dict[str, list[float]]] = [{} for _ in jobs]
         samplings = dict.fromkeys(job.sampling for job in jobs)
         for sampling in samplings:  # one call of the operator for each
-            mine = torch.tensor([job.sampling == sampling for job in jobs], device=self.device)
-            scores = self._head(hidden, ref_hidden, micro, sampling, mine[owner] if len(samplings) > 1 else None)
+            mine = torch.tensor([job.sampling == sampling for job in jobs], device=self.policy.device)
+            scores = head_token_scores(
+                policy.states,
+                policy.head,
+                *((None, None) if reference is None else (reference.states, reference.head)),
+                micro.target_ids,
+                mask=mine[owner] if len(samplings) > 1 else None,
+                temperature=sampling.temperature,
+                support=support_of(sampling, micro.completion_positions, len(policy.head.weight)),
+                check_values=True,  # NaN in a model is an error here, not a null in the output
+            )
             values = {name: getattr(scores, name) for name in TokenScores.__slots__}
             lists = {name: value.tolist() for name, value in values.items() if value is not None}
             for i in mine.nonzero()[:, 0].tolist():
                 found[i] = {name: value[ends[i] : ends[i + 1]] for name, value in lists.items()}
         return iter(found)
 
-    def _hidden(self, model: nn.Module, micro: PackedBatch) -> torch.Tensor:
-        layout = layout_of(model, self.dtype)
-        with backbone.scoring(model, layout), self._autocast():
-            return backbone.hidden_states(model, micro, layout)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def _head(
-        self,
-        hidden: torch.Tensor,
-        ref_hidden: torch.Tensor | None,
-        micro: PackedBatch,
-        sampling: Sampling,
-        mask: torch.Tensor | None,
-    ) -> TokenScores:
-        head = head_of(self.policy)
-        return head_scores(
-            hidden,
-            head,
-            ref_hidden,
-            None if self.reference is None else head_of(self.reference),
-            micro.target_ids,
-            mask=mask,
-            temperature=sampling.temperature,
-            support=support_of(sampling, micro.completion_positions, len(head.weight)),
-            check_values=True,  # NaN in a model is an error here, not a null in the output
-        )
+    def _hidden(self, model: ScoredModel, micro: PackedBatch) -> Hidden:
+        with model.scoring():
+            return model.hidden(micro)
 
 
 def as_rollouts(jobs: Sequence[Job]) -> RolloutBatch:
