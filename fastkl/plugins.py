@@ -28,6 +28,10 @@ def find_function(setting: str, name: str, built_in: Collection[str] = ()) -> Ca
 
     built_in: names of the setting's own entries, for the message.
     """
+    if name.endswith(".py") and Path(name).expanduser().is_file():
+        functions = _functions(_module_from_file(setting, Path(name).expanduser()))
+        there = f"It has {', '.join(functions)}; write {name}:{functions[0]}." if functions else "It has none."
+        raise UserError(f"{setting}: {name!r} is a file; which function of it is meant? {there}")
     if not is_named(name):
         raise UserError(
             f"{setting}: unknown {name!r}.{nearest(name, built_in)} Use {', '.join(built_in)}, package.module:function "
@@ -45,12 +49,17 @@ def find_function(setting: str, name: str, built_in: Collection[str] = ()) -> Ca
     return function
 
 
-def _what_there_is(module: ModuleType, wanted: str) -> str:
-    own = [
+def _functions(module: ModuleType) -> list[str]:
+    """The names of the module's own functions."""
+    return [
         name
         for name, value in vars(module).items()
         if callable(value) and not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
     ]
+
+
+def _what_there_is(module: ModuleType, wanted: str) -> str:
+    own = _functions(module)
     return f"{nearest(wanted, own)} It has {', '.join(own)}." if own else " It has no functions."
 
 

@@ -55,21 +55,28 @@ def run(tokens: list[str]) -> int:
         raise UserError(in_one_line(mistake, f"fastkl {tokens[0]}" if tokens[0] in known else "fastkl")) from mistake
 
 
-def in_one_line(mistake: Any, command: str) -> str:
+def in_one_line(mistake: Exception, command: str) -> str:
     """What is wrong with the arguments, and what to do."""
     from cyclopts import exceptions as e
 
-    from fastkl.cli.foreign import foreign
+    from fastkl.cli.commands import app
+    from fastkl.cli.foreign import answer
     from fastkl.sampling.rules import why_rejected
+
+    def known() -> list[str]:
+        return [name for argument in app[command.split()[-1]].assemble_argument_collection() for name in argument.names]
 
     if isinstance(mistake, e.UnknownOptionError):
         option = (mistake.token.keyword or mistake.token.value).partition("=")[0]
-        known = [name for argument in mistake.argument_collection for name in argument.names]
-        why = foreign(option) or why_rejected(option.lstrip("-").replace("-", "_")) or nearest(option, known)
+        names = known()
+        why = why_rejected(option.lstrip("-").replace("-", "_")) or answer(option, names) or nearest(option, names)
         return f"{command} has no option {option}.{why} `{command} --help` lists them."
     if isinstance(mistake, e.UnusedCliTokensError):
-        return f"unexpected argument {(mistake.unused_tokens or ['?'])[0]!r} (see `{command} --help`)"
+        surplus = (mistake.unused_tokens or ["?"])[0]
+        why = answer(surplus.partition("=")[0], known())  # verl's key=value
+        return f"unexpected argument {surplus!r}.{why} `{command} --help` lists what there is."
     if isinstance(mistake, e.MissingArgumentError) and mistake.argument:
-        return f"{mistake.argument.name} needs a value (see `{command} --help`)"
+        return f"{mistake.argument.name} needs a value (see `{command} --help`)."
+    assert isinstance(mistake, e.CycloptsError)
     mistake.verbose = False
     return f"{' '.join(str(mistake).split())} (see `{command} --help`)"

@@ -1,5 +1,94 @@
-"""What people type who come from other trainers, and what it is here."""
+"""What people type who come from TRL, verl or OpenRLHF, and what it is here, or why it is not.
+
+The names are those of TRL's GRPOConfig, RLOOConfig, ModelConfig and ScriptArguments (transformers' TrainingArguments
+included), of OpenRLHF's train_ppo_ray, and of verl's ppo_trainer.yaml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+OURS: dict[str, str] = {
+    "--model": "model_name_or_path pretrain actor_rollout_ref.model.path",
+    "--prompts": "dataset dataset_name prompt_data data.train_files",
+    "--reward": "reward_funcs remote_rm_url custom_reward_function.path custom_reward_function.name",
+    "--kl-coef": "beta init_kl_coef algorithm.kl_ctrl.kl_coef actor_rollout_ref.actor.kl_loss_coef",
+    "--kl-estimator": "algorithm.kl_penalty actor_rollout_ref.actor.kl_loss_type",
+    "--kl-placement": "use_kl_loss algorithm.use_kl_in_reward actor_rollout_ref.actor.use_kl_loss",
+    "--advantage": "baseline advantage_estimator algorithm.adv_estimator",
+    "--truncated drop": "mask_truncated_completions",
+    "--reference-every": "sync_ref_model ref_model_sync_steps",
+    "--reference-share": "ref_model_mixup_alpha",
+    "--importance": "vllm_importance_sampling_correction enable_vllm_is_correction importance_sampling_level",
+    "--importance-cap": "vllm_importance_sampling_clip_max vllm_importance_sampling_cap vllm_is_truncated_threshold",
+    "--num-samples": "num_generations n_samples_per_prompt actor_rollout_ref.rollout.n",
+    "--prompts-per-step": "rollout_batch_size data.train_batch_size",
+    "--max-new-tokens": "max_completion_length generate_max_len data.max_response_length",
+    "--generator": "use_vllm actor_rollout_ref.rollout.name",
+    "--gpu-memory-utilization": "vllm_gpu_memory_utilization actor_rollout_ref.rollout.gpu_memory_utilization",
+    "--lr": "learning_rate actor_learning_rate actor_rollout_ref.actor.optim.lr",
+    "--lr-decay": "lr_scheduler_type lr_scheduler",
+    "--warmup-steps": "warmup_ratio lr_warmup_ratio",
+    "--weight-decay": "l2",
+    "--max-grad-norm": "max_norm",
+    "--steps": "max_steps num_train_epochs num_episodes trainer.total_training_steps trainer.total_epochs",
+    "--micro-batch-tokens": "gradient_accumulation_steps micro_train_batch_size use_dynamic_batch "
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "--dtype bfloat16": "bf16",
+    "--output": "output_dir run_name save_path ckpt_path trainer.default_local_dir trainer.experiment_name",
+    "--save-every": "save_steps trainer.save_freq",
+    "--keep-checkpoints": "save_total_limit max_ckpt_num",
+    "--resume": "resume_from_checkpoint load_checkpoint trainer.resume_mode",
+    "--report-to": "use_wandb use_tensorboard trainer.logger",
+}
+"""Our option, and the names that it has elsewhere."""
+
+NOT_HERE: dict[str, str] = {
+    "per_device_train_batch_size train_batch_size generation_batch_size": (
+        "a step takes --prompts-per-step times --num-samples completions, and --micro-batch-tokens bounds its memory"
+    ),
+    "num_iterations max_epochs steps_per_generation actor_rollout_ref.actor.ppo_mini_batch_size": (
+        "every completion is trained on once"
+    ),
+    "epsilon epsilon_high delta eps_clip actor_rollout_ref.actor.clip_ratio loss_type policy_loss_type": (
+        "the policy that is updated is the one that sampled, so there is no ratio to clip"
+    ),
+    "scale_rewards normalize_advantages normalize_reward": (
+        "rewards are not scaled; write an advantage of your own: --advantage FILE.py:FUNCTION"
+    ),
+    "use_peft lora_r lora_rank lora_alpha lora_dropout lora_target_modules load_in_4bit load_in_8bit": (
+        "all weights are trained, in float32"
+    ),
+    "reward_pretrain critic_pretrain critic_learning_rate gamma lambd": (
+        "there is no critic and no reward model; a reward is a Python function (--reward)"
+    ),
+    "deepspeed fsdp zero_stage vllm_tensor_parallel_size trainer.n_gpus_per_node trainer.nnodes": (
+        "one process trains on one GPU or on the CPU"
+    ),
+    "fp16": "float16 overflows; use --dtype bfloat16",
+    "logging_steps log_completions": "every step is logged; --sample-every says how often completions are shown",
+    "push_to_hub": "checkpoints are model folders that any tool can upload",
+    "max_prompt_length prompt_max_len data.max_prompt_length": (
+        "prompts are never cut; one that does not fit the model's context is refused"
+    ),
+}
+"""Names elsewhere, and why there is no such option here."""
 
 
-def foreign(option: str) -> str:
-    return ""
+VERL = ("actor_rollout_ref.", "algorithm.", "critic.", "data.", "reward_model.", "trainer.")
+"""Where the names of verl's settings begin."""
+
+
+def answer(option: str, known: Iterable[str]) -> str:
+    """What `option` (with or without dashes) is here, begins with a space; nothing for a name nobody uses.
+
+    known: the options of the command; an answer that is not among them would not help.
+    """
+    name = option.lstrip("+-").replace("-", "_")
+    for ours, theirs in OURS.items():
+        if name in theirs.split() and ours.split()[0] in known:
+            return f" Here it is {ours}."
+    why = next((why for theirs, why in NOT_HERE.items() if name in theirs.split()), "")
+    if not why and name.startswith(VERL):
+        why = "it is a setting of verl without a counterpart"
+    return f" Not here: {why}." if why else ""

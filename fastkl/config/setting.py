@@ -88,7 +88,7 @@ class Setting:
     def check(self, value: Any) -> None:
         """UserError for a value that is out of range, or none of the choices."""
         for item in value if self.is_list else (value,):
-            if self.choices and item not in self.choices and not (self.own and ":" in item):
+            if self.choices and item not in self.choices and not (self.own and (":" in item or item.endswith(".py"))):
                 raise UserError(
                     f"{self.name}: unknown {item!r}.{nearest(item, self.choices)} Choose from {', '.join(self.choices)}"
                     f"{' or FILE.py:FUNCTION' if self.own else ''}."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 from toy import VOCAB, toy_model
 
 import fastkl
-from fastkl.cli import command_line, main
+from fastkl.cli import command_line, foreign, main
 from fastkl.config.files import load_config, save_config
 from fastkl.config.settings import TrainConfig, settings
 from fastkl.training import sweep
@@ -202,6 +204,14 @@ def test_a_run_folder_that_was_moved_is_resumed_where_it_is(trained, tmp_path, m
             "train --repetition-penalty 1.2",
             ["no option --repetition-penalty", "cannot be scored", "text already holds"],
         ),
+        ("train --beta 0.1", ["no option --beta. Here it is --kl-coef."]),
+        ("train --learning_rate=1e-5", ["no option --learning_rate. Here it is --lr."]),
+        ("train --lora-r 8", ["no option --lora-r. Not here: all weights are trained"]),
+        ("train --baseline none", ["no option --baseline. Here it is --advantage."]),
+        ("train algorithm.adv_estimator=rloo", ["'algorithm.adv_estimator=rloo'. Here it is --advantage."]),
+        ("train actor_rollout_ref.actor.strategy=fsdp", ["Not here: it is a setting of verl"]),
+        ("sweep --kl-coef 1 --init_kl_coef 1", ["no option --init_kl_coef. Here it is --kl-coef."]),
+        ("score x.jsonl --model m --beta 1", ["fastkl score has no option --beta. `fastkl score --help`"]),
         ("train --kl-estimator k3", ["kl_estimator: k3 in the reward is refused", "pathwise term"]),
         ("train --banned-token-ids five", ["banned_token_ids: ['five'] is not a list of whole numbers"]),
         ("train --steps 2.5", ["steps: '2.5' is not a whole number"]),
@@ -212,6 +222,9 @@ def test_a_run_folder_that_was_moved_is_resumed_where_it_is(trained, tmp_path, m
         ("train --output unknown.yaml", ["'unknown.yaml' is a file"]),
         ("train --reward aliteration", ["reward: unknown 'aliteration'", "Did you mean 'alliteration'"]),
         ("train --reward rewards.py:g", ["'rewards.py' has no function 'g'", "It has f."]),
+        ("train --reward rewards.py", ["'rewards.py' is a file", "It has f; write rewards.py:f."]),
+        ("train --advantage rewards.py", ["advantage: 'rewards.py' is a file", "It has f; write rewards.py:f."]),
+        ("train --advantage rlo", ["advantage: unknown 'rlo'", "Did you mean 'rloo'", "FILE.py:FUNCTION"]),
         ("train --reward rewards.py:f --reward-weights 1 2", ["reward_weights: 2 weights for 1"]),
         ("train --model ./nowhere", ["model: there is no model folder './nowhere'"]),
         ("train --model used", ["model: the folder 'used'", "no config.json"]),
@@ -238,6 +251,28 @@ def test_bad_input_is_refused_on_one_line(capsys, tmp_path, monkeypatch, argumen
     message = refused(capsys, *arguments.split())
     assert all(word in message for word in words), message
     assert sorted(path for path in Path().rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_names_of_other_trainers_are_answered_with_options_that_exist_and_are_no_options_themselves():
+    options = {setting.option for setting in settings().values()}
+    theirs = [name for names in (*foreign.OURS.values(), *foreign.NOT_HERE) for name in names.split()]
+    assert len(theirs) > 100 and len(set(theirs)) == len(theirs)
+    assert {ours.split()[0] for ours in foreign.OURS} <= options
+    assert not options & {f"--{name.replace('_', '-')}" for name in theirs}
+    assert all(set(re.findall(r"--[a-z-]+", why)) <= options for why in foreign.NOT_HERE.values())
+
+
+def test_names_that_trl_has_are_answered():
+    trl = pytest.importorskip("trl")
+    classes = (trl.GRPOConfig, trl.RLOOConfig, trl.ModelConfig, trl.ScriptArguments)
+    fields = {field.name for cls in classes for field in dataclasses.fields(cls)}
+    table = " ".join((*foreign.OURS.values(), *foreign.NOT_HERE)).split()
+    assert len(fields & set(table)) >= 50
+    options = [setting.option for setting in settings().values()]
+    for name in fields & {
+        *["beta", "learning_rate", "num_generations", "dataset_name", "use_peft", "save_steps", "lora_r", "bf16"]
+    }:
+        assert foreign.answer(f"--{name.replace('_', '-')}", options).endswith("."), name
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
+import fastkl
 from fastkl.config import settings as table
-from fastkl.config.files import load_config, save_config, with_settings
+from fastkl.config.files import as_markdown, load_config, save_config, with_settings
 from fastkl.config.settings import TrainConfig, check_config
 from fastkl.errors import UserError
+from fastkl.objective.advantages import ADVANTAGES
+from fastkl.objective.kl_estimators import ESTIMATORS
 from fastkl.training.run_folder import prepare_run_folder
 
 
@@ -186,6 +190,32 @@ def test_wrong_yaml_is_refused_on_one_line_with_the_file(tmp_path, text, message
     with pytest.raises(UserError) as refused:
         load_config(path)
     assert message in str(refused.value) and str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_config_of_version_0_1_0_is_read_under_todays_names(tmp_path):
+    (tmp_path / "c.yaml").write_text("baseline: leave_one_out  # ...\nreward_weights: null\nkl_coef: 0.5\n")
+    assert load_config(tmp_path / "c.yaml") == changed(advantage="rloo", kl_coef=0.5)
+    (tmp_path / "c.yaml").write_text("baseline: none\n")
+    assert load_config(tmp_path / "c.yaml") == changed(advantage="none")
+    with pytest.raises(UserError, match="there is no setting 'baseline'"):
+        with_settings(TrainConfig(), {"baseline": "none"})  # elsewhere the name is not known any more
+
+
+def test_choices_of_a_registry_are_its_entries_and_ones_own_function():
+    assert table.settings()["advantage"].choices == tuple(ADVANTAGES)
+    assert table.settings()["kl_estimator"].choices == tuple(ESTIMATORS)
+    setting = table.settings()["kl_estimator"]
+    setting.check("k1")
+    setting.check("mine.py:kl")
+    with pytest.raises(UserError, match="unknown 'k9'.* or FILE.py:FUNCTION"):
+        setting.check("k9")
+
+
+def test_page_of_settings_is_current():
+    """`python -m fastkl.config.files > docs/settings.md` writes it."""
+    page = (Path(fastkl.__file__).parents[1] / "docs" / "settings.md").read_text()
+    assert page == as_markdown()
+    assert all(page.count(f"| `{setting.option}` |") == 1 for setting in table.settings().values())
 
 
 def test_settings_win_over_their_base():
