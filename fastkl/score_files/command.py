@@ -217,7 +217,8 @@ class Scorer:
             scores = head_token_scores(
                 policy.states,
                 policy.head,
-                *((None, None) if reference is None else (reference.states, reference.head)),
+                None if reference is None else reference.states,
+                None if reference is None else reference.head,
                 micro.target_ids,
                 mask=mine[owner] if len(samplings) > 1 else None,
                 temperature=sampling.temperature,
