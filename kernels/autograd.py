@@ -25,7 +25,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 GAP_ROWS = 64
-"""Runs of rows with a gradient are taken together if fewer rows than this lie between them."""
+"""Two runs of rows with a gradient are processed as one if fewer rows than this lie between them."""
 
 
 Inputs = tuple[Tensor | None, ...]
@@ -71,7 +71,7 @@ class ScoreFunction(torch.autograd.Function):
                 last = Kept(passes, lo, *passes.score(lo, hi))
                 if (pairs := passes.allowed()) is not None:
                     allowed.append(pairs)
-            if allowed:  # the backward need not find these ids again
+            if allowed:  # then the backward need not find these ids again
                 call = replace(call, rows=replace(call.rows, support=as_record(allowed, call.rows.target_ids)))
                 passes.rows = call.rows
             if call.keeps_last_chunk and any(ctx.needs_input_grad[1:]):
@@ -87,7 +87,8 @@ class ScoreFunction(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Any) -> Inputs:
-        """The gradient of the chunk that is still there; then the logits of the other rows that matter once more."""
+        """First the gradient of the chunk whose logits are kept; then the logits of the other rows with a gradient are
+        computed again."""
         inputs = ctx.saved_tensors
         grad = TokenScores(*grads)
         coefficients = TokenCoefficients(
@@ -104,7 +105,7 @@ class ScoreFunction(torch.autograd.Function):
             active = active[active < kept.first]
             if not len(active):
                 return None, *kept.passes.source.gradients(inputs)
-        # a recomputed support must see the very logits of the forward, whatever the BLAS does with other row counts
+        # a recomputed support needs exactly the forward's logits, which a BLAS may not give for another number of rows
         if len(active) < len(call.rows) and not (call.rows.support is not None and call.rows.support.is_recomputed):
             call, stats, coefficients = call.select(active), stats[active], coefficients.select(active)
             support_stats = None if support_stats is None else support_stats[active]

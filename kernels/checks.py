@@ -1,4 +1,4 @@
-"""Border checks of the operators: every mistake that shapes, dtypes and devices can reveal, with what to do about it.
+"""Checks at the operators' border: every mistake that shapes, dtypes and devices can reveal, with what to do about it.
 
 Values are looked at only where that costs nothing (on the CPU) or when asked (`check_values=True`).
 """
@@ -149,7 +149,7 @@ def check_values(valid_vocab: int, target_ids: Tensor, temperature: float | Tens
 
 
 def check_finite(name: str, logprobs: Tensor) -> None:
-    """NaN in any logit of a row makes its log-probability NaN: one look at [n] numbers finds it."""
+    """NaN in any logit of a row makes its log-probability NaN, so looking at [n] numbers finds it."""
     bad = logprobs.isnan()
     if bool(bad.any()):
         raise UserError(

@@ -51,7 +51,8 @@ def one_graph_break(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def is_sharded(x: object) -> bool:
-    """Whether x is a DTensor, which lies in pieces on several processes; asked without importing torch.distributed."""
+    """Whether x is a DTensor, which lies in pieces on several processes; found out without importing
+    torch.distributed."""
     return hasattr(x, "full_tensor")
 
 
@@ -76,6 +77,6 @@ def _gather(sharded: Any) -> Tensor:
 
     mesh = sharded.device_mesh
     full = sharded.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if full.requires_grad:  # the sum over processes follows in the backward of full_tensor; gloo has no average
+    if full.requires_grad:  # full_tensor's backward then sums over processes (gloo has no average)
         full.register_hook(lambda gradient: gradient / mesh.size())
     return full

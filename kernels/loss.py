@@ -63,7 +63,7 @@ class LossFunction(torch.autograd.Function):
 
 
 def scale_(x: Tensor, factor: Tensor, use_triton: bool) -> None:
-    """x *= factor, a number on the same device. Mostly it is 1, and then there is nothing to do."""
+    """x *= factor, a number on the same device. It is usually 1, and then there is nothing to do."""
     if use_triton:
         from .gpu import passes
 

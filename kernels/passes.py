@@ -50,7 +50,8 @@ class LogitOptions:
 
     @property
     def scale(self) -> float:
-        """logit_scale / temperature, but for a temperature of each row, which is left to the reader."""
+        """logit_scale / temperature, unless every row has its own temperature: then the kernels that read the logits
+        apply it."""
         return float(self.logit_scale if isinstance(self.temperature, Tensor) else self.logit_scale / self.temperature)
 
     @property

@@ -1,4 +1,5 @@
-"""The few types that cross the border of the scoring operators: what is asked, what comes back, what a loss multiplies.
+"""The types of the scoring operators' arguments and results: what the sampler allowed, the scores, the factors of a
+loss.
 
 Letters: N scored tokens (rows), V vocabulary, S the set of token ids that the sampler allowed at a row.
 """

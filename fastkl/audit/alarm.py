@@ -1,7 +1,8 @@
 """The alarm: a KL is never negative, so an estimate that is significantly below zero means that the scoring is wrong.
 
-k1 of one completion may well be negative; its mean over completions drawn from the scored distribution may not, but
-for chance. The alarm rings where a mean is below zero by more than SIGMAS standard errors. Standard library only.
+A single completion's k1 may well be negative. The mean over completions that were drawn from the scored distribution
+may not, except by chance. The alarm rings where a mean is below zero by more than SIGMAS standard errors. Standard
+library only.
 """
 
 from __future__ import annotations

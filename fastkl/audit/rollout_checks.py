@@ -1,7 +1,7 @@
 """The causes of a negative KL estimate: each looks at rollouts and says what it sees, and what to do about it.
 
 In: Rollouts (fields as in doctor.py). Out of each cause: a Finding, or None where it does not fit. Nearly all of them
-live on one number per token, sampler - trainer: what the generator recorded minus what the trainer computed for the
+look at one number per token, sampler - trainer: what the generator recorded minus what the trainer computed for the
 same token. It is never negative where ids were kept from being drawn (it is -log of the mass of the ids that were
 left), and of both signs where the weights or the precision differ. Standard library only.
 """
@@ -111,7 +111,7 @@ def truncated_sampling(rollouts: Rollouts) -> Finding | None:
 
 
 def banned_end(rollouts: Rollouts) -> Finding | None:
-    """min_tokens bans the end of the text in the first tokens, and the scorer does not know."""
+    """min_tokens bans the end of the text in the first tokens, and the scorer ignores that."""
     gaps = rollouts.gaps()
     if not gaps:
         return _possible(BANNED_END, _set(rollouts.settings, "min_tokens"))
@@ -137,7 +137,7 @@ def dropout(rollouts: Rollouts) -> Finding | None:
 
 
 def reencoded(rollouts: Rollouts) -> Finding | None:
-    """The text was decoded and encoded again, into other tokens."""
+    """The text was decoded and then encoded again, which gave other tokens."""
     pairs = [(r.sampled_token_ids, r.token_ids) for r in rollouts.rows if r.sampled_token_ids and r.token_ids]
     changed = sum(a != b[: len(a)] for a, b in pairs)
     longer = sum(r.sampler_logprobs is not None and len(r.sampler_logprobs) > len(r.logprobs) for r in rollouts.rows)

@@ -54,7 +54,8 @@ def estimate_and_exact(run: RunRecord) -> Verdict:
     mean, error = mean_and_error([m["kl/mean"] - m["kl/support"] for m in rows])
     text = f"over {len(rows)} steps the estimate (kl/mean) differs from the exact KL (kl/support) by"
     text += f" {mean:.2g} ± {error:.2g} nats per completion on average"
-    limit = SIGMAS * (1 + 8 / len(rows))  # few steps have the tails of Student's t: as unlikely as SIGMAS of a normal
+    # few steps: Student's t, at the probability that SIGMAS have under a normal distribution
+    limit = SIGMAS * (1 + 8 / len(rows))
     if abs(mean) <= max(limit * error, NOISE):
         return Clear("estimate against exact KL", text)
     return Finding(
@@ -121,7 +122,7 @@ def scored_positions(run: RunRecord) -> Verdict:
 
 
 def truncated_rows(run: RunRecord) -> Verdict:
-    """Completions that were cut have their whole KL, or they have left their group; never half."""
+    """Completions that were cut must have their whole KL, or must have left their group."""
     cut = [s for s in run.samples if s.get("finish_reason") == "length"]
     if not run.samples or not any("finish_reason" in s for s in run.samples):
         return None
@@ -149,7 +150,7 @@ def first_step(run: RunRecord) -> Verdict:
 
 
 def engine_gap(run: RunRecord) -> Verdict:
-    """Generator and trainer claim the log-probs of the same tokens."""
+    """Generator and trainer compute log-probs of the same tokens, which must agree."""
     gaps = run.series("mismatch/mean_abs_logprob")
     if not gaps:
         return None

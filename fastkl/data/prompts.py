@@ -79,11 +79,11 @@ class PromptSource:
         return tuple(taken)
 
     def state(self) -> dict[str, int]:
-        """What `load_state` needs to go on from here; JSON-able."""
+        """What `load_state` needs to continue from here; can be written as JSON."""
         return {"epoch": self._epoch, "position": self._position, "num_prompts": len(self._prompts)}
 
     def load_state(self, state: Mapping[str, int]) -> None:
-        """Goes on where `state` was taken. UserError if the prompts have become more or fewer since."""
+        """Continues from where `state` was taken. UserError if the number of prompts has changed since."""
         before = state.get("num_prompts", len(self._prompts))
         if before != len(self._prompts):
             raise UserError(
@@ -117,7 +117,7 @@ def read_rows(source: str) -> Iterator[Row]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a text too long, or with characters that no path has
+    except (OSError, ValueError):  # too long for a path, or with characters that no path has
         return False
 
 
@@ -242,7 +242,8 @@ def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[Prompt]:
 
 
 def rendered(messages: list[dict[str, str]], where: str, tokenizer: Any) -> str:
-    """The chat as the model's text, up to where the assistant speaks (or, after its own words, goes on speaking)."""
+    """The chat rendered as the model's text, up to where the assistant's answer begins (or continues, if the last
+    message is its own)."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"prompts: {where} holds chat messages, but the model's tokenizer has no chat template; use texts."
@@ -252,5 +253,5 @@ def rendered(messages: list[dict[str, str]], where: str, tokenizer: Any) -> str:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not own_words, continue_final_message=own_words
         )
-    except Exception as failure:  # templates are programs: they raise what they like
+    except Exception as failure:  # templates are programs and may raise anything
         raise UserError(f"prompts: the chat template refuses {where} ({failure}).") from failure

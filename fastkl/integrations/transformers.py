@@ -29,8 +29,8 @@ A whole loop, KL-penalised RLOO, takes twenty lines:
         loss.backward(), optimizer.step(), optimizer.zero_grad()
         print(f"step {step}: reward {reward.float().mean():.2f}, KL {scores.kl.sum(1).mean():.3f} nats")
 
-`generate` keeps 50 ids unless top_k is set. To sample so, score so: score_tokens(..., support=Support(top_k=50)), and
-take the scores that end in `_support`.
+`generate` keeps 50 ids unless top_k is set. If you sample so, score the same way: score_tokens(...,
+support=Support(top_k=50)), and take the scores that end in `_support`.
 
 The first call with a model compares backbone and head with its own logits, and the batched forward with separate
 ones, on a few tokens: a model that would be mis-scored is refused (UserError). Padding is never forwarded, the logits
@@ -40,7 +40,7 @@ are float32 (float64 for float64 models).
 PEFT: adapters count, and their weights get the gradient; adapters on the head itself are refused. torch.compile: the
 backbone runs as the module has it, so compile in place (`model.model.compile()`). DistributedDataParallel and FSDP2
 work from a module's forward, so give them one that scores, as `DistributedDataParallel(Scored(policy))` or
-`fully_shard(Scored(policy))`; a policy wrapped alone would be scored around its wrapper, and is refused:
+`fully_shard(Scored(policy))`; a wrapped policy would be scored without its wrapper taking part, and is refused:
 
     class Scored(torch.nn.Module):
         def __init__(self, policy):

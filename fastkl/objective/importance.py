@@ -1,9 +1,9 @@
 """Importance weights: how far the engine that sampled and the trainer that scores are apart, and what corrects for it.
 
-Both claim the log-probs of the same tokens under the same distribution; g = log pi_engine(y) - log pi_trainer(y) is
-zero but for rounding, or the engine is stale, or the two replay different settings. In bfloat16 the rounding is large
-enough to bias the gradient: truncated importance weights w = min(exp(-g), cap) correct the mean up to the cap (Ionides
-2008, "Truncated importance sampling"), per token, or for the whole completion with the sum of its g.
+Both compute log-probs of the same tokens under the same distribution. Their difference g = log pi_engine(y) - log
+pi_trainer(y) is mere rounding, unless the engine is stale or the two replay different settings. In bfloat16 the
+rounding is large enough to bias the gradient; truncated importance weights w = min(exp(-g), cap) correct the mean up to
+the cap (Ionides 2008, "Truncated importance sampling"), per token, or for the whole completion with the sum of its g.
 """
 
 from __future__ import annotations

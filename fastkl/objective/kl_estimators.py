@@ -151,7 +151,7 @@ class Penalty:
     estimator: str = "k1"  # an entry of ESTIMATORS, or place:function
     placement: str = "reward"  # "reward" or "loss"
     reduction: str = "sum"  # over a completion's tokens: "sum" or "mean"
-    credit: str = "completion"  # whom KL_t is charged to: every token of the completion, or only those that "caused" it
+    credit: str = "completion"  # which tokens KL_t is charged to: all of the "completion", or those that "caused" it
 
 
 def check_penalty(penalty: Penalty) -> None:

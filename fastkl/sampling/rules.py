@@ -62,7 +62,7 @@ VLLM: dict[str, Rule] = {
     "ignore_eos": Rule(REJECTED, "it goes on after the end of the text, where there is nothing to score", off=(False,)),
     "extra_args": Rule(REJECTED, "plugins may do anything to the logits", off=(None, {})),
 }
-"""Every field of vllm.SamplingParams. A test walks them, so that a new engine's new field is looked at by a person."""
+"""Every field of vllm.SamplingParams. A test walks them, so that every new field of a new engine gets looked at."""
 
 FILES: dict[str, Rule] = {**VLLM, **TRANSFORMERS, "eos_token_ids": ENDS_BY_TEXT}
 """What a line of a file may say about how a completion was drawn: the engine's names, ours, and the doctor's."""

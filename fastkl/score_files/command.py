@@ -49,7 +49,7 @@ class ScoreConfig:
 def score_file(config: ScoreConfig) -> int:
     """Scores a file; returns the number of lines that were scored by this call. UserError for a user's mistake.
 
-    Holds one window of the input at a time (score_io.py), whatever the file's length.
+    Holds one window of the input at a time (read.py), whatever the file's length.
     """
     if config.batch_tokens < 1:
         raise UserError(f"batch_tokens: {config.batch_tokens} is out of range; it must be 1 or more.")
@@ -144,7 +144,7 @@ def job_reader(config: ScoreConfig) -> JobReader:
 
 
 def report_malformed(jobs: Sequence[Job | Malformed], skip: bool, view: ScoreView) -> None:
-    """Names every malformed line, or raises UserError for the first."""
+    """Reports every malformed line, or raises UserError for the first."""
     for job in jobs:
         if isinstance(job, Malformed):
             if not skip:
@@ -153,7 +153,7 @@ def report_malformed(jobs: Sequence[Job | Malformed], skip: bool, view: ScoreVie
 
 
 def write(output: BinaryIO, lines: bytes, path: Path | None) -> None:
-    """Hands a window's lines to the system. UserError where it refuses them."""
+    """Writes a window's lines. UserError where that fails."""
     try:
         output.write(lines)
         output.flush()

@@ -150,7 +150,7 @@ class JobReader:
         try:
             return item if isinstance(item, Malformed) else step(item)
         except UserError as mistake:
-            reason = str(mistake).removeprefix("prompts: ")  # what data.py's messages begin with
+            reason = str(mistake).removeprefix("prompts: ")  # what prompts.py's messages begin with
             return Malformed(item.number, f"line {item.number} of {self.source!r}: {reason}")
 
     def _parsed(self, row: Row) -> Job | Malformed:
@@ -253,7 +253,7 @@ def only_ids(name: str, value: Any) -> Tokens:
 
 
 def id_of(record: Mapping[str, Any]) -> str | int | None:
-    """The line's own name for itself, copied to the output."""
+    """The line's "id", copied to the output."""
     found = record.get("id")
     if not isinstance(found, str | int | None):
         raise UserError("its id is neither a text nor a whole number.")

@@ -1,8 +1,8 @@
-"""The output of `fastkl score`: a header and then one line for each completion, continued where a killed run ended it.
+"""The output of `fastkl score`: a header and then one line for each completion, continued where a killed run stopped.
 
-Windows of the input (score_io.py) are written at once and in order. A run that was killed left whole windows and
-perhaps a part of one; the part is cut off, and the run goes on with that window. So what a resumed run writes is what
-it would have written, to the byte: the same lines are scored together in the same batches.
+Windows of the input (read.py) are written at once and in order. A run that was killed left whole windows and perhaps a
+part of one; the part is cut off, and the run goes on with that window. So what a resumed run writes is what it would
+have written, to the byte: the same lines are scored together in the same batches.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ ATTENTION = "fastkl_packed"
 
 
 HALF_TOLERANCE = 0.05
-"""How far half-precision layouts may differ, relative to the largest hidden value: rounding in another order."""
+"""How far half-precision layouts may differ, relative to the largest hidden value, since they round in a different
+order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def _padded_attention(
 
 
 def register_packed_attention() -> None:
-    """Makes `fastkl_packed` known to transformers. Harmless when repeated."""
+    """Makes `fastkl_packed` known to transformers. May be called more than once."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _packed_attention)

@@ -91,7 +91,7 @@ def load_model(source: str, device: torch.device) -> PreTrainedModel:
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Sets every dropout probability to 0, so that train() and eval() score alike: noise is no KL."""
+    """Sets every dropout probability to 0, so that train() and eval() score alike and no noise enters the KL."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

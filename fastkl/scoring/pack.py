@@ -4,8 +4,8 @@ In: one step's prompts, completions and rewards. Out: PackedBatches of at most `
 larger than that gets one of its own). A sample whose reward does not apply keeps its place in the group with length
 zero: it is neither forwarded nor scored. Groups in which no sample can have an advantage are left out by the caller.
 
-Padding does not exist here, so nothing can be earned on it; the end-of-sequence token is scored once, as the token that
-the policy chose.
+There is no padding, so none can be scored. The end-of-sequence token is scored once, as the token that the policy
+chose.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def _article_fits(symbol: str, word: str, words: list[str], i: int) -> bool:
 
 
 def _bind(match: _Match, symbol: str, word: str) -> _Match | None:
-    """The bindings after one more word, or None where it contradicts them."""
+    """The bindings after one more word; None if the word contradicts them."""
     if symbol.startswith("=") or symbol == "a":
         return match
     if symbol in ("A", "B"):

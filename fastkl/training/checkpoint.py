@@ -5,7 +5,7 @@ optimizer's moments and torch's random state as safetensors (trainer.safetensors
 (reference.safetensors), and checkpoint.json: step, prompt position, Python's and NumPy's random states, the run's
 settings, and size and hash of every other file. Nothing is pickled.
 
-It is written under another name, flushed to disk, and renamed last: a kill at any byte leaves the last good one.
+It is written under another name, flushed to disk, and renamed last: a kill at any moment leaves the last good one.
 """
 
 from __future__ import annotations

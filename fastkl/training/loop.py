@@ -1,8 +1,8 @@
 """The training loop: prompts -> completions -> rewards -> scores -> RLOO update -> weights back into the generator.
 
-`train(config)` is the whole run; `update` is the whole optimisation step. Everything that can go wrong cheaply has gone
-wrong in setup.py before the first line of the loop. One policy forward per update: its detached log-probs are the KL in
-the reward, its differentiable ones carry the gradient, so a step costs two forwards and one backward per token.
+`train(config)` is the whole run; `update` is the whole optimisation step. setup.py has checked everything that can be
+checked cheaply before the loop begins. One policy forward per update: its detached log-probs are the KL in the reward,
+its differentiable ones carry the gradient, so a step costs two forwards and one backward per token.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def update(
             parts.append((members, part.breakdown(scores, loss)))
     total = whole_step(batch.valid.shape, parts)
     if not total.num_tokens:
-        return StepOutcome(total)  # no group had an advantage: nothing to learn from, nothing wrong
+        return StepOutcome(total)  # no group had an advantage: nothing to learn from, and no error
     check_agreement(total.mean_gap, total.gap_max, limits.agreement_nats, step)
     with watch("update"):
         grad_norm = clip_gradients(policy, limits.max_grad_norm)

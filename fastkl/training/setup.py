@@ -42,9 +42,9 @@ from fastkl.types import Completion, Prompt, RolloutBatch
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Packed tokens per forward and backward, by device, where the settings leave it open.
 
-On a CPU smaller micro-batches are faster, since a large tensor is fresh memory every time and each of its pages costs:
-12,700 tokens through a backbone of 2.6 million parameters took 2.54 s in one micro-batch and 2.28 s in four (a forward
-without gradients and one with its backward).
+On a CPU smaller micro-batches are faster, since a large tensor gets new memory every time and touching its pages takes
+time: 12,700 tokens through a backbone of 2.6 million parameters took 2.54 s in one micro-batch and 2.28 s in four (a
+forward without gradients and one with its backward).
 """
 
 
@@ -173,7 +173,8 @@ def resume(run: Run, saved: checkpoint.Checkpoint) -> None:
     run.prompts.load_state(state["prompts"])
     run.prompt_state = state["prompts"]
     run.skipped_steps, run.tokens_generated = state["skipped_steps"], state["tokens_generated"]
-    run.controller.coef = state.get("kl_coef", run.config.kl_coef)  # checkpoints of before the controller have none
+    # checkpoints that are older than the controller have none
+    run.controller.coef = state.get("kl_coef", run.config.kl_coef)
     if run.config.reference_every:
         checkpoint.restore_reference(saved, run.reference.model)
     run.first_step, run.completed_step, run.saved_step = saved.step + 1, saved.step, saved.step
@@ -206,12 +207,12 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what tensors give back: else every step takes 50,000 page faults, 2 to 5 % of its time."""
+    """Lets glibc keep freed tensor memory; otherwise every step takes 50,000 page faults, 2 to 5 % of its time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3
         mallopt(trim_threshold, (1 << 31) - 1)
-        mallopt(mmap_threshold, 32 << 20)  # the largest that it takes
+        mallopt(mmap_threshold, 32 << 20)  # the largest value that glibc accepts
 
 
 def room_for_prompt(config: TrainConfig, model_config: Any) -> int:

@@ -136,7 +136,7 @@ class Run:
             )
             self.saved_step = self.completed_step
             notify(self.callbacks, "on_checkpoint", self.completed_step, folder)
-        except (OSError, RuntimeError) as failure:  # safetensors reports a full disk as its own error
+        except (OSError, RuntimeError) as failure:  # safetensors reports a full disk with an error of its own
             self.view.note(
                 f"The checkpoint of step {self.completed_step} could not be written ({models.first_line(failure)}); "
                 "training goes on, the last good checkpoint stays. Free space or mend the folder before the run ends."

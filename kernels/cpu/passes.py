@@ -1,6 +1,6 @@
 """The passes over chunks of rows in PyTorch: memory of one chunk of logits, however many rows there are.
 
-In: a source of logits and the targets. Out: row statistics, and in the second form the gradient, handed back to the
+In: a source of logits and the targets. Out: row statistics, and in the second form the gradient, given back to the
 source chunk by chunk. The logits of a chunk exist once, in a buffer that every chunk reuses; inside a chunk, blocks of
 a few rows go through all passes while they are in the CPU's cache.
 
@@ -23,7 +23,7 @@ from .sources import HeadSource, LogitsSource
 
 BLOCK_NUMBERS = 1 << 20
 """Logits per block: 4 MiB of float32, so that a block's three buffers stay in a shared cache. Smaller blocks would fit
-the cores' own caches, which gains little, and need more thread barriers, which busy neighbours make slow.
+the cores' own caches, which gains little, and would need more thread barriers, which are slow on a busy machine.
 """
 
 
@@ -126,7 +126,7 @@ class CpuPasses:
     def _softcap_slope(self, first: int, last: int, e: Tensor, listed: Listed | None) -> Tensor | None:
         """1 - tanh^2 at the head's output, worked back from exp(z - max); None without a softcap.
 
-        Where that is zero any slope will do, unless the id is the target or listed.
+        Where exp(z - max) is zero any slope will do, unless the id is the target or listed.
         """
         softcap = self.source.options.softcap
         if softcap is None:

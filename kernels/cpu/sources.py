@@ -15,7 +15,8 @@ from torch import Tensor
 from ..passes import EXCLUDED, LogitOptions, Side
 
 ROW_MULTIPLE = 16
-"""Matrix products see a multiple of this many rows: below 12, MKL's order of summation depends on their number."""
+"""Matrix products get a multiple of this many rows, because below 12 rows MKL's order of summation depends on their
+number."""
 
 
 def new_source(
@@ -74,7 +75,8 @@ class HeadSource:
         self.loaded_from = 0
 
     def _new_logits_buffers(self) -> Any:
-        """[sides, rows, V] where one product fills both sides; else two tensors, which the allocator finds easier."""
+        """[sides, rows, V] where one product fills both sides; else two tensors, since smaller ones are easier to
+        allocate."""
         sides, rows = self.hidden_buffer.shape[:2]
         device = self.hidden_buffer.device
         if self.shared:

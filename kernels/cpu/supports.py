@@ -19,10 +19,10 @@ STRIDE = 8
 """Logits per group in `largest`."""
 
 BISECTIONS = 22
-"""They leave an interval of a millionth of the range of logits, in which one id should lie."""
+"""Steps of the bisection; they leave an interval of a millionth of the range of logits, in which one id should lie."""
 
 FIRST_BISECTIONS = 3
-"""As many of them look at the whole row."""
+"""So many of the steps look at the whole row."""
 
 MARGIN = 1e-5
 """A row whose cumulative probability comes this close to top_p is left to the definition: rounding decides there."""
@@ -108,7 +108,7 @@ def _first_count(support: Support, vocab: int) -> int:
 def largest(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of each row of z [n, V], in descending order, and their columns: [n, count] each.
 
-    topk looks at every number with care. Here a plain maximum over each of V / STRIDE interleaved groups comes first:
+    torch.topk over the whole row is slow. So a plain maximum over each of V / STRIDE interleaved groups comes first:
     the `count` largest numbers lie in the `count` groups with the largest maxima.
     """
     num_rows, vocab = z.shape
@@ -126,8 +126,8 @@ def largest(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _above_threshold(support: Support, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, id) of what top_p alone keeps of logits [n, V], by bisection of the least logit that is kept; and the rows
-    without a clear one, bool [n], of which no pairs come back.
+    """(row, id) of what top_p alone keeps of logits [n, V], found by bisection for the least logit that is kept; and,
+    bool [n], the rows in which rounding decides which logit that is, for which no pairs come back.
     """
     z = logits - logits.amax(1, keepdim=True)
     e = z.exp()

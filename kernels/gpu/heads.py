@@ -23,7 +23,7 @@ from .rows import EXCLUDED, LOG2E, Flags, finish, fold, no_sums, process_logits,
 BLOCK_ROWS, NUM_WARPS = 128, 8
 GROUP = 16
 OLDEST_ARCHITECTURE = 80
-DESCRIPTOR_ARCHITECTURE = 90  # before it, loads through descriptors are not pipelined, and registers spill
+DESCRIPTOR_ARCHITECTURE = 90  # on earlier GPUs loads through descriptors are not pipelined, and registers spill
 MAX_SPLITS = 16
 SUMS = 8  # m, s, a, mr, sr, g, target's logit, target's reference logit
 MERGE_ROWS = 128
@@ -184,7 +184,7 @@ def tile_shape(architecture: int, has_ref: bool, has_extras: bool) -> tuple[int,
 
 
 def architecture_of(x: Tensor) -> int:
-    """90 for a Hopper GPU; the interpreter passes as one."""
+    """90 for a Hopper GPU; the interpreter counts as one."""
     if not x.is_cuda:
         return DESCRIPTOR_ARCHITECTURE
     major, minor = torch.cuda.get_device_capability(x.device)
@@ -195,7 +195,7 @@ def fits(policy: Side, reference: Side | None) -> bool:
     """Whether the kernel can read these heads: one dtype, contiguous features, rows of whole 16-byte units."""
     if architecture_of(policy.hidden) < OLDEST_ARCHITECTURE or (
         policy.hidden.is_cuda and policy.hidden.dtype == torch.float32
-    ):  # float32 products belong to the BLAS
+    ):  # float32 products are left to the BLAS
         return False
     tensors = [policy.hidden, policy.weight] + ([] if reference is None else [reference.hidden, reference.weight])
     unit = 16 // policy.hidden.element_size()
@@ -230,7 +230,7 @@ def linear_score(
         states = side.hidden.detach() if row_ids is None else side.hidden.detach().index_select(0, row_ids)
         for x in (states, side.weight.detach()):
             if not x.is_cuda and x.dtype == torch.bfloat16:
-                x = x.float()  # the interpreter's product takes bfloat16's bit patterns for integers
+                x = x.float()  # the interpreter's product misreads bfloat16 as integers
             matrices.append(x)
     with_descriptors = architecture >= DESCRIPTOR_ARCHITECTURE
     tiles = matrices  # descriptors cannot be in a tuple

@@ -1,4 +1,4 @@
-"""The passes over chunks of rows, with one Triton launch per chunk where the CPU works block by block.
+"""The passes over chunks of rows, with one Triton launch per chunk instead of one block after another.
 
 score               reads every logit of policy and reference once
 gradient_           reads them again, from known statistics, and writes the gradient over the policy's
@@ -93,7 +93,7 @@ class GpuPasses:
         coefficients: TokenCoefficients | None,
         out: Tensor,
     ) -> tuple[Inputs, Stats, Gradient, Numbers]:
-        """What both kernels begin with; z stands in where there is nothing to point at."""
+        """What both kernels begin with; z is passed where there is nothing to point at."""
         rows, options, picked = slice(lo, hi), self.source.options, self.source.picked
 
         def given(x: Tensor | None) -> Tensor:
@@ -147,7 +147,8 @@ def _factors(coefficients: TokenCoefficients, num_rows: int, device: torch.devic
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """x *= factor (one float32), without waiting to learn whether it is 1 and without a pass over x if it is."""
+    """x *= factor (one float32), without waiting for the device to say whether it is 1, and without a pass over x if it
+    is."""
     if not (x.is_contiguous() and factor.dtype == torch.float32):
         x.mul_(factor)
     elif x.numel():

@@ -25,7 +25,8 @@ import triton.language as tl
 EXCLUDED = tl.constexpr(-1e30)  # as passes.EXCLUDED
 LOG2E = tl.constexpr(1.4426950408889634)
 VECTOR = tl.constexpr(4)
-"""How many logits a thread of score_kernel loads at once, of any dtype: else narrower ones would be laid out anew."""
+"""How many logits a thread of score_kernel loads at once, the same for every dtype: otherwise narrower ones would have
+to be rearranged between threads."""
 
 
 class Inputs(NamedTuple):
@@ -308,7 +309,7 @@ def score_kernel(
     block = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     whole = vocab // BLOCK * BLOCK
 
-    # every lane keeps sums of its own, so that no thread waits for another before the end of the row
+    # every lane keeps its own sums, so that no thread waits for another before the end of the row
     sums = no_sums(LANES)
     sums_k = no_sums(LANES)
     for start in range(0, whole, BLOCK):

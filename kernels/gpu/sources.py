@@ -125,4 +125,4 @@ class LogitsSource:
         return self.grad_logits[self.rows]
 
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
-        """Nothing to do: the kernel wrote it."""
+        """Nothing to do, since the kernel has written the gradient."""

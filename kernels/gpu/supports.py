@@ -19,5 +19,5 @@ def keep_bytes(
         options.apply_(z)
         options.scale_(z, lo, hi)
     else:
-        z = z[:1].expand(hi - lo, z.shape[1])  # only its shape and device matter
+        z = z[:1].expand(hi - lo, z.shape[1])  # only its shape and device are used
     return keep_mask(support, z, target_ids).view(torch.uint8)

@@ -7,8 +7,8 @@
         trainer.train()
 
 Inside the block the trainer's log-probs (old, reference, policy), its entropy and with them its KL come from
-`fastkl.linear_token_scores`: policy and reference share one pass over the vocabulary wherever both are needed. TRL's
-code makes everything of them that it made before: rewards, advantages, clipping, loss, metrics. With untruncated
+`fastkl.linear_token_scores`: policy and reference share one pass over the vocabulary wherever both are needed. From
+them TRL's code computes what it computed before: rewards, advantages, clipping, loss, metrics. With untruncated
 sampling the trained weights are TRL's own up to rounding. What differs:
 
 * The log-probs are those of the distribution that was sampled from. Under top_k, top_p, min_p, min_new_tokens (vLLM:
@@ -52,9 +52,9 @@ def fastkl_scoring(trainer: Any, *, reuse_forward: bool | None = None) -> Iterat
 
     reuse_forward: whether the forward that gives the old log-probs is kept and differentiated in the loss, where TRL
     runs the same one again. It holds the activations (with gradient checkpointing: the layers' inputs) of a whole
-    generation batch: as much as the loss needs anyway if that is one micro-batch, times steps_per_generation if not.
-    None: where it costs no memory. True: wherever it is exact. False: never. Runs on several processes, batches used
-    more than once and GRPO without old log-probs (which has no such forward) are not affected.
+    generation batch: if that is one micro-batch, no more than the loss needs anyway, otherwise steps_per_generation
+    times as much. None: where it costs no memory. True: wherever it is exact. False: never. Runs on several processes,
+    batches used more than once and GRPO without old log-probs (which has no such forward) are not affected.
 
     Raises UserError, before anything runs, for what cannot be scored exactly (see the module).
     """

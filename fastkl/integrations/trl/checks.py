@@ -1,4 +1,4 @@
-"""What the switch refuses: everything whose tokens it would score wrongly, or that nobody has checked, by its name."""
+"""What the switch refuses: everything whose tokens it would score wrongly, and everything unknown, each by name."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def unsupported(trainer: Any) -> Iterator[tuple[str, str]]:
 
 
 def check_dropout(model: nn.Module) -> None:
-    """UserError for any dropout that is on: two forwards of the same text would differ, and noise is no KL."""
+    """UserError for any dropout that is on: two forwards of the same text would differ, and their noise would count as
+    KL."""
     for name, module in model.named_modules():
         found = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else {}
         found |= {key: value for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)}

@@ -80,7 +80,8 @@ class Completions:
         )
 
     def in_rows(self, values: Tensor) -> Tensor:
-        """[N] -> [b, T], zero at padding; connected to the model even without a token, so that backward has a path."""
+        """[N] -> [b, T], zero at padding; connected to the model even where there is no token, so that backward always
+        works."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
 

@@ -72,7 +72,7 @@ GENERATION_CONFIG: dict[str, Rule] = {
     **_rejected(NOT_LOOKED_AT, "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "speculation_type"),
     **_rejected(NOT_LOOKED_AT, "assistant_early_exit"),
 }
-"""Every field of transformers.GenerationConfig. A test walks them, so that a new field is looked at by a person."""
+"""Every field of transformers.GenerationConfig. A test walks them, so that every new field gets looked at."""
 
 
 def sampling_of(trainer: Any) -> Sampling:

@@ -10,8 +10,8 @@ answered from it. RLOO needs both at the rollout, since the KL is part of the re
 loss alone where TRL asks for no old log-probs; then the rollout scores nothing. If the weights of the loss are those of
 the rollout, the rollout's forward may be kept for the loss, gradient and all ("reuse").
 
-Where the loss comes after an update, the tokens that could be drawn are no longer those that its own logits tell. Then
-the rollout records them for the loss.
+Where the loss comes after an update, its logits no longer tell which tokens could be drawn at the rollout. Then the
+rollout records them for the loss.
 """
 
 from __future__ import annotations

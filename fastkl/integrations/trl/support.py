@@ -1,7 +1,7 @@
 """The record of what a sampler could draw, for a loss that is computed after the policy has changed.
 
-top_k, top_p and min_p are functions of the logits of the policy that sampled. An updated policy would tell another set,
-so the rollout writes the set down: per row (completion), the kept ids of each of its tokens.
+top_k, top_p and min_p are functions of the logits of the policy that sampled. An updated policy would give another set,
+so the rollout records the set: per row (completion), the kept ids of each of its tokens.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def _diagnosis(run: RunFiles) -> Diagnosis | None:
     try:
         return diagnose_run(run.folder)
     except UserError:
-        return None  # nothing to audit is no reason to have no page
+        return None  # the page does without this section
 
 
 def _row_of_run(label: str, diagnosis: Diagnosis) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Reads run folders for the report.
 
-In: folders with metrics.jsonl and, where there are any, config.yaml and samples.jsonl. Out: one `RunFiles` each.
-Lenient where a run may still be going (a half-written last line, missing keys, no samples yet); strict about folders
-that hold no run at all.
+In: folders with metrics.jsonl and, where there are any, config.yaml and samples.jsonl. Out: one `RunFiles` each. A run
+may still be going, so a half-written last line, missing keys and missing samples are accepted; a folder that holds no
+run at all is an error.
 """
 
 from __future__ import annotations

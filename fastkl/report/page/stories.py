@@ -1,6 +1,6 @@
 """The completions that the report shows: which ones, and how their text is marked.
 
-In: a step's lines of samples.jsonl. Out: columns of stories for page.html. Nothing is picked for its looks: the
+In: a step's lines of samples.jsonl. Out: columns of stories for page.html. They are not hand-picked: those with the
 highest, the median and the lowest reward of the step. All text is escaped here.
 """
 
