@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ class TransformersGenerator:
         self.sampling = sampling
         self.dtype = dtype
         self.max_rows = max_rows
+        takes = inspect.signature(model.base_model.forward).parameters
+        self.cache_argument = "cache" if "cache" in takes else "past_key_values"  # transformers renames it, by model
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -104,13 +107,11 @@ class TransformersGenerator:
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
         """Logits of the last position, f32 [rows, V]."""
-        positions = {}
+        arguments = {self.cache_argument: cache}
         if mask is not None:
-            positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]}
+            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            out = self.model.base_model(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions
-            )
+            out = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **arguments)
         head = head_of(self.model)  # outside autocast, as in scoring
         return head.logits(out.last_hidden_state[:, -1].to(head.weight.dtype)).float()
 
