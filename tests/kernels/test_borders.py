@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import make_case, run
+from matrix import make_case, run
 
 from fastkl.errors import UserError
 from fastkl.kernels import operators

@@ -1,4 +1,6 @@
-"""The chunked path against float64: every output, every gradient, every option, within the plain line's own error."""
+"""The chunked path in PyTorch: any shape against float64, and what holds bit for bit or to the last digits.
+
+Every option against float64: test_matrix.py."""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import assert_as_good_as_the_line, make_case, run
+from matrix import assert_as_good_as_the_line, make_case, run
 
 from fastkl.kernels import operators, reference
 from fastkl.kernels.cpu.sources import HeadSource
@@ -19,57 +21,6 @@ def check(case, dtype=torch.float32, unit=2.0**-23, **call_options):
     got, grads = run(lambda *a, **k: operators.linear_token_scores(*a, **k, **call_options), case.to(dtype))
     assert got.policy_logprobs.dtype == torch.float32
     assert_as_good_as_the_line(got, grads, line, line_grads, truth, true_grads, unit)
-
-
-SUPPORTS = {
-    "none": None,
-    "top_k": Support(top_k=5),
-    "top_p": Support(top_p=0.8),
-    "min_p": Support(min_p=0.05),
-    "all three": Support(top_k=9, top_p=0.9, min_p=0.01),
-    "banned": Support(banned_ids=torch.tensor([0, 36])),
-    "recorded": Support(kept_ids=torch.arange(30) % 37, kept_offsets=torch.tensor([0, 1, 1, 4, 8, 10, 20, 25, 27, 30])),
-}
-
-
-@pytest.mark.parametrize("name", SUPPORTS)
-def test_scores_and_gradients_match_float64_with_every_kind_of_support(name):
-    check(make_case(support=SUPPORTS[name], seed=3))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"bias": True},
-        {"softcap": 4.0},
-        {"logit_scale": 0.3},
-        {"softcap": 4.0, "logit_scale": 0.3, "temperature": 0.7, "bias": True},
-        {"valid_vocab": 31, "num_rows": 0},
-        {"reference": False},
-        {"reference": False, "support": Support(top_k=4)},
-        {"mask": "some", "per_row_temperature": True, "support": Support(top_k=4)},
-        {"mask": "all"},
-        {"num_rows": 0},
-        {"num_rows": 1},
-        {"vocab": 1, "support": Support(top_p=0.5)},
-        {"vocab": 2},
-        {"scale": 300.0},
-        {"bias": True, "shift": 1e4},
-        {"bias": True, "shift": -1e4},
-        {"hot": True, "scale": 20.0},
-    ],
-    ids=str,
-)
-def test_scores_and_gradients_match_float64_with_every_option(options):
-    check(make_case(**options))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_inputs_are_scored_in_float32(dtype):
-    """The gradients come back in the inputs' dtype, so they are only as fine as that."""
-    check(
-        make_case(mask="some", per_row_temperature=True, support=Support(top_k=7)), dtype, unit=torch.finfo(dtype).eps
-    )
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 5, 100])
@@ -173,25 +124,6 @@ def test_a_frozen_head_gets_no_gradient_and_hidden_states_still_do():
     _, grads = run(operators.linear_token_scores, case)
     assert case.policy_weight.grad is None
     assert hidden.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_logits_in_agrees_with_hidden_in_and_keeps_strides_and_dtypes(dtype):
-    case = make_case(num_rows=10, vocab=37, per_row_temperature=True, mask="some", support=Support(top_k=5))
-    logits = (case.policy_hidden @ case.policy_weight.t()).to(dtype)
-    ref_logits = (case.ref_hidden @ case.ref_weight.t()).to(dtype)
-    strided = torch.full((10, 60), torch.nan, dtype=dtype)[:, 3:40].copy_(logits).requires_grad_()
-    options = {**case.options, "temperature": case.options["temperature"].float()}
-    got = operators.token_scores(strided, ref_logits, case.target_ids, **options)
-    truth = reference.token_scores(
-        leaf := logits.double().requires_grad_(), ref_logits.double(), case.target_ids, **case.options
-    )
-    for name in got.__slots__:
-        torch.testing.assert_close(getattr(got, name).double(), getattr(truth, name), rtol=1e-5, atol=2e-6)
-    (grad,) = torch.autograd.grad((got.kl + got.policy_logprobs_support - got.entropy).sum(), strided)
-    (true_grad,) = torch.autograd.grad((truth.kl + truth.policy_logprobs_support - truth.entropy).sum(), leaf)
-    assert grad.dtype == dtype
-    torch.testing.assert_close(grad.double(), true_grad, rtol=max(1e-5, torch.finfo(dtype).eps), atol=1e-6)
 
 
 def test_minus_infinity_in_both_logits_removes_an_id_from_the_vocabulary():

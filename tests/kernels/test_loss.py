@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import POLICY_SCORES, make_case
+from matrix import POLICY_SCORES, make_case
 
 from fastkl.errors import UserError
 from fastkl.kernels import operators, reference

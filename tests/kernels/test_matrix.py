@@ -1,0 +1,19 @@
+"""The matrix of checks (matrix.py) in PyTorch on the CPU, and with the kernels on a GPU where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matrix import CPU, CUDA, checks
+
+
+@pytest.mark.parametrize("check", list(checks(CPU)), ids=lambda check: check.name)
+def test_the_operators_pass_the_matrix_on_a_cpu(check):
+    check.run()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("check", list(checks(CUDA)), ids=lambda check: check.name)
+def test_the_kernels_pass_the_matrix_on_a_gpu(check):
+    check.run()
