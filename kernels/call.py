@@ -136,15 +136,15 @@ class Call:
             return values.new_zeros(self.num_rows).index_copy_(0, self.row_ids, values)
 
         want_kl = has_ref and "kl" in self.outputs
-        on_support = support_stats is not None
+        on = support_stats
         return TokenScores(
             policy_logprobs=expand(stats.logprobs),
             ref_logprobs=expand(stats.ref_logprobs) if has_ref else None,
             entropy=expand(stats.entropy()) if "entropy" in self.outputs else None,
             kl=expand(stats.kl()) if want_kl else None,
-            policy_logprobs_support=expand(support_stats.logprobs) if on_support else None,
-            ref_logprobs_support=expand(support_stats.ref_logprobs) if on_support and has_ref else None,
-            kl_support=expand(support_stats.kl()) if on_support and want_kl else None,
+            policy_logprobs_support=expand(on.logprobs) if on is not None else None,
+            ref_logprobs_support=expand(on.ref_logprobs) if on is not None and has_ref else None,
+            kl_support=expand(on.kl()) if on is not None and want_kl else None,
         )
 
 
@@ -182,8 +182,10 @@ def head_call(
     if request.chunk_tokens is None and policy_hidden.device.type == "cpu" and needs_grad and keeps:
         call = replace(call, chunk_rows=_default_chunk_rows(policy_hidden, valid, call.dtype, LONG_CHUNK_BYTES))
     if ref_hidden is not None and ref_head is not None:
-        call = replace(call, reference=Side(ref_hidden, _cut(ref_head.weight, valid), _cut(ref_head.bias, valid)))
-    return call, (policy_hidden, _cut(weight, valid), _cut(policy_head.bias, valid))
+        ref_head = _cut(ref_head, valid)
+        call = replace(call, reference=Side(ref_hidden, ref_head.weight, ref_head.bias))
+    policy_head = _cut(policy_head, valid)
+    return call, (policy_hidden, policy_head.weight, policy_head.bias)
 
 
 def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOptions) -> Call:
@@ -232,6 +234,8 @@ def _default_chunk_rows(policy: Tensor, vocab: int, dtype: torch.dtype, num_byte
     return max(16, rows // unit * unit)
 
 
-def _cut(x: Tensor | None, valid: int) -> Tensor | None:
-    """The part of the vocabulary that exists; x itself where that is all, which spares the backward a copy."""
-    return x if x is None or valid == len(x) else x[:valid]
+def _cut(head: Head, valid: int) -> Head:
+    """The part of the vocabulary that exists; the head itself where that is all, which spares the backward a copy."""
+    if valid == len(head.weight):
+        return head
+    return replace(head, weight=head.weight[:valid], bias=None if head.bias is None else head.bias[:valid])

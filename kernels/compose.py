@@ -56,7 +56,7 @@ def is_sharded(x: object) -> bool:
     return hasattr(x, "full_tensor")
 
 
-def whole_heads(*heads: Head | None) -> tuple[Head | None, ...]:
+def whole_heads(policy: Head, ref: Head | None) -> tuple[Head, Head | None]:
     """The heads with their weights [V, H] and biases [V] gathered if they are DTensors.
 
     Differentiable. The gradient that reaches a gathered tensor is averaged over the processes and scattered, as
@@ -65,18 +65,18 @@ def whole_heads(*heads: Head | None) -> tuple[Head | None, ...]:
     collective operation, in the forward and in the backward: every process of the mesh must take part, with no rows
     if it has none.
     """
-    tensors = [x for name in ("weight", "bias") for x in (getattr(head, name, None) for head in heads)]
+    heads = [policy] if ref is None else [policy, ref]
+    tensors = [*(head.weight for head in heads), *(head.bias for head in heads)]
     gathered = {id(x): _gather(x) if is_sharded(x) else x for x in tensors}
-    return tuple(
-        head and replace(head, weight=gathered[id(head.weight)], bias=gathered[id(head.bias)]) for head in heads
-    )
+    whole = [replace(head, weight=gathered[id(head.weight)], bias=gathered[id(head.bias)]) for head in heads]
+    return whole[0], None if ref is None else whole[1]
 
 
 def _gather(sharded: Any) -> Tensor:
     from torch.distributed.tensor import Partial
 
     mesh = sharded.device_mesh
-    full = sharded.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    full: Tensor = sharded.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     if full.requires_grad:  # full_tensor's backward then sums over processes (gloo has no average)
         full.register_hook(lambda gradient: gradient / mesh.size())
     return full

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import INTERPRETER, check_case, checks, make_case
+from matrix import INTERPRETER, check_case, checks, make_case, shrink_blocks
 
 from fastkl.kernels import operators, reference
 from fastkl.kernels.dispatch import interpreting
@@ -19,14 +19,8 @@ launches: list[str] = []
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks per row, tiles per share and shares per vocabulary, even for tiny sizes; and a log of launches."""
-    monkeypatch.setattr(passes, "FORWARD_BLOCK", 16)
-    monkeypatch.setattr(passes, "FORWARD_LANES", 4)
-    monkeypatch.setattr(passes, "GRADIENT_BLOCK", 16)
-    monkeypatch.setattr(heads, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(heads, "MAX_SPLITS", 3)
-    monkeypatch.setattr(heads, "GROUP", 2)
-    monkeypatch.setattr(heads, "tile_shape", lambda *_: (16, 16, 1))
+    """Many blocks and tiles even for tiny sizes, and a log of launches."""
+    shrink_blocks(monkeypatch.setattr)
     launches.clear()
     for module, name in (
         (passes, "score_kernel"), (passes, "gradient_kernel"), (passes, "scale_kernel"),

@@ -151,11 +151,10 @@ class Device:
     gradient_floor: float = 0.0  # in units of the largest entry
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     large: bool = False  # whether the cases that name no size get one of many tiles
-    numpy_products: bool = False  # they depend on a row's place in its tile, and bfloat16 is cut, not rounded
 
 
 CPU = Device("cpu")
-INTERPRETER = Device("interpreter", numpy_products=True)
+INTERPRETER = Device("interpreter")
 CUDA = Device("cuda", "cuda", 1e-4, 1e-2, (torch.float32, torch.bfloat16), large=True)
 
 SUPPORTS = {
@@ -210,6 +209,16 @@ LOGITS: list[dict] = [
     {"scale": 300.0},
     {"hot": True, "scale": 20.0},
 ]
+
+
+def shrink_blocks(put: Callable[[object, str, object], None] = setattr) -> None:
+    """Several blocks per row, tiles per share and shares per vocabulary, even for the interpreter's tiny sizes."""
+    from fastkl.kernels.gpu import heads, passes
+
+    for name, value in (("FORWARD_BLOCK", 16), ("FORWARD_LANES", 4), ("GRADIENT_BLOCK", 16)):
+        put(passes, name, value)
+    for name, value in (("BLOCK_ROWS", 16), ("MAX_SPLITS", 3), ("GROUP", 2), ("tile_shape", lambda *_: (16, 16, 1))):
+        put(heads, name, value)
 
 
 class Check(NamedTuple):
