@@ -7,9 +7,10 @@ import torch
 from toy import STOP, VOCAB, ToyTokenizer, draw, prompt, toy_model, toy_rollouts
 
 from fastkl.rollout.agreement import AGREEMENT_NATS, StaleEngineError, check_agreement
+from fastkl.rollout.generator import choose_generator
 from fastkl.rollout.requests import sample_seed
 from fastkl.rollout.transformers import TransformersGenerator, sample
-from fastkl.rollout.vllm import VllmGenerator, choose_generator
+from fastkl.rollout.vllm import VllmGenerator
 from fastkl.rollout.weight_sync import _repack_tied_head
 from fastkl.sampling.params import Sampling
 
