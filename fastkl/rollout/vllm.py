@@ -19,6 +19,7 @@ from fastkl.rollout.requests import EngineOptions, Request, completion
 from fastkl.rollout.weight_sync import push_weights
 from fastkl.sampling.params import Sampling, vllm_arguments
 from fastkl.sampling.rules import VLLM, check_parameters, vllm_parameters
+from fastkl.scoring.models import text_config
 from fastkl.types import Completion
 
 
@@ -191,14 +192,14 @@ def obstacle(model_config: Any, device: torch.device) -> str | None:
     if device.type == "cpu":
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-        size = head_dim(model_config)
+        size = head_dim(text_config(model_config))
         supported = CPUAttentionBackend.get_supported_head_sizes()
-        if size not in supported:
+        if size is not None and size not in supported:
             return f"vLLM's CPU attention takes head sizes {', '.join(map(str, supported))} and this model has {size}"
     return None
 
 
-def head_dim(model_config: Any) -> int:
-    """Size of one attention head."""
-    explicit = getattr(model_config, "head_dim", None)
-    return explicit or model_config.hidden_size // model_config.num_attention_heads
+def head_dim(config: Any) -> int | None:
+    """Size of one attention head; None for a model without any."""
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)

@@ -8,14 +8,19 @@ import torch
 
 from fastkl.errors import UserError
 from fastkl.kernels.types import Head
+from fastkl.scoring.models import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+CHECKED_TOKENS = 16
+"""Enough to tell one formula from another; the logits of a whole prompt would be gigabytes."""
+
+
 def head_of(model: PreTrainedModel) -> Head:
     """Weight, bias, softcap and scale of the model's output head."""
-    linear, config = model.get_output_embeddings(), model.config
+    linear, config = model.get_output_embeddings(), text_config(model.config)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(linear.weight, getattr(linear, "bias", None), softcap, scale)
@@ -23,8 +28,8 @@ def head_of(model: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, token_ids: list[int], tolerance: float = 1e-3) -> None:
-    """Raises UserError unless backbone + Head reproduce the model's own logits on `token_ids`."""
-    ids = torch.tensor([token_ids], device=model.device)
+    """Raises UserError unless backbone + Head reproduce the model's own logits on the first of `token_ids`."""
+    ids = torch.tensor([token_ids[:CHECKED_TOKENS]], device=model.device)
     own = model(input_ids=ids, use_cache=False).logits.float()
     logits = head_of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     error = float((logits.float() - own).abs().max())

@@ -7,8 +7,12 @@ logit_scale * softcap * tanh((hidden @ weight.T + bias) / softcap).
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import nn
@@ -37,7 +41,30 @@ def resolve_model(name: str) -> str:
         raise UserError(
             f"model: there is no model folder {name!r}; name an existing folder, a hub id, or 'storyteller'."
         )
+    check_hub(name)
     return name
+
+
+def check_hub(name: str) -> None:
+    """UserError, within two seconds, where the hub cannot be reached and the model is not in the local cache.
+
+    A cached model is loaded without asking the hub then, which would retry for half a minute.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return  # the library fails at once, or knows the way
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), timeout=2).close()
+    except OSError as failure:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            raise UserError(
+                f"model: {name!r} is no folder, and the hub cannot be reached ({failure}); name a folder, or check the "
+                "network."
+            ) from failure
+        constants.HF_HUB_OFFLINE = True
 
 
 def quiet_transformers() -> None:
@@ -75,29 +102,79 @@ def load_config(source: str) -> Any:
         ) from failure
 
 
+def text_config(config: Any) -> Any:
+    """The part of a configuration that is about text: multimodal ones nest it."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def load_model(source: str, device: torch.device) -> PreTrainedModel:
     """A causal language model in float32 on `device`, dropout off. UserError when it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(source)
-    # Soft-capped attention scores (Gemma-2) exist only in the eager implementation.
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    # Soft-capped attention scores (Gemma-2) exist only in the eager implementation; else transformers knows best.
+    attention = "eager" if getattr(text_config(config), "attn_logit_softcapping", None) else None
     options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, **options)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, attn_implementation=attention, output_loading_info=True, **options
+        )
     except Exception as failure:
         raise UserError(f"model: {source!r} could not be loaded ({first_line(failure)}); name another.") from failure
+    check_weights(source, loading["missing_keys"], loading["unexpected_keys"])
     return without_dropout(model).to(device)
 
 
+OTHER_MODALITIES = ("vision", "visual", "image", "audio", "speech", "multi_modal", "mm_")
+"""Parts of a tensor's name that the text model of a multimodal checkpoint rightly leaves in the file."""
+
+WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "_fsdp_wrapped_module.")
+"""What PEFT, torch.compile, DistributedDataParallel and FSDP put before the names of the model inside."""
+
+
+def check_weights(source: str, missing: Iterable[str], surplus: Iterable[str]) -> None:
+    """UserError unless the file holds the model's weights and no others.
+
+    A missing weight would be a random number, another one in the policy than in the reference; a surplus one would be
+    dropped, and the rest would be a model that nobody has trained.
+    """
+    missing = sorted(missing)
+    surplus = sorted(name for name in surplus if not any(part in name for part in OTHER_MODALITIES))
+    if not missing and not surplus:
+        return
+    wrapper = next((w for w in WRAPPERS if surplus and all(name.startswith(w) for name in surplus)), None)
+    if wrapper:
+        remedy = f"all its names begin with {wrapper!r}: save the model inside of the wrapper"
+    elif missing == ["lm_head.weight"]:
+        remedy = "save the head with it, or set tie_word_embeddings to true if the embedding is the head"
+    else:
+        remedy = "its config.json and its weights are not of one model; save both together with save_pretrained"
+    wrong = [f"{text} {_some(names)}" for text, names in (("lacks", missing), ("has besides", surplus)) if names]
+    raise UserError(f"model: {source!r} {' and '.join(wrong)}; {remedy}.")
+
+
+def _some(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Sets every dropout probability to 0, so that train() and eval() score alike and no noise enters the KL."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    """Sets every dropout probability to 0, so that train() and eval() score alike and no noise enters the KL.
+
+    That of the configuration, too, which some models (Falcon) read in every forward: a checkpoint says 0 then.
+    """
+    for holder in (*model.modules(), model.config, text_config(model.config)):
+        for name in dropouts(holder):
+            setattr(holder, name, 0.0)
     return model.eval()
+
+
+def dropouts(holder: Any) -> list[str]:
+    """The attributes of a module or a configuration that hold a dropout probability above 0."""
+    if isinstance(holder, nn.modules.dropout._DropoutNd):
+        return ["p"] if holder.p > 0 else []
+    return [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float) and value > 0]
 
 
 def stop_token_ids(config: Any, source: str) -> tuple[int, ...]:
@@ -118,7 +195,7 @@ def stop_token_ids(config: Any, source: str) -> tuple[int, ...]:
 def context_length(config: Any) -> int | None:
     """The longest sequence the model can take, in tokens; None where the configuration does not say."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(config, name, None)
+        value = getattr(text_config(config), name, None)
         if isinstance(value, int):
             return value
     return None

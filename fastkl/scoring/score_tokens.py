@@ -19,7 +19,7 @@ from fastkl.kernels.operators import Support, TokenScores, head_token_scores
 from fastkl.kernels.types import OUTPUTS, Head
 from fastkl.scoring import backbone
 from fastkl.scoring.head import check_head, head_of
-from fastkl.scoring.models import first_line
+from fastkl.scoring.models import dropouts, first_line
 from fastkl.scoring.pack import cumulative
 from fastkl.types import PackedBatch
 
@@ -184,10 +184,10 @@ def _plain(model: Any) -> Any:
 def _checked_layout(model: Any, checkpointing: bool, dtype: torch.dtype) -> str:
     """The fastest layout that is right. The backward of checkpointed layers runs them again, after `scoring` has given
     the model its own attention back, so they must have run with that one."""
-    if checkpointing and any(_dropout(module) for module in model.modules()):
+    if checkpointing and any(dropouts(module) for module in model.modules()):
         raise UserError(
             "model: gradient checkpointing runs in training mode, where this model's dropout would make noise count as "
-            "KL; call fastkl.models.without_dropout(model) first."
+            "KL; call fastkl.scoring.models.without_dropout(model) first."
         )
     vocab = len(head_of(model).weight)
     lengths = torch.tensor([24, 3, 11], device=model.device)
@@ -209,11 +209,6 @@ def _checked_layout(model: Any, checkpointing: bool, dtype: torch.dtype) -> str:
         raise UserError(f"model: {type(model).__name__} cannot be scored ({first_line(failure)}).") from failure
     finally:
         model.train(was_training)
-
-
-def _dropout(module: nn.Module) -> bool:
-    attention = getattr(module, "attention_dropout", 0.0)
-    return (isinstance(module, nn.Dropout) and module.p > 0) or (isinstance(attention, float) and attention > 0)
 
 
 def _hidden(model: nn.Module, batch: PackedBatch) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastkl.errors import UserError
+from fastkl.scoring.models import dropouts
 
 TRL_VERSION = "1.16."
 REPLACED = ("_get_per_token_logps_and_entropies", "_generate_and_score_completions", "_prepare_inputs", "_compute_loss")
@@ -69,11 +70,8 @@ def check_dropout(model: nn.Module) -> None:
     """UserError for any dropout that is on: two forwards of the same text would differ, and their noise would count as
     KL."""
     for name, module in model.named_modules():
-        found = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else {}
-        found |= {key: value for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)}
-        for key, value in found.items():
-            if value > 0:
-                raise UserError(
-                    f"dropout: {key} is {value} in {name or type(model).__name__}, and log-probs with dropout are "
-                    "noise; set disable_dropout=True, or the model's and the adapter's dropout to 0."
-                )
+        for key in dropouts(module):
+            raise UserError(
+                f"dropout: {key} is {getattr(module, key)} in {name or type(model).__name__}, and log-probs with "
+                "dropout are noise; set disable_dropout=True, or the model's and the adapter's dropout to 0."
+            )
