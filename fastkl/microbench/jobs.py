@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels import reference
+from fastkl.kernels.costs import cost
 from fastkl.kernels.operators import (
     Support,
     TokenCoefficients,
@@ -128,18 +129,23 @@ HEADS, LOGITS = "hidden states and heads of policy and reference", "logits of po
 POLICY, STEP = "hidden states and head of the policy", "and all gradients"
 KL, ENTROPY = ("policy_logprobs", "kl"), ("policy_logprobs", "entropy")
 
+SCORED, TRAINED = cost("score", "score"), cost("head", "head", "hidden gradient", "head gradient")
+"""The floor of E has the policy's head twice, since the gradient's factors are known only after its scores."""
+
 JOBS = {
-    "A": Job("logits of the policy", "log-probs, entropy", ENTROPY, 0, 1, True, False, gradient=False),
-    "B": Job(LOGITS, "log-probs, exact KL", KL, 0, 2, True, gradient=False),
-    "C": Job(LOGITS, "log-probs, exact KL, and the logits' gradient", KL, 0, 7, True),
-    "D": Job(HEADS, "log-probs, exact KL", KL, 2, 0, gradient=False),
-    "E": Job(POLICY, f"log-probs, entropy, {STEP}", ENTROPY, 4, 0, with_reference=False),
-    "F": Job(HEADS, f"log-probs, exact KL, {STEP}", KL, 4, 0),
-    "G": Job(HEADS, f"a GRPO step with k3 in the loss: log-probs {STEP}", KL[:1], 4, 0, k3=True),
-    "H": Job("hidden states of both and one frozen head", "log-probs, exact KL, the hidden gradient", KL, 3, 0,
-             frozen_head=True),
-    "I": Job(LOGITS, "log-probs, exact KL on the sampler's support", ("policy_logprobs_support", "kl_support"), 0, 2,
-             True, gradient=False),
+    "A": Job("logits of the policy", "log-probs, entropy", ENTROPY, *cost("score"), True, False, gradient=False),
+    "B": Job(LOGITS, "log-probs, exact KL", KL, *SCORED, True, gradient=False),
+    "C": Job(LOGITS, "log-probs, exact KL, and the logits' gradient", KL,
+             *cost("copy", "score", "score", "gradient", "gradient of the KL"), True),
+    "D": Job(HEADS, "log-probs, exact KL", KL, *cost("head", "head"), gradient=False),
+    "E": Job(POLICY, f"log-probs, entropy, {STEP}", ENTROPY,
+             *cost("head", "head", "hidden gradient", "head gradient"), with_reference=False),
+    "F": Job(HEADS, f"log-probs, exact KL, {STEP}", KL, *TRAINED),
+    "G": Job(HEADS, f"a GRPO step with k3 in the loss: log-probs {STEP}", KL[:1], *TRAINED, k3=True),
+    "H": Job("hidden states of both and one frozen head", "log-probs, exact KL, the hidden gradient", KL,
+             *cost("head", "head", "hidden gradient"), frozen_head=True),
+    "I": Job(LOGITS, "log-probs, exact KL on the sampler's support", ("policy_logprobs_support", "kl_support"),
+             *SCORED, True, gradient=False),
 }  # fmt: skip
 
 
