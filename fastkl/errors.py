@@ -1,4 +1,5 @@
-"""What a user may meet: `UserError` for a mistake (its home is the operators, which need nothing else of fastkl)."""
+"""`UserError`, for a user's mistake, and what its messages share. It is defined beside the operators, which need
+nothing else of fastkl."""
 
 from __future__ import annotations
 
@@ -11,6 +12,6 @@ __all__ = ["UserError", "nearest"]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A question that names the known name most like `name` (begins with a space), or nothing where none is."""
+    """ " Did you mean 'X'?" with the known name that is most like `name`; empty if none is similar."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {found[0]!r}?" if found else ""

@@ -32,8 +32,8 @@ pytree.register_pytree_node(
 def one_graph_break(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: torch.compile does not look into the function, so nothing in it is compiled again for other shapes.
 
-    It is torch.compiler.disable, but for the four seconds in which that imports torch._dynamo, which nobody needs who
-    does not compile. The marks make a frame under compilation end before the call, with the reason.
+    It does what torch.compiler.disable does, without the import of torch._dynamo, which takes four seconds and is of
+    use only when compiling. The marks make a frame under compilation end before the call, with the reason.
     """
     reason = "fastkl's scoring operators loop over chunks of rows; they run as they are, between two graphs"
     disabled: list[Callable[P, R]] = []

@@ -1,15 +1,15 @@
 """Every limit that the audit judges by. Standard library only."""
 
 SIGMAS = 4.0
-"""Standard errors from which a mean is not chance."""
+"""A mean that is further than this many standard errors from zero is not chance."""
 
 
 WINDOW_STEPS = 8
-"""Steps in a row that the alarm pools, and the fewest from which a spread over steps is known well enough."""
+"""Steps in a row that the alarm pools; with fewer than this, a spread over steps is too uncertain."""
 
 
 NOISE = 1e-3
-"""Nats per token below which two float32 computations of the same log-prob agree."""
+"""Two float32 computations of the same log-prob agree if they differ by less than this, nats per token."""
 
 
 CLEAR_GAP = 0.1
@@ -21,15 +21,16 @@ STALE_GAP = 0.05
 
 
 FRESH = 0.2
-"""A gap that was below this share of the later ones in the first step has grown since."""
+"""If the gap of the first step is below this share of the later ones, it has grown since."""
 
 
 BOTH_SIGNS = 0.05
-"""Share of tokens with the less likely sign of sampler - trainer from which the gaps have both signs."""
+"""The gaps sampler - trainer have both signs if the rarer sign has more than this share of the tokens."""
 
 
 ONE_SIGN = (0.02, 0.001)
-"""Ids were kept from being drawn where more than the first share of the gaps is positive, less than the second not."""
+"""Ids were kept from being drawn if more than the first share of the gaps is positive and less than the second is
+negative."""
 
 
 QUIET = (0.1, 0.01)
@@ -37,8 +38,8 @@ QUIET = (0.1, 0.01)
 
 
 PADDED = 1e-4
-"""Share of positions beyond the completions' tokens that rounding does not explain."""
+"""More scored positions than tokens by this share are not explained by rounding."""
 
 
 WEIGHTS_CUT = 0.05
-"""Share of a step's importance weights, cut at the cap, from which they no longer correct the mean."""
+"""If more than this share of a step's importance weights is cut at the cap, they no longer correct the mean."""

@@ -32,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output, say `head`, has seen enough
-        sys.stdout = None  # or the interpreter would try to flush it
+    except BrokenPipeError:  # the reader of our output, for example `head`, has closed it
+        sys.stdout = None  # otherwise the interpreter would try to flush it
         return 0
 
 
 def run(tokens: list[str]) -> int:
-    """Runs one command. UserError where it cannot be told what is meant."""
+    """Runs one command. UserError for arguments that it does not understand."""
     from cyclopts import CycloptsError
 
     from fastkl.cli.commands import app

@@ -1,4 +1,4 @@
-"""What people type who come from TRL, verl or OpenRLHF, and what it is here, or why it is not.
+"""Options that people who come from TRL, verl or OpenRLHF type: what they are called here, or why there are none.
 
 The names are those of TRL's GRPOConfig, RLOOConfig, ModelConfig and ScriptArguments (transformers' TrainingArguments
 included), of OpenRLHF's train_ppo_ray, and of verl's ppo_trainer.yaml.
@@ -41,7 +41,7 @@ OURS: dict[str, str] = {
     "--resume": "resume_from_checkpoint load_checkpoint trainer.resume_mode",
     "--report-to": "use_wandb use_tensorboard trainer.logger",
 }
-"""Our option, and the names that it has elsewhere."""
+"""Our option, and its names elsewhere."""
 
 NOT_HERE: dict[str, str] = {
     "per_device_train_batch_size train_batch_size generation_batch_size": (

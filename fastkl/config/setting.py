@@ -1,8 +1,8 @@
-"""What can be said about a setting, and a dataclass of settings as a table: one `Setting` per field.
+"""All facts about a setting, and a dataclass of settings as a table: one `Setting` per field.
 
-A field's annotation, its default and the string below it say it all (`table_of`); a `Heading` begins a block. Command
-line, YAML and JSON hand in text or plain values: `Setting.converted` makes the field's type of them, the same way for
-all, and `Setting.check` looks at what came out.
+They come from the field's annotation, its default and the string below it (`table_of`); a `Heading` begins a block.
+Command line, YAML and JSON give text or plain values, which `Setting.converted` turns into the field's type and
+`Setting.check` then checks, the same way for all.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Registry:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """All there is to know about a field."""
+    """All facts about a field."""
 
     name: str
     config: type  # the dataclass that it is a field of

@@ -1,9 +1,9 @@
 """Every setting of a training run in one frozen dataclass: the names of `fastkl train --help` and of config.yaml.
 
-A field says all there is to say about its setting: type, default, the choices or the range of its values, and, in the
-string below it, its help. From the fields follow the options of the command line, the reader and the writer of
-config.yaml, docs/settings.md, and the first half of `check_config`. The sampling parameters are inherited, since
-generator and scorer have them, too.
+A field holds everything about its setting: type, default, the choices or the range of its values, and, in the string
+below it, its help. The command line's options, the reader and the writer of config.yaml, docs/settings.md and the first
+half of `check_config` are made from the fields. The sampling parameters are inherited, since generator and scorer have
+them, too.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TrainConfig(SamplingSettings):
     reference_share: Annotated[float, SHARE] = 1.0
     """The policy's share in a renewed reference: 1 copies; with reference_every 1, below 1 is a moving average."""
     advantage: Annotated[str, Registry(ADVANTAGES, own=True)] = "rloo"
-    """What a reward is compared with: "rloo" (mean of the prompt's other samples) "none" (plain REINFORCE), or a
+    """What a reward is compared with: "rloo" (mean of the prompt's other samples), "none" (plain REINFORCE), or a
     function of yours."""
     truncated: Literal["keep", "drop"] = "keep"
     """Completions cut at max_new_tokens: "keep" scores them whole, "drop" takes them out of their group."""
@@ -115,7 +115,7 @@ def settings() -> dict[str, Setting]:
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raises UserError for the first setting that cannot be right, whatever the model, the files and the machine."""
+    """Raises UserError for the first setting that is wrong whatever the model, the files and the machine are."""
     for name, setting in settings().items():
         setting.check(getattr(config, name))
     check_combinations(config)
@@ -123,7 +123,7 @@ def check_config(config: TrainConfig) -> None:
 
 
 def check_combinations(config: TrainConfig) -> None:
-    """Settings that are right alone and wrong together."""
+    """Settings that are valid one by one but not together."""
     for name in ("model", "prompts", "output"):
         if not getattr(config, name).strip():
             raise UserError(f"{name}: is empty; `fastkl train --help` says what it takes.")

@@ -39,7 +39,7 @@ def times_ms(call: Callable[[], object], device: str, seconds: float) -> list[fl
 
 
 def peak_mib(call: Callable[[], object], device: str) -> float | None:
-    """Peak memory of a call beyond what was there before it; None where it cannot be read."""
+    """Peak memory of a call beyond what was allocated before it; None where it cannot be read."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

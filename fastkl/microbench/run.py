@@ -24,7 +24,8 @@ from fastkl.microbench.measure import machine, peak_mib, times_ms
 from fastkl.microbench.peers import missing_peers, peer_rows
 
 GPU_JOBS = "DFB,CEA,HI,G"
-"""In groups: each group runs for every shape before the next begins, so that what time cuts off matters least."""
+"""In groups: each group runs for every shape before the next begins, so that the least important rows are left out when
+time runs out."""
 
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
@@ -42,7 +43,7 @@ A row that ends in words is doubtful, for the reason given."""
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured. Times in ms; peak memory beyond what lived before the call."""
+    """What was measured. Times in ms; peak memory beyond what was allocated before the call."""
 
     job: str
     name: str
@@ -207,7 +208,7 @@ def run_bench(
 
 
 def write(folder: Path, record: dict[str, object], results: list[Result]) -> None:
-    """The files, complete as far as it went."""
+    """The files, with all results so far."""
     from fastkl.microbench.pictures import memory, roofline
 
     folder.mkdir(parents=True, exist_ok=True)

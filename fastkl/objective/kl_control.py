@@ -1,4 +1,4 @@
-"""What holds the policy near the reference over a run: the coefficient's controller, and the reference's renewal."""
+"""What keeps the policy near the reference over a run: the coefficient's controller, and the reference's renewal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GAIN = 0.2
 
 @dataclass(slots=True)
 class KlController:
-    """The one home of beta. It stays as it is, or follows the KL where there is a target.
+    """Keeps beta, which is stored nowhere else. It stays as it is, or follows the KL where there is a target.
 
     beta <- beta * (1 + GAIN * e), e = KL / target - 1 clipped to +-0.5 (the controller of Ziegler et al. 2019,
     "Fine-tuning language models from human preferences", made faster for short runs).

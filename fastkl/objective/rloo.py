@@ -58,7 +58,7 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class Penalized:
-    """The KL of whole prompt groups, and what it makes of their rewards. Constants."""
+    """The KL of whole prompt groups, and their rewards after it. Constants."""
 
     kl_tokens: torch.Tensor  # f32 [N]; each token's share in its sequence's KL, nats
     kl: torch.Tensor  # f32 [G * K]; KL_i before beta
@@ -87,9 +87,9 @@ def token_coefficients(
 ) -> TokenCoefficients:
     """The factor of every score in the loss: the gradient of sum over tokens of factor * score is the update's.
 
-    scores [N], constants, of whole prompt groups, and what `penalize` made of them; valid bool [G, K]; cu_seqlens i32
-    [G * K + 1] (a sequence that is not valid has no tokens); normalizer: the number of valid samples in the whole step,
-    not in this micro-batch; weights f32 [N] or None: importance weights of the tokens (importance.py).
+    scores [N], constants, of whole prompt groups, and what `penalize` computed from them; valid bool [G, K]; cu_seqlens
+    i32 [G * K + 1] (a sequence that is not valid has no tokens); normalizer: the number of valid samples in the whole
+    step, not in this micro-batch; weights f32 [N] or None: importance weights of the tokens (importance.py).
     """
     estimator = find_estimator(penalty.estimator)
     factor = -per_token(advantage.function(penalized.rewards, valid).flatten(), cu_seqlens)
@@ -166,7 +166,7 @@ class BatchObjective:
         )
 
     def breakdown(self, scores: TokenScores, loss: torch.Tensor) -> Breakdown:
-        """What the micro-batch's N scores, and what was made of them, come to; afterwards nothing is on the device."""
+        """Sums of the micro-batch's N scores and of what was computed from them, on the CPU."""
         batch, logprobs = self.batch, sampled_logprobs(scores)
         ref_logprobs = sampled_ref_logprobs(scores)
         assert ref_logprobs is not None and scores.entropy is not None and scores.kl is not None

@@ -1,6 +1,6 @@
-"""One step's account of itself: what the update computed, as records of samples.jsonl and a line of metrics.jsonl.
+"""What a step reports: what the update computed, as records of samples.jsonl and a line of metrics.jsonl.
 
-In: what went into the step and what became of it (`StepReport`). Out: the step's samples, and what the formulas of
+In: what went into the step and what came out (`StepReport`). Out: the step's samples, and what the formulas of
 metrics.py read (`FinishedStep`).
 """
 

@@ -1,4 +1,4 @@
-"""What a generator starts from, what it is asked for, one completion at a time, and what it answers with.
+"""What a generator gets and gives: the options that it starts with, requests for one completion each, and completions.
 
 A request carries its place, (prompt index, sample index), and a random seed of its own that derives from (run seed,
 step, prompt index, sample index): what it draws depends on no other request, on no global generator, and on no number

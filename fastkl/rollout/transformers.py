@@ -46,7 +46,8 @@ class TransformersGenerator:
         self.dtype = dtype
         self.max_rows = max_rows
         takes = inspect.signature(model.base_model.forward).parameters
-        self.cache_argument = "cache" if "cache" in takes else "past_key_values"  # transformers renames it, by model
+        # depending on the model, transformers calls it one or the other
+        self.cache_argument = "cache" if "cache" in takes else "past_key_values"
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -128,14 +129,14 @@ class TransformersGenerator:
         ]
 
     def sync(self, policy: nn.Module) -> None:
-        """See Generator: it decodes with the policy itself, so there is nothing to bring."""
+        """See Generator. Nothing to do, since it decodes with the policy itself."""
 
     def close(self) -> None:
-        """See Generator: it holds nothing of its own."""
+        """See Generator. Nothing to do, since it holds no memory of its own."""
 
 
 def obstacle(model_config: Any, device: torch.device) -> str | None:
-    """Nothing is known to keep it from running a model."""
+    """None: no model is known that it cannot run."""
     return None
 
 

@@ -61,7 +61,8 @@ class VllmGenerator:
         check_parameters(vllm_parameters(self._params(seed=0)), VLLM)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See Generator. Each request has its own seed: one seed for all would draw them identical."""
+        """See Generator. Each request has its own seed; with one seed for all, the samples of a prompt would be
+        identical."""
         prompts = [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests]
         params = [self._params(request.seed) for request in requests]
         outputs = [out.outputs[0] for out in self.llm.generate(prompts, params, use_tqdm=False)]

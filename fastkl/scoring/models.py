@@ -53,7 +53,7 @@ def check_hub(name: str) -> None:
     from huggingface_hub import constants, try_to_load_from_cache
 
     if constants.HF_HUB_OFFLINE or getproxies():
-        return  # the library fails at once, or knows the way
+        return  # the library fails at once, or goes through the proxy
     address = urlsplit(constants.ENDPOINT)
     try:
         port = address.port or (80 if address.scheme == "http" else 443)
@@ -135,8 +135,8 @@ WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "_fsdp_wrapped_module.
 def check_weights(source: str, missing: Iterable[str], surplus: Iterable[str]) -> None:
     """UserError unless the file holds the model's weights and no others.
 
-    A missing weight would be a random number, another one in the policy than in the reference; a surplus one would be
-    dropped, and the rest would be a model that nobody has trained.
+    A missing weight would be filled with random numbers, different ones in policy and reference. A surplus weight would
+    be dropped, and what is left would be a model that nobody has trained.
     """
     missing = sorted(missing)
     surplus = sorted(name for name in surplus if not any(part in name for part in OTHER_MODALITIES))

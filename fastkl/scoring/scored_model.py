@@ -1,8 +1,8 @@
 """ScoredModel: a causal language model as a module that scores.
 
 In: a PackedBatch, and what the reference made of it. Out: the scores of its N tokens, and the loss where coefficients
-are given. Backbone, head and fused operator all run inside the module's forward: whatever gathers parameters for a
-forward and lets them go afterwards (FSDP2) finds them needed nowhere else.
+are given. Backbone, head and fused operator all run inside the module's forward, so a wrapper that gathers parameters
+for the time of a forward only (FSDP2) can be put around it.
 """
 
 from __future__ import annotations

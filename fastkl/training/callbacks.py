@@ -1,4 +1,4 @@
-"""Callbacks: what a run tells objects of the caller's while it lives.
+"""Callbacks: objects of the caller's that a run calls while it is under way.
 
 A callback is any object with some of these methods; what they raise ends the run like a failing reward does.
 
@@ -18,7 +18,7 @@ HOOKS = ("on_step_end", "on_checkpoint", "on_eval")
 
 
 def check_callbacks(callbacks: Iterable[object]) -> tuple[object, ...]:
-    """The callbacks as a tuple. UserError for one that none of HOOKS would ever call."""
+    """The callbacks as a tuple. UserError for one that has none of the methods in HOOKS."""
     checked = tuple(callbacks)
     for callback in checked:
         if not any(callable(getattr(callback, hook, None)) for hook in HOOKS):

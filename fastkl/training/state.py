@@ -62,7 +62,7 @@ class Run:
     rewards: tuple[RewardFunction, ...]
     generator: Generator
     objective: Objective
-    controller: KlController  # the one home of beta
+    controller: KlController  # the only place where beta is kept
     limits: StepLimits
     log: RunLog
     view: View
