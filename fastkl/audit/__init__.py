@@ -1,7 +1,8 @@
 """The KL audit: the alarm during a run, and the doctor for runs and for other trainers' rollouts.
 
-The doctor reads a run folder (config.yaml, metrics.jsonl, samples.jsonl), or a JSONL file with one object per
-completion, whose lists have one entry per completion token:
+The doctor reads a run folder (config.yaml, metrics.jsonl, samples.jsonl), or a
+JSONL file with one object per completion, whose lists have one entry per
+completion token:
 
     logprobs           the trainer's log-probs of the policy, as it scored them
                        (required)
@@ -16,5 +17,6 @@ completion, whose lists have one entry per completion token:
     step               the step that drew it; the policy is the reference in
                        step 1; for dropout, stale weights
 
-A line {"settings": {...}} may say how tokens were drawn: the sampling parameters of `fastkl score`, and eos_token_ids.
+A line {"settings": {...}} may say how tokens were drawn: the sampling
+parameters of `fastkl score`, and eos_token_ids.
 """

@@ -9,14 +9,16 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from inspect import Parameter as Option
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
+from cyclopts.help import DefaultFormatter, PanelSpec
+from rich.box import SIMPLE
 
 import fastkl.audit
 import fastkl.score_files
-from fastkl.cli.help import Page
 from fastkl.config.files import load_config, with_settings
 from fastkl.config.setting import Setting
 from fastkl.config.settings import TrainConfig, check_config, settings
@@ -24,50 +26,54 @@ from fastkl.errors import UserError
 from fastkl.sampling.params import replayed_names
 from fastkl.training.run_folder import check_run_folder
 
+HEADINGS = tuple(dict.fromkeys(setting.heading for setting in settings().values()))
 VALUES = {str: "TEXT", int: "N", float: "X", bool: None}
+MAIN_JOB, SWEEP = TrainConfig(), TrainConfig(output="runs/sweep")
+Command = Callable[..., int]
 
 app = App(
     name="fastkl",
     usage="Usage: fastkl COMMAND [OPTION ...]",
     help=(fastkl.__doc__ or "").partition("\n")[0],
     help_format="plaintext",
-    help_formatter=Page(),
+    help_formatter=DefaultFormatter(panel_spec=PanelSpec(box=SIMPLE, padding=(0, 0))),
     help_epilogue="Example: fastkl train --kl-coef 0.1 --output runs/mine\nAbout one command: fastkl help COMMAND",
     version=f"fastkl {fastkl.__version__}",
     version_flags=("--version", "-V"),
-    default_parameter=Parameter(negative_iterable=(), consume_multiple=True, allow_repeating=True, show_default=False),
-    group_commands=Group("Commands", sort_key=0),
+    default_parameter=Parameter(
+        negative_iterable=(), consume_multiple=True, allow_repeating=True, show_default=False, show_choices=False
+    ),
     group_parameters=Group("Options", sort_key=0),
-    group_arguments=Group("Arguments", sort_key=0),
     result_action="return_value",
     exit_on_error=False,
     print_error=False,
     suppress_keyboard_interrupt=False,
 )
 
-Command = Callable[..., int]
+
+def about(metavar: str | None, help: str, **more: Any) -> Parameter:
+    """What the help page says about an option."""
+    return Parameter(metavar=metavar, help=help, **more)
 
 
 def command(
-    usage: str, example: str, text: str | None = "", *, options: Iterable[str] = (), defaults: TrainConfig | None = None
-) -> Any:
-    """Makes a function a command; `text` goes on where its docstring ends.
+    usage: str, example: str, text: str | None = "", *, options: Iterable[str] = (), defaults: TrainConfig = MAIN_JOB
+) -> Callable[[Command], Command]:
+    """Makes a function a command. Its help page goes on with what follows the first paragraph of `text`.
 
-    Besides its own parameters it takes an option for each setting named in `options`.
-
-    Settings that are given reach the function as keywords, as text: config/ gives them their types, as it does in YAML.
+    Besides its own parameters it takes an option for each setting named in `options`. Those that are given reach the
+    function as keywords, as text: config/ gives them their types, as it does in YAML.
     """
 
     def add(function: Command) -> Command:
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        added = [option(settings()[name], getattr(defaults or TrainConfig(), name)) for name in options]
+        added = [option(settings()[name], getattr(defaults, name)) for name in options]
         function.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
-        _, _, rest = (text or "").partition("\n\n")
         app.command(
             function,
             usage=f"Usage: fastkl {function.__name__} {usage}",
-            help=f"{inspect.getdoc(function)}\n\n{rest}",
+            help="\n\n".join((inspect.getdoc(function) or "", (text or "").partition("\n\n")[2])),
             help_epilogue=f"Example: {example}",
             sort_key=len([*app]),
         )
@@ -76,25 +82,18 @@ def command(
     return add
 
 
-def option(setting: Setting, default: Any) -> inspect.Parameter:
+def option(setting: Setting, default: Any) -> Option:
     """The option of a setting, under its heading."""
     kind: Any = bool if setting.type is bool else tuple[str, ...] if setting.is_list else str
     value = "|".join((*setting.choices, *(["FILE.py:FUNCTION"] if setting.own else []))) or VALUES[setting.type]
-    about = Parameter(
-        help=setting.help + ("" if kind is bool else f" [{replace(setting, default=default).default_text}]"),
-        metavar=f"{value} ..." if setting.is_list else value,
-        group=Group(setting.heading, sort_key=1 + HEADINGS.index(setting.heading)),
-    )
-    return inspect.Parameter(
-        setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, about]
-    )
+    shown = "" if kind is bool else f" [{replace(setting, default=default).default_text}]"
+    heading = Group(setting.heading, sort_key=1 + HEADINGS.index(setting.heading))
+    note = about(f"{value} ..." if setting.is_list else value, setting.help + shown, group=heading)
+    return Option(setting.name, Option.KEYWORD_ONLY, default=None, annotation=Annotated[kind, note])
 
 
-HEADINGS = tuple(dict.fromkeys(setting.heading for setting in settings().values()))
-
-ConfigFile = Annotated[
-    Path | None, Parameter(metavar="FILE", help="YAML file with any of these settings; options win over it")
-]
+DASH = {"allow_leading_hyphen": True}  # the value may be "-"
+ConfigFile = Annotated[Path | None, about("FILE", "YAML file with any of these settings; options win over it.")]
 
 
 @command("[OPTION ...]", "fastkl train --prompts prompts.jsonl --reward rewards.py:score", options=settings())
@@ -102,10 +101,11 @@ def train(*, config: ConfigFile = None, **given: Any) -> int:
     """Train a model.
 
     Without options: the embedded main job, a story model that learns to alliterate.
-    Settings come from the defaults [in brackets], then from --config, then from options; with --resume, the run's own
-    config.yaml takes the place of the defaults.
+    Settings come from the defaults [in brackets], then from --config, then from
+    options; with --resume, the run's own config.yaml takes the place of the
+    defaults.
     """
-    run = merged(given, config, TrainConfig())
+    run = merged(given, config)
     check_config(run)
     check_run_folder(run)
     from fastkl.rollout.agreement import StaleEngineError
@@ -119,18 +119,15 @@ def train(*, config: ConfigFile = None, **given: Any) -> int:
     return 0
 
 
-def merged(given: dict[str, Any], config: Path | None, defaults: TrainConfig) -> TrainConfig:
+def merged(given: dict[str, Any], config: Path | None) -> TrainConfig:
     """The defaults, then with --resume the run's own config.yaml, then --config, then the options."""
-    base = defaults
+    base = MAIN_JOB
     if given.get("resume"):
-        output = given.get("output") or (load_config(config, defaults) if config else defaults).output
+        output = given.get("output") or (load_config(config) if config else base).output
         own = Path(output).expanduser() / "config.yaml"
         if own.is_file():
-            base = replace(load_config(own, defaults), output=str(own.parent))
+            base = replace(load_config(own), output=str(own.parent))
     return with_settings(load_config(config, base) if config else base, given)
-
-
-SWEEP = TrainConfig(output="runs/sweep")
 
 
 @command(
@@ -140,15 +137,13 @@ SWEEP = TrainConfig(output="runs/sweep")
     defaults=SWEEP,
 )
 def sweep(
-    *,
-    kl_coef: Annotated[tuple[str, ...], Parameter(metavar="X", help="The values of beta.")],
-    config: ConfigFile = None,
-    **given: Any,
+    *, kl_coef: Annotated[tuple[str, ...], about("X ...", "Values of beta.")], config: ConfigFile = None, **given: Any
 ) -> int:
     """Train once for each of several KL coefficients, and compare.
 
-    Each run has its folder, OUTPUT/kl_coef-VALUE, and OUTPUT/report.html compares them. Options are those of
-    `fastkl train`. A sweep that was stopped goes on with the same command and --resume.
+    Each run has its folder, OUTPUT/kl_coef-VALUE, and OUTPUT/report.html compares
+    them. Options are those of `fastkl train`. A sweep that was stopped goes on
+    with the same command and --resume.
     """
     from fastkl.training.sweep import sweep
 
@@ -163,35 +158,21 @@ def sweep(
     options=(*replayed_names(), "dtype", "device"),
 )
 def score(
-    input: Annotated[
-        str,
-        Parameter(
-            name="FILE.jsonl", allow_leading_hyphen=True, help='Completions, one per line; "-" reads standard input.'
-        ),
-    ],
+    input: Annotated[str, about(None, 'Completions; "-" is standard input.', name="FILE.jsonl", **DASH)],
     /,
     *,
-    model: Annotated[str, Parameter(metavar="NAME", help="The policy: a local folder or a hub id.")],
-    reference: Annotated[
-        str | None, Parameter(metavar="NAME", help="The reference; without it, no KL is computed.")
-    ] = None,
+    model: Annotated[str, about("NAME", "The policy: a local folder or a hub id.")],
+    reference: Annotated[str | None, about("NAME", "The reference; without it, no KL is computed.")] = None,
     output: Annotated[
-        str | None,
-        Parameter(
-            metavar="FILE",
-            allow_leading_hyphen=True,
-            help='The scores; "-" is standard output. [FILE.scores.jsonl beside the input]',
-        ),
+        str | None, about("FILE", 'Scores; "-" is standard output. [FILE.scores.jsonl]', **DASH)
     ] = None,
-    batch_tokens: Annotated[int, Parameter(metavar="N", help="Tokens per forward, prompts included. [4096]")] = 4096,
-    skip_malformed: Annotated[
-        bool, Parameter(negative=(), help="Report lines that cannot be scored and go on, instead of ending.")
-    ] = False,
-    resume: Annotated[bool, Parameter(negative=(), help="Continue the output where it ends.")] = False,
+    batch_tokens: Annotated[int, about("N", "Tokens per forward, prompts included. [4096]")] = 4096,
+    skip_malformed: Annotated[bool, about(None, "Report lines that cannot be scored and go on.", negative=())] = False,
+    resume: Annotated[bool, about(None, "Continue the output where it ends.", negative=())] = False,
     **given: Any,
 ) -> int:
     """Score completions under a policy and a reference, from JSONL to JSONL."""
-    shared = with_settings(TrainConfig(), given)
+    shared = with_settings(MAIN_JOB, given)
     from fastkl.score_files.command import ScoreConfig, score_file
 
     score_file(ScoreConfig(input, model, reference, output, batch_tokens, skip_malformed, resume, shared))
@@ -200,10 +181,8 @@ def score(
 
 @command("DIR ... [OPTION ...]", "fastkl report runs/sweep/*")
 def report(
-    *folders: Annotated[Path, Parameter(name="DIR", help="Run folder; several are compared.")],
-    output: Annotated[
-        Path | None, Parameter(metavar="FILE", help="The page [report.html in the run's folder, or beside the runs].")
-    ] = None,
+    *folders: Annotated[Path, about(None, "Run folder; several are compared.", name="DIR")],
+    output: Annotated[Path | None, about("FILE", "The page. [report.html beside the run or the runs]")] = None,
 ) -> int:
     """Write one self-contained HTML page about one run or several."""
     if not folders:
@@ -219,10 +198,10 @@ def report(
 
 @command("RUN|FILE.jsonl [OPTION ...]", "fastkl doctor runs/alliteration", fastkl.audit.__doc__)
 def doctor(
-    path: Annotated[Path | None, Parameter(name="RUN|FILE.jsonl", help="Run folder, or rollouts.")] = None,
+    path: Annotated[Path | None, about(None, "Run folder, or rollouts.", name="RUN|FILE.jsonl")] = None,
     /,
     *,
-    table: Annotated[bool, Parameter(negative=(), help="Compute the table of docs/negative-kl.md instead.")] = False,
+    table: Annotated[bool, about(None, "Compute the table of docs/negative-kl.md instead.", negative=())] = False,
 ) -> int:
     """Audit the KL of a run or of another trainer's rollouts.
 
@@ -245,10 +224,8 @@ def doctor(
 @command("[OPTION ...]", "fastkl bench --budget 60")
 def bench(
     *,
-    output: Annotated[Path, Parameter(metavar="DIR", help="bench.json and pictures. [runs/bench]")] = Path(
-        "runs/bench"
-    ),
-    budget: Annotated[float, Parameter(metavar="S", help="Seconds after which no row starts. [150]")] = 150.0,
+    output: Annotated[Path, about("DIR", "bench.json and pictures. [runs/bench]")] = Path("runs/bench"),
+    budget: Annotated[float, about("S", "Seconds after which no row starts. [150]")] = 150.0,
 ) -> int:
     """Time the scoring operators against their floors and peers, as this machine allows."""
     from fastkl.microbench import run
@@ -260,8 +237,8 @@ def bench(
 @command("--output DIR [OPTION ...]", "fastkl storyteller --output models/storyteller")
 def storyteller(
     *,
-    output: Annotated[Path, Parameter(metavar="DIR", help="Where model and tokenizer go.")],
-    seed: Annotated[int, Parameter(metavar="N", help="Another seed, another model. [0]")] = 0,
+    output: Annotated[Path, about("DIR", "Where model and tokenizer go.")],
+    seed: Annotated[int, about("N", "Another seed, another model. [0]")] = 0,
 ) -> int:
     """Remake the embedded model (in a checkout of fastkl)."""
     if output.exists() and not output.is_dir():

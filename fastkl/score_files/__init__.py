@@ -12,15 +12,20 @@ A line of the input holds one completion:
                  scored (default: all are)
     id           copied to the output
 
-Other fields are left alone. A line {"settings": {...}} holds sampling parameters for the lines below it. The names are
-those of vLLM's SamplingParams; what cannot be replayed, penalties for repetition for one, is refused by name.
+Other fields are left alone. A line {"settings": {...}} holds sampling
+parameters for the lines below it. The names are those of vLLM's
+SamplingParams; what cannot be replayed, penalties for repetition for one, is
+refused by name.
 
-Prompts are tokenized with the tokenizer's special tokens, chats by their template, completions without special tokens:
-no end of the text is added, so write it (the tokenizer knows it as text) or give token ids where it was sampled. Prompt
-and completion are tokenized apart, as a generator sees them; where their texts together would make other tokens, the
-completion is scored as it was generated, not as it would be re-encoded.
+Prompts are tokenized with the tokenizer's special tokens, chats by their
+template, completions without special tokens: no end of the text is added, so
+write it (the tokenizer knows it as text) or give token ids where it was
+sampled. Prompt and completion are tokenized apart, as a generator sees them;
+where their texts together would make other tokens, the completion is scored as
+it was generated, not as it would be re-encoded.
 
-The output has a header, {"settings": {...}}, and then one line for each completion, in order:
+The output has a header, {"settings": {...}}, and then one line for each
+completion, in order:
 
     line, id     where the completion stands in the input, from 1
     num_tokens   of the completion, and sums, the totals of the lists below
