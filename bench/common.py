@@ -60,6 +60,18 @@ def run_alone(function: Callable[..., Any], *arguments: Any, environment: Mappin
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def take_turns(
+    names: Sequence[str], rounds: int, measure: Callable[[str], Any], line: Callable[[str, list[Any]], str],
+    output: Path, job: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Measures the contenders in turn, `rounds` times; prints and writes what is known after each."""
+    results: dict[str, list[Any]] = {}
+    for name in [*names] * rounds:
+        results.setdefault(name, []).append(measure(name))
+        print(line(name, results[name]), flush=True)
+        write(output, {"job": job, "results": results})
+
+
 def seconds_of(call: Callable[[], Any]) -> float:
     """Wall seconds of one call, for contenders that take turns."""
     import torch

@@ -22,14 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bench.common import parser, run_alone, write
 from fastkl.kernels.operators import linear_token_scores
 from fastkl.kernels.types import TokenScores
-from fastkl.microbench.jobs import Job, Problem, Scorer, Shape, in_the_forward, solve
+from fastkl.microbench.jobs import Job, Problem, Scorer, Shape, errors, in_the_forward, solve
 from fastkl.microbench.measure import peak_mib, times_ms
 from fastkl.microbench.peers import TRL_TILE, trl_scores
 
@@ -78,19 +77,7 @@ def write_truth(shape: tuple[int, int, int], path: Path) -> None:
         *found, head_gradient = solve(JOB, p.exact(False, slice(low, low + 128)), materialised)
         head += head_gradient
         parts.append(found)
-    *scores, hidden = (torch.cat(rows) for rows in zip(*parts, strict=True))
-    np.savez(path, scores=torch.stack(scores), hidden=hidden, weight=head)
-
-
-def errors_of(found: list[Tensor], truth_path: str) -> dict[str, float]:
-    """Largest deviations from float64: of a score in nats, of a gradient as a part of its largest entry."""
-    *scores, hidden, weight = found
-    with np.load(truth_path) as exact:
-        errors = {"scores, nats": float((torch.stack(scores) - torch.from_numpy(exact["scores"])).abs().max())}
-        for name, key, gradient in (("hidden gradient", "hidden", hidden), ("head gradient", "weight", weight)):
-            expected = torch.from_numpy(exact[key])
-            errors[name] = float((gradient - expected).abs().max() / expected.abs().max())
-    return errors
+    torch.save([*(torch.cat(rows) for rows in zip(*parts, strict=True)), head], path)
 
 
 def measure(name: str, shape: list[int], truth_path: str, seconds: float) -> dict[str, Any]:
@@ -101,14 +88,14 @@ def measure(name: str, shape: list[int], truth_path: str, seconds: float) -> dic
         return {"name": name, "seconds": timed(lambda: torch.mm(p.hidden, p.weight.t(), out=out), seconds)}
     scorer = scorer_of(name, p)
     found = solve(JOB, p, scorer)
-    errors = errors_of(found, truth_path)
-    if not max(errors.values()) <= TOLERANCE:
-        raise SystemExit(f"{name}: errors {errors} against float64; a wrong answer has no speed")
+    off = errors(found, torch.load(truth_path))
+    if not max(off.values()) <= TOLERANCE:
+        raise SystemExit(f"{name}: {off} against float64; a wrong answer has no speed")
     outputs_mib = sum(x.numel() * x.element_size() for x in found) / 2**20
     del found
     times = timed(lambda: solve(JOB, p, scorer), seconds)
     peak = peak_mib(lambda: solve(JOB, p, scorer), "cpu")
-    return {"name": name, "seconds": times, "peak_mib": None if peak is None else peak - outputs_mib, "errors": errors}
+    return {"name": name, "seconds": times, "peak_mib": None if peak is None else peak - outputs_mib, "errors": off}
 
 
 def timed(call: Callable[[], object], seconds: float) -> list[float]:
@@ -167,7 +154,7 @@ def main() -> None:
         results = [row for row in earlier if row["setting"] not in options.settings]
     job = {"shape": dict(zip(("rows", "hidden", "vocab"), shape, strict=True)), "dtype": "float32"}
     with tempfile.TemporaryDirectory() as folder:
-        truth = Path(folder) / "truth.npz"
+        truth = Path(folder) / "truth.pt"
         write_truth(shape, truth)
         print(f"{'setting':<12}{'contender':<34}{'median s':>10}{'min':>8}{'max':>8}{'peak MiB':>10}  errors")
         for setting in options.settings:

@@ -27,7 +27,7 @@ from bench.common import ROOT, parser, seconds_of, write
 from fastkl import linear_token_scores, token_scores
 from fastkl.kernels import reference
 from fastkl.kernels.types import TokenScores
-from fastkl.microbench.jobs import Job, Problem, Scorer, Shape, in_the_forward, solve
+from fastkl.microbench.jobs import Job, Problem, Scorer, Shape, errors, in_the_forward, solve
 from fastkl.microbench.measure import peak_mib
 from fastkl.microbench.peers import liger_scores, trl_scores
 
@@ -140,18 +140,6 @@ def contenders() -> tuple[list[Contender], dict[str, str]]:
     return sorted(found, key=lambda c: c.job), left_out
 
 
-def errors_of(contender: Contender, p: Problem, exact: list[Tensor]) -> dict[str, float]:
-    """Largest deviations from float64: of a score in nats, of a gradient as a part of its largest entry."""
-    scores, gradients = 0.0, 0.0
-    for x, truth in zip(contender.call(p), exact, strict=True):
-        difference = float((x.double() - truth).abs().max())
-        if truth.dim() == 1:
-            scores = max(scores, difference)
-        else:
-            gradients = max(gradients, difference / float(truth.abs().max()))
-    return {"score_error": scores, "gradient_error": gradients}
-
-
 def measure(job: str, group: list[Contender], large: Problem, small: Problem, rounds: int) -> list[dict[str, Any]]:
     """Errors of both problems, then peak memory and times in turns of the large one: one row per contender."""
     rows: list[dict[str, Any]] = [{"job": job, "project": c.project, "function": c.function} for c in group]
@@ -159,7 +147,7 @@ def measure(job: str, group: list[Contender], large: Problem, small: Problem, ro
     for p in (large, small):
         exact = solve(JOBS[job], p.exact(JOBS[job].of_logits, slice(None)), oracle)
         for contender, row in zip(group, rows, strict=True):
-            row[str(p.shape.dtype).removeprefix("torch.")] = errors_of(contender, p, exact)
+            row[str(p.shape.dtype).removeprefix("torch.")] = errors(contender.call(p), exact)
         del exact
     for contender, row in zip(group, rows, strict=True):
         row["peak_mib"] = peak_mib(partial(contender.call, large, JOBS[job].inputs(large)), "cpu")

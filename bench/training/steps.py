@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from bench.common import WARM_UP_STEPS, Steps, make_llama, parser, run_alone, seconds_of, step_seconds, trl_run, write
+from bench import common
 
 B, K, T = 16, 8, 96
 SIZES: dict[str, dict[str, int]] = {
@@ -49,7 +49,9 @@ def make_model(folder: Path, size: str) -> None:
     from fastkl.storyteller import model_path
 
     heads = SIZES[size]["num_attention_heads"]
-    make_llama(folder, AutoTokenizer.from_pretrained(model_path()), **{"num_key_value_heads": heads, **SIZES[size]})
+    common.make_llama(
+        folder, AutoTokenizer.from_pretrained(model_path()), **{"num_key_value_heads": heads, **SIZES[size]}
+    )
 
 
 def vowels(completions: list[str], **_: Any) -> list[float]:
@@ -61,12 +63,12 @@ def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens
     """fastkl's training loop as `fastkl train` runs it."""
     from fastkl import TrainConfig, train
 
-    steps_seen = Steps()
+    steps_seen = common.Steps()
     with tempfile.TemporaryDirectory() as folder:
         train(
             TrainConfig(
                 model=str(model), prompts=PROMPT, reward=(f"{__file__}:vowels",), kl_coef=0.05, lr=1e-6, warmup_steps=0,
-                lr_decay="constant", steps=steps + WARM_UP_STEPS, prompts_per_step=B, num_samples=K,
+                lr_decay="constant", steps=steps + common.WARM_UP_STEPS, prompts_per_step=B, num_samples=K,
                 max_new_tokens=new_tokens, generator=generator, dtype=dtype, save_every=0, sample_every=0,
                 report_to=(), output=f"{folder}/run",
             ),
@@ -75,7 +77,7 @@ def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens
     counted = steps_seen.metrics[WARM_UP_STEPS:]
     stages = {key: statistics.median(row[key] for row in counted) for key in counted[0] if key.startswith("time/")}
     tokens = statistics.median(row["completion/mean_length"] for row in counted) * B * K
-    return {"step_s": step_seconds(steps_seen.ends), "tokens_per_step": tokens, "stages": stages}
+    return {"step_s": common.step_seconds(steps_seen.ends), "tokens_per_step": tokens, "stages": stages}
 
 
 def trl_steps(
@@ -85,13 +87,13 @@ def trl_steps(
     mode, which needs a GPU; without it transformers generates.
     """
     with tempfile.TemporaryDirectory() as folder:
-        trainer, ends = trl_run(
+        trainer, ends = common.trl_run(
             model, [PROMPT] * 1024, vowels, steps, output_dir=folder, per_device_train_batch_size=batch,
             gradient_accumulation_steps=B * K // batch, num_generations=K, max_completion_length=new_tokens,
             learning_rate=1e-6, temperature=1.0, bf16=dtype == "bfloat16", **options,
         )  # fmt: skip
         trainer.train()
-    return {"step_s": step_seconds(ends), "tokens_per_step": B * K * new_tokens}
+    return {"step_s": common.step_seconds(ends), "tokens_per_step": B * K * new_tokens}
 
 
 def one_text_at_a_time(model: Path, steps: int) -> dict[str, Any]:
@@ -188,7 +190,7 @@ def bare_generation(run: Any, batch: Any) -> Callable[[], Any]:
 
 def median_seconds(action: Callable[[], Any], repeats: int) -> float:
     """Median wall seconds of `action` after two warm-up calls."""
-    return statistics.median([seconds_of(action) for _ in range(repeats + 2)][2:])
+    return statistics.median([common.seconds_of(action) for _ in range(repeats + 2)][2:])
 
 
 CONTENDERS: dict[str, tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]] = {
@@ -246,22 +248,20 @@ def summary(name: str, found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Runs the contenders in turn; prints and writes what is known after each."""
-    p = parser(__doc__, "training.json")
+    p = common.parser(__doc__, "training.json")
     p.add_argument("--steps", type=int, default=6, help="counted steps per contender and round")
     p.add_argument("--rounds", type=int, default=2, help="how often the contenders run in turn")
     p.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders [all that can run here]")
     options = p.parse_args()
     names = options.only or default_contenders()
-    results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        models = {size: Path(folder) / size for size in {CONTENDERS[name][0] for name in names}}
+        models = {CONTENDERS[name][0]: Path(folder) / CONTENDERS[name][0] for name in names}
         for size, path in models.items():
             make_model(path, size)
-        for name in names * options.rounds:
-            found = results.setdefault(name, [])
-            found.append(run_alone(measure, name, models[CONTENDERS[name][0]], options.steps))
-            print(summary(name, found), flush=True)
-            write(options.output, {"job": {"B": B, "K": K, "T": T}, "results": results})
+        common.take_turns(
+            names, options.rounds, lambda name: common.run_alone(measure, name, models[CONTENDERS[name][0]], options.steps),
+            summary, options.output, {"B": B, "K": K, "T": T},
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

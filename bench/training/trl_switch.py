@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from bench.common import WARM_UP_STEPS, make_llama, parser, run_alone, step_seconds, trl_run, write
+from bench.common import WARM_UP_STEPS, make_llama, parser, run_alone, step_seconds, take_turns, trl_run
 from fastkl.microbench.measure import peak_mib
 
 B, K, T, VOCAB = 4, 8, 64, 32_000
@@ -96,13 +96,12 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=2, help="how often the contenders run in turn")
     p.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders [all]")
     options = p.parse_args()
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.only}
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
-        for name in options.only * options.rounds:
-            results[name].append(run_alone(contend, name, folder, options.steps))
-            print(summary(name, results[name]), flush=True)
-            write(options.output, {"job": {"B": B, "K": K, "T": T, "vocab": VOCAB}, "results": results})
+        take_turns(
+            options.only, options.rounds, lambda name: run_alone(contend, name, folder, options.steps), summary,
+            options.output, {"B": B, "K": K, "T": T, "vocab": VOCAB},
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -168,6 +168,17 @@ def solve(
     return [*(score.detach() for score in found), *torch.autograd.grad(loss, leaves)]
 
 
+def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, float]:
+    """Largest deviations from float64 in the rows that `exact` holds: of a score in nats, of a gradient as a part of
+    its largest entry."""
+    worst = {"score_error": 0.0, "gradient_error": 0.0}
+    for x, truth in zip(found, exact, strict=True):
+        error = float((x[: len(truth)].double() - truth).abs().max())
+        kind, scale = ("score_error", 1.0) if truth.dim() == 1 else ("gradient_error", float(truth.abs().max()))
+        worst[kind] = max(worst[kind], error / scale)
+    return worst
+
+
 @dataclass(frozen=True)
 class Row:
     """One implementation of one job, ready to be called, checked and timed."""

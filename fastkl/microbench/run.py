@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastkl.microbench.jobs import CPU_SHAPES, GPU_SHAPES, JOBS, Problem, Row, Shape, own_rows
+from fastkl.microbench.jobs import CPU_SHAPES, GPU_SHAPES, JOBS, Problem, Row, Shape, errors, own_rows
 from fastkl.microbench.measure import machine, peak_mib, times_ms
 from fastkl.microbench.peers import missing_peers, peer_rows
 
@@ -70,19 +70,9 @@ class Result:
         )
 
 
-def error_of(row: Row) -> float:
-    """The largest deviation from float64 in the first rows; gradients relative to their largest entry."""
-    worst = 0.0
-    for x, truth in zip(row.call(), row.expected(), strict=True):
-        difference = float((x[: len(truth)].double() - truth).abs().max())
-        is_gradient = truth.dim() == 2
-        worst = max(worst, difference / float(truth.abs().max()) if is_gradient else difference)
-    return worst
-
-
 def checked_error(row: Row) -> float:
-    """error_of; raises if it is too large: a wrong answer has no speed."""
-    error = error_of(row)
+    """The largest deviation from float64 in the first rows; raises if it is too large: a wrong answer has no speed."""
+    error = max(errors(row.call(), row.expected()).values())
     if not error <= TOLERANCE[row.shape.dtype]:
         raise AssertionError(f"job {row.job}, {row.name}: error {error:.2e} against float64, not timed")
     return error
@@ -137,7 +127,7 @@ def doubt(row: Row, times: list[float], percent_of_floor: float) -> str:
     if quantile(times, 0.8) > 1.25 * quantile(times, 0.2):
         found.append("times vary: the machine was busy, or the call is short")
     if percent_of_floor > 105:
-        found.append("faster than its floor: caches or clocks served it better than the products it is compared with")
+        found.append("faster than its floor, which was measured at a busier moment")
     return "; ".join(found)
 
 
