@@ -48,10 +48,8 @@ def make_model(folder: Path, size: str) -> None:
 
     from fastkl.storyteller import model_path
 
-    heads = SIZES[size]["num_attention_heads"]
-    common.make_llama(
-        folder, AutoTokenizer.from_pretrained(model_path()), **{"num_key_value_heads": heads, **SIZES[size]}
-    )
+    sizes = {"num_key_value_heads": SIZES[size]["num_attention_heads"]} | SIZES[size]
+    common.make_llama(folder, AutoTokenizer.from_pretrained(model_path()), **sizes)
 
 
 def vowels(completions: list[str], **_: Any) -> list[float]:
@@ -74,7 +72,7 @@ def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens
             ),
             callbacks=[steps_seen],
         )  # fmt: skip
-    counted = steps_seen.metrics[WARM_UP_STEPS:]
+    counted = steps_seen.metrics[common.WARM_UP_STEPS :]
     stages = {key: statistics.median(row[key] for row in counted) for key in counted[0] if key.startswith("time/")}
     tokens = statistics.median(row["completion/mean_length"] for row in counted) * B * K
     return {"step_s": common.step_seconds(steps_seen.ends), "tokens_per_step": tokens, "stages": stages}
@@ -258,10 +256,11 @@ def main() -> None:
         models = {CONTENDERS[name][0]: Path(folder) / CONTENDERS[name][0] for name in names}
         for size, path in models.items():
             make_model(path, size)
-        common.take_turns(
-            names, options.rounds, lambda name: common.run_alone(measure, name, models[CONTENDERS[name][0]], options.steps),
-            summary, options.output, {"B": B, "K": K, "T": T},
-        )  # fmt: skip
+
+        def alone(name: str) -> dict[str, Any]:
+            return common.run_alone(measure, name, models[CONTENDERS[name][0]], options.steps)
+
+        common.take_turns(names, options.rounds, alone, summary, options.output, {"B": B, "K": K, "T": T})
 
 
 if __name__ == "__main__":
