@@ -175,7 +175,7 @@ class View:
             body.add_column(ratio=2)
             body.add_row(numbers, self._story(max_characters=2000))
         elif self._sample:
-            lines_left = max(2, self._console.height - 20)
+            lines_left = max(2, self._console.height - 12 - sum(metric.panel for metric in table.METRICS))
             story = self._story(max_characters=min(6, lines_left) * (width - 6))
             body = Group(numbers, Text(), Rule(style="dim", characters="╌"), story)
         title = Text.assemble(("fastkl ", "bold"), (self.title, "dim"), overflow="ellipsis", no_wrap=True)

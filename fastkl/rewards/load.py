@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastkl.plugins import find_function
 from fastkl.rewards.built_in import BUILT_IN
-
-METRICS_OF_THE_TRAINER = ("raw", "std", "penalized")  # reward/raw and so on: no function may write over them
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +19,14 @@ class RewardFunction:
     weight: float = 1.0
 
 
-def load_rewards(names: Sequence[str], weights: Sequence[float] | None) -> tuple[RewardFunction, ...]:
-    """The functions behind `--reward`, each under a name of its own. UserError where one cannot be found."""
-    taken = list(METRICS_OF_THE_TRAINER)
+def load_rewards(
+    names: Sequence[str], weights: Sequence[float] | None, taken: Iterable[str] = ()
+) -> tuple[RewardFunction, ...]:
+    """The functions behind `--reward`, each under a name of its own. UserError where one cannot be found.
+
+    taken: names that no function may have, since the trainer's own metrics have them.
+    """
+    taken = list(taken)
     loaded = []
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         function = BUILT_IN[name] if name in BUILT_IN else find_function("reward", name, BUILT_IN)

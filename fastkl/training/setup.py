@@ -23,6 +23,7 @@ from fastkl.objective.advantages import find_advantage
 from fastkl.objective.kl_control import KlController
 from fastkl.objective.rloo import Objective
 from fastkl.report.loggers import RunLog, check_report_to
+from fastkl.report.metrics import taken_reward_names
 from fastkl.report.terminal import View
 from fastkl.rewards.load import RewardFunction, load_rewards
 from fastkl.rollout.agreement import AGREEMENT_NATS
@@ -70,7 +71,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     check_config(config)
     check_report_to(config.report_to)
     device = choose_device(config.device)
-    rewards = load_rewards(config.reward, config.reward_weights)
+    rewards = load_rewards(config.reward, config.reward_weights, taken_reward_names())
     models.quiet_transformers()
     source = models.resolve_model(config.model)
     model_config, tokenizer = models.load_config(source), models.load_tokenizer(source)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastkl.errors import UserError
+from fastkl.report.metrics import taken_reward_names
 from fastkl.rewards.built_in import alliteration, starts_with_a
 from fastkl.rewards.call import compute_rewards
 from fastkl.rewards.load import RewardFunction, load_rewards
@@ -201,7 +202,7 @@ def test_names_lead_to_functions(tmp_path, monkeypatch):
 
 def test_a_function_called_like_a_metric_of_the_trainer_gets_another_name(tmp_path):
     (tmp_path / "named.py").write_text("def raw(completions): return [0.0] * len(completions)\n")
-    assert load_rewards([f"{tmp_path}/named.py:raw"], None)[0].name == "raw-2"
+    assert load_rewards([f"{tmp_path}/named.py:raw"], None, taken_reward_names())[0].name == "raw-2"
 
 
 @pytest.mark.parametrize(
