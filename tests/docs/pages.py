@@ -20,7 +20,7 @@ COMMANDS = ("fastkl", "make", "mkdocs", "pip", "pre-commit", "python", "python3"
 
 @dataclass(frozen=True, slots=True)
 class Snippet:
-    """A fenced block. Marks stand in a comment above it: "slow", or "not installed here"."""
+    """A fenced block. A mark, as "slow", stands in a comment above it."""
 
     page: Path
     line: int
