@@ -112,9 +112,13 @@ def train(*, config: ConfigFile = None, **given: Any) -> int:
     from fastkl.training import loop
 
     try:
-        loop.train(run)
+        result = loop.train(run)
     except (loop.Diverged, StaleEngineError) as stop:
         print(f"fastkl: {stop}", file=sys.stderr)
+        return 1
+    if result.saved_step < result.step:
+        saved = f"step {result.saved_step}" if result.saved_step else "none"
+        print(f"fastkl: step {result.step} is not saved; the newest checkpoint is {saved}.", file=sys.stderr)
         return 1
     return 0
 
@@ -163,9 +167,7 @@ def score(
     *,
     model: Annotated[str, about("NAME", "The policy: a local folder or a hub id.")],
     reference: Annotated[str | None, about("NAME", "The reference; without it, no KL is computed.")] = None,
-    output: Annotated[
-        str | None, about("FILE", 'Scores; "-" is standard output. [FILE.scores.jsonl]', **DASH)
-    ] = None,
+    output: Annotated[str | None, about("FILE", 'Scores; "-" is standard output. [FILE.scores.jsonl]', **DASH)] = None,
     batch_tokens: Annotated[int, about("N", "Tokens per forward, prompts included. [4096]")] = 4096,
     skip_malformed: Annotated[bool, about(None, "Report lines that cannot be scored and go on.", negative=())] = False,
     resume: Annotated[bool, about(None, "Continue the output where it ends.", negative=())] = False,

@@ -85,6 +85,11 @@ class RunLog:
             if not self._attempt(name, self._trackers[name].log, metrics, samples[:TEXT_SAMPLES]):
                 del self._trackers[name]  # its connection or file is broken; the JSON files go on
 
+    def flush(self) -> None:
+        """Has the system write both files to the disk. Raises nothing."""
+        for name, file in self._files.items():
+            self._attempt(f"{name}.jsonl", file.flush)
+
     def close(self) -> None:
         """Write what is still waiting and end the trackers. Raises nothing; may be called twice."""
         for name, file in self._files.items():
@@ -142,6 +147,11 @@ class _JsonLines:
             os.truncate(self.path, size_bytes)
             raise
         self._waiting.clear()
+
+    def flush(self) -> None:
+        """Asks the system to write the file to the disk before going on."""
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
 
 
 def to_json(row: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from fastkl.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 1
+FORMAT = 2
 
 
 MANIFEST = "checkpoint.json"
@@ -48,6 +48,7 @@ class Checkpoint:
     folder: Path
     step: int
     manifest: dict[str, Any]
+    note: str = ""  # what is wrong with newer ones
 
 
 def save_checkpoint(
@@ -58,24 +59,26 @@ def save_checkpoint(
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
+    random: RandomState,
     config: Mapping[str, Any],
     keep: int,
     reference: nn.Module | None = None,
 ) -> Path:
-    """Writes root/step-N atomically, then deletes all but the `keep` newest (0: none). OSError if the disk fails.
+    """Writes root/step-N atomically, then deletes all but the `keep` newest (0: none).
 
-    reference: only where it changes during the run; a frozen one is the model that the run started from.
+    random: the global generators at the end of the step. reference: only where it changes during the run; a frozen one
+    is the model that the run started from. Raises what the disk or the libraries raise, of whatever type.
     """
     from safetensors.torch import save_file
 
     final, scratch = root / f"step-{step}", root / f".step-{step}.partial"
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".step-*.partial"):
+    for leftover in root.glob(".*.partial"):
         shutil.rmtree(leftover)
     try:
         policy.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        save_file(_optimizer_tensors(policy, optimizer) | _random_tensors(), scratch / TENSORS)
+        save_file(_optimizer_tensors(policy, optimizer) | random.tensors, scratch / TENSORS)
         if reference is not None:
             parameters = {name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}
             save_file(parameters, scratch / REFERENCE)
@@ -84,13 +87,13 @@ def save_checkpoint(
             "step": step,
             "state": dict(state),
             "config": dict(config),
-            "random": _random_states(),
-            "files": {path.name: _fingerprint(path) for path in sorted(scratch.iterdir())},
+            "random": random.states,
+            "files": {path.relative_to(scratch).as_posix(): _fingerprint(path) for path in _files_in(scratch)},
         }
+        manifest["checksum"] = _checksum(manifest)
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in scratch.iterdir():
+        for path in (*_files_in(scratch), *(p for p in scratch.rglob("*") if p.is_dir()), scratch):
             _flush(path)
-        _flush(scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -111,11 +114,31 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def newest_checkpoint(root: Path) -> Checkpoint:
-    """The newest checkpoint, verified. UserError when there is none, or when it is corrupt or not one of fastkl's."""
+    """The newest checkpoint that is whole; its `note` says which newer ones are damaged.
+
+    UserError when there is none, or none that is whole and fastkl's.
+    """
     folders = list_checkpoints(root)
     if not folders:
         raise UserError(f"resume: {str(root)!r} holds no checkpoint; start the run without --resume.")
-    return open_checkpoint(folders[-1])
+    complaints: list[UserError] = []
+    for folder in reversed(folders):
+        try:
+            found = open_checkpoint(folder)
+        except UserError as complaint:
+            complaints.append(complaint)
+            continue
+        skipped = [str(complaint).partition("; ")[0].removeprefix("resume: ") for complaint in complaints]
+        return replace(found, note="; ".join(skipped))
+    raise complaints[0]
+
+
+def set_aside_newer(checkpoint: Checkpoint) -> None:
+    """Renames the damaged checkpoints that are newer than this one, so that the run does not count them as its own."""
+    for folder in list_checkpoints(checkpoint.folder.parent):
+        if int(folder.name[5:]) > checkpoint.step:
+            shutil.rmtree(folder.with_name(f"damaged-{folder.name}"), ignore_errors=True)
+            folder.rename(folder.with_name(f"damaged-{folder.name}"))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -124,12 +147,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files, step = manifest["files"], int(manifest["step"])
-        known = manifest["format"] == FORMAT
+        known = manifest["format"] in (1, FORMAT)  # 1: without a checksum
+        intact = manifest["format"] == 1 or manifest.pop("checksum") == _checksum(manifest)
     except (OSError, ValueError, KeyError, TypeError) as failure:
         message = f"resume: {str(folder)!r} is not a checkpoint of fastkl (no readable {MANIFEST}); {remedy}."
         raise UserError(message) from failure
     if not known:
         raise UserError(f"resume: {str(folder)!r} has checkpoint format {manifest['format']}, not {FORMAT}; {remedy}.")
+    if not intact:
+        raise UserError(f"resume: the checkpoint file {str(folder / MANIFEST)!r} is damaged; {remedy}.")
     for name, expected in files.items():
         path = folder / name
         if not path.is_file() or _fingerprint(path) != expected:
@@ -169,6 +195,19 @@ def _optimizer_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> d
     }
 
 
+@dataclass(frozen=True, slots=True)
+class RandomState:
+    """Python's, NumPy's and torch's global generators at one moment."""
+
+    states: dict[str, Any]  # JSON-able
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """That of this moment."""
+        return cls(_random_states(), _random_tensors())
+
+
 def _random_tensors() -> dict[str, torch.Tensor]:
     states = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -193,6 +232,51 @@ def _restore_random(states: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
     cuda = [value for name, value in tensors.items() if name.startswith("random/cuda-")]
     if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
+
+
+def check_savable(root: Path, policy: Any, tokenizer: Any) -> str | None:
+    """Saves what surrounds the weights once, before the first step: what transformers will not write is found now.
+
+    Returns a note where that had to be repaired: a generation_config.json whose values contradict one another is
+    reduced to its token ids (fastkl does not sample by it). UserError where saving fails for another reason.
+    """
+    from transformers import GenerationConfig
+
+    trial, note = root / ".trial.partial", None
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        try:
+            policy.generation_config.save_pretrained(trial)
+        except ValueError as failure:
+            ids = {name: getattr(policy.generation_config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+            policy.generation_config = GenerationConfig(**{f"{name}_token_id": value for name, value in ids.items()})
+            reason = " ".join(str(failure).split())[:160]
+            note = f"generation_config.json cannot be saved as it is ({reason}); checkpoints keep its token ids only."
+        policy.save_pretrained(trial, state_dict={"none": torch.zeros(1)})
+        tokenizer.save_pretrained(trial)
+    except Exception as failure:  # transformers raises many types
+        reason = " ".join(str(failure).split())[:200]
+        raise UserError(
+            f"model: its checkpoints could not be saved ({reason}); mend its configuration first."
+        ) from failure
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    return note
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """All files, those in folders of the tokenizer's too, with the mode that the umask asks for."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in files:  # safetensors keeps its files from everybody else
+        path.chmod(0o666 & ~umask)
+    return files
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """Of everything in the manifest but the checksum itself."""
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _fingerprint(path: Path) -> list[Any]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from typing import Any
 
 import torch
 
 from fastkl.config.settings import TrainConfig
-from fastkl.objective.kl_control import renew_reference
 from fastkl.objective.rloo import BatchObjective, Objective, whole_step
 from fastkl.report.step_metrics import StepReport
 from fastkl.rewards.call import compute_rewards
@@ -24,7 +24,7 @@ from fastkl.scoring.pack import pack, scorable, scorable_groups
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training.schedule import learning_rate, set_learning_rate
 from fastkl.training.setup import set_up
-from fastkl.training.signals import stop_request
+from fastkl.training.signals import StopRequest, stop_request
 from fastkl.training.state import Run, StepLimits, TrainResult
 from fastkl.training.stopwatch import Stopwatch
 from fastkl.types import RolloutBatch, StepOutcome
@@ -49,8 +49,15 @@ def train(config: TrainConfig, *, callbacks: Iterable[object] = ()) -> TrainResu
 def run_steps(run: Run) -> TrainResult:
     """The loop over the steps that are left of a run that has been set up."""
     config, skipped_in_a_row = run.config, 0
-    with run.log, run.view, closing(run.generator), stop_request() as stop, saved_on_failure(run):
-        for step in range(run.first_step, config.steps + 1):
+    with (
+        run.log,
+        run.view,
+        closing(run.generator),
+        stop_request() as stop,
+        saved_on_failure(run),
+        announced(run, stop),
+    ):
+        for step in range(run.completed.step + 1, config.steps + 1):
             watch = Stopwatch(run.device)
             prompts = run.prompts.take(config.prompts_per_step)
             requests = requests_of(prompts, config.num_samples, seed=config.seed, step=step)
@@ -64,11 +71,12 @@ def run_steps(run: Run) -> TrainResult:
             set_learning_rate(run.optimizer, learning_rate(step, config))
             objective = run.objective.at(run.controller.coef)
             outcome = update(run.policy, run.reference, run.optimizer, batch, objective, run.limits, watch, step=step)
+            run.commit(step, batch, outcome)
+            stop.release()
             with watch("sync"):
                 run.generator.sync(run.policy.model)
             skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
             run.record(StepReport(step, batch, rewards.by_function, objective.penalty.coef, outcome), watch)
-            steer(run, outcome, step)
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(diagnosis(config, step))
             if stop.requested:
@@ -120,18 +128,24 @@ def update(
     return StepOutcome(total, grad_norm, applied=finite)
 
 
-def steer(run: Run, outcome: StepOutcome, step: int) -> None:
-    """Between two steps: the coefficient follows the KL if it has a target, the reference is renewed if it is time."""
-    config = run.config
-    if outcome.total.num_tokens:
-        run.controller.follow(outcome.total.mean("kl_support"))
-    if config.reference_every and step % config.reference_every == 0:
-        renew_reference(run.reference.model, run.policy.model, config.reference_share)
-
-
 def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:
     """Scales the gradients down to the global norm `max_norm` (0: leaves them); returns the norm before."""
     return float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm or math.inf))
+
+
+@contextmanager
+def announced(run: Run, stop: StopRequest) -> Iterator[None]:
+    """From the optimizer's step to the commit of the step nothing is interrupted, and nothing is saved."""
+
+    def begin(*_: Any) -> None:
+        stop.hold()
+        run.between_steps = True
+
+    hook = run.optimizer.register_step_pre_hook(begin)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -6,8 +6,10 @@ weight is read, and the models are checked before an engine starts. Every user's
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training import checkpoint
 from fastkl.training.callbacks import check_callbacks
 from fastkl.training.run_folder import prepare_run_folder
-from fastkl.training.state import Run, StepLimits
+from fastkl.training.state import Run, Snapshot, StepLimits
 from fastkl.types import Completion, Prompt, RolloutBatch
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -100,6 +102,8 @@ def set_up(config: TrainConfig, *, callbacks: Iterable[object] = ()) -> Run:
     check_head(reference, list(inputs.prompts[0].token_ids))
     dtype = compute_dtype(config.dtype, device)
     layout, layout_reason = backbone.choose_layout(reference, probe_batch(inputs.prompts[0], device), dtype)
+    if (repaired := checkpoint.check_savable(inputs.folder / "checkpoints", policy, inputs.tokenizer)) is not None:
+        view.note(repaired)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     view.note(f"generator: {inputs.generator} ({inputs.generator_reason})")
@@ -171,15 +175,31 @@ def resume(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Continues where `saved` ended: optimizer, random states, prompt position, counters."""
     checkpoint.restore_training_state(saved, run.policy.model, run.optimizer)
     state = saved.manifest["state"]
+    checkpoint.set_aside_newer(saved)
     run.prompts.load_state(state["prompts"])
-    run.prompt_state = state["prompts"]
-    run.skipped_steps, run.tokens_generated = state["skipped_steps"], state["tokens_generated"]
-    # checkpoints that are older than the controller have none
     run.controller.coef = state.get("kl_coef", run.config.kl_coef)
     if run.config.reference_every:
         checkpoint.restore_reference(saved, run.reference.model)
-    run.first_step, run.completed_step, run.saved_step = saved.step + 1, saved.step, saved.step
-    run.view.note(f"continuing after step {saved.step} from {saved.folder}")
+    run.saved_step = saved.step
+    run.completed = Snapshot(
+        saved.step, state["prompts"], state["skipped_steps"], state["tokens_generated"], run.controller.coef
+    )
+    run.view.note(
+        f"continuing after step {saved.step} from {saved.folder}" + (f" ({saved.note})" if saved.note else "")
+    )
+    if lost := lost_lines(run.folder / "metrics.jsonl", saved.step):
+        run.view.note(f"metrics.jsonl lacks the lines of {lost}; training itself goes on from where it was.")
+
+
+def lost_lines(path: Path, last_step: int) -> str:
+    """The steps up to `last_step` that have no line in metrics.jsonl, in words; empty if all have one."""
+    logged = set()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            logged.add(json.loads(line)["step"])
+    missing = [step for step in range(1, last_step + 1) if step not in logged]
+    more = f" and {len(missing) - 5} more steps" if len(missing) > 5 else ""
+    return f"step {', '.join(map(str, missing[:5]))}{more}" if missing else ""
 
 
 def check_same_shape(policy: nn.Module, reference: nn.Module, resumed: checkpoint.Checkpoint | None) -> None:

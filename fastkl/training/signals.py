@@ -13,14 +13,29 @@ from typing import Any
 
 @dataclass(slots=True)
 class StopRequest:
-    """Set by SIGINT or SIGTERM: the step under way is finished and saved. A second signal interrupts at once."""
+    """Set by SIGINT or SIGTERM: the step under way is finished and saved. A second signal interrupts at once, but not
+    between `hold` and `release`, while weights, counters and random states change from one step's to the next's.
+    """
 
     requested: bool = False
+    held: bool = False
+    waiting: bool = False  # an interruption that came while held
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and not self.held:
             raise KeyboardInterrupt
+        self.waiting = self.requested
         self.requested = True
+
+    def hold(self) -> None:
+        """From here on nothing is interrupted."""
+        self.held = True
+
+    def release(self) -> None:
+        """Interrupts if that was asked for in the meantime."""
+        self.held = False
+        if self.waiting:
+            raise KeyboardInterrupt
 
 
 @contextmanager

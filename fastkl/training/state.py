@@ -14,7 +14,7 @@ from torch import nn
 from fastkl.audit.alarm import KlAlarm
 from fastkl.config.settings import TrainConfig
 from fastkl.data.prompts import PromptSource
-from fastkl.objective.kl_control import KlController
+from fastkl.objective.kl_control import KlController, renew_reference
 from fastkl.objective.rloo import Objective
 from fastkl.report.loggers import RunLog
 from fastkl.report.metrics import metrics_of
@@ -28,6 +28,7 @@ from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training import checkpoint
 from fastkl.training.callbacks import notify
 from fastkl.training.stopwatch import Stopwatch
+from fastkl.types import RolloutBatch, StepOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,20 @@ class TrainResult:
     folder: Path  # the run's folder: metrics.jsonl, checkpoints/, report.html, ...
     metrics: dict[str, Any]  # the last step's line of metrics.jsonl; empty if no step was left to run
     policy: nn.Module  # the trained model, a causal language model of transformers
+    step: int  # the last completed step
+    saved_step: int  # the newest step with a checkpoint; below `step` where the last one could not be written
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Where a run stood when a step was complete: all that a checkpoint holds beside weights and moments."""
+
+    step: int = 0
+    prompts: dict[str, Any] = field(default_factory=dict)  # the position in the prompts
+    skipped_steps: int = 0
+    tokens_generated: int = 0
+    kl_coef: float = 0.0  # beta of the next step
+    random: checkpoint.RandomState = field(default_factory=checkpoint.RandomState.now)
 
 
 @dataclass(slots=True)
@@ -68,12 +83,9 @@ class Run:
     view: View
     well_formed: Callable[[list[str]], float] | None  # the checker of the storyteller's language, where it applies
     callbacks: tuple[object, ...] = ()
-    first_step: int = 1
-    skipped_steps: int = 0
-    tokens_generated: int = 0
-    completed_step: int = 0
+    completed: Snapshot = field(default_factory=Snapshot)
     saved_step: int = 0
-    prompt_state: dict[str, Any] = field(default_factory=dict)  # after the completed step
+    between_steps: bool = False  # the weights have left the completed step and not reached the next
     last_metrics: dict[str, Any] = field(default_factory=dict)  # of the completed step
     alarm: KlAlarm = field(default_factory=KlAlarm)
     alarm_rang: bool = False
@@ -83,13 +95,28 @@ class Run:
         """Where policy and reference are."""
         return self.policy.device
 
+    def commit(self, step: int, batch: RolloutBatch, outcome: StepOutcome) -> None:
+        """The step is complete: beta follows the KL if it has a target, the reference is renewed if it is time, and
+        the snapshot is taken that a checkpoint of this step will hold.
+        """
+        before, config = self.completed, self.config
+        if outcome.total.num_tokens:
+            self.controller.follow(outcome.total.mean("kl_support"))
+        if config.reference_every and step % config.reference_every == 0:
+            renew_reference(self.reference.model, self.policy.model, config.reference_share)
+        self.completed = Snapshot(
+            step=step,
+            prompts=self.prompts.state(),
+            skipped_steps=before.skipped_steps + (not outcome.applied),
+            tokens_generated=before.tokens_generated + sum(len(c.token_ids) for g in batch.completions for c in g),
+            kl_coef=self.controller.coef,
+        )
+        self.between_steps = False
+
     def record(self, report: StepReport, watch: Stopwatch) -> None:
         """Logs and shows a completed step."""
         lr = self.optimizer.param_groups[0]["lr"]
         samples = report.samples()
-        self.tokens_generated += sum(sample["num_tokens"] for sample in samples)
-        self.skipped_steps += not report.outcome.applied
-        self.completed_step, self.prompt_state = report.step, self.prompts.state()
         warning = self.alarm.add(sample["kl"] for sample in samples)
         metrics = metrics_of(
             FinishedStep(
@@ -97,8 +124,8 @@ class Run:
                 lr,
                 watch.seconds,
                 checker=self.well_formed,
-                skipped_steps=self.skipped_steps,
-                tokens_generated=self.tokens_generated,
+                skipped_steps=self.completed.skipped_steps,
+                tokens_generated=self.completed.tokens_generated,
                 kl_alarm=warning is not None,
             )
         )
@@ -115,41 +142,47 @@ class Run:
 
     def save(self) -> None:
         """Saves the completed step; when the disk refuses, says so and lets training go on with the last good one."""
-        if self.completed_step == self.saved_step:
+        done = self.completed
+        if done.step == self.saved_step or self.between_steps:
             return
+        self.log.flush()  # the lines of the steps that the checkpoint claims
         try:
             folder = checkpoint.save_checkpoint(
                 self.folder / "checkpoints",
-                self.completed_step,
+                done.step,
                 policy=self.policy.model,
                 tokenizer=self.tokenizer,
                 optimizer=self.optimizer,
                 state={
-                    "prompts": self.prompt_state,
-                    "skipped_steps": self.skipped_steps,
-                    "tokens_generated": self.tokens_generated,
-                    "kl_coef": self.controller.coef,
+                    "prompts": done.prompts,
+                    "skipped_steps": done.skipped_steps,
+                    "tokens_generated": done.tokens_generated,
+                    "kl_coef": done.kl_coef,
                 },
+                random=done.random,
                 reference=self.reference.model if self.config.reference_every else None,
                 config=dataclasses.asdict(self.config),
                 keep=self.config.keep_checkpoints,
             )
-            self.saved_step = self.completed_step
-            notify(self.callbacks, "on_checkpoint", self.completed_step, folder)
-        except (OSError, RuntimeError) as failure:  # safetensors reports a full disk with an error of its own
+        except Exception as failure:  # the libraries report a full disk with errors of their own
             self.view.note(
-                f"The checkpoint of step {self.completed_step} could not be written ({models.first_line(failure)}); "
+                f"The checkpoint of step {done.step} could not be written ({models.first_line(failure)}); "
                 "training goes on, the last good checkpoint stays. Free space or mend the folder before the run ends."
             )
+            return
+        self.saved_step = done.step
+        notify(self.callbacks, "on_checkpoint", done.step, folder)
 
     def finish(self) -> TrainResult:
         """Saves, writes the report, and says where everything is."""
         self.save()
-        report = write_report([self.folder])
-        last = self.completed_step
-        self.view.note(f"Step {last} of {self.config.steps}. Report: {report}")
+        last = self.completed.step
+        try:
+            self.view.note(f"Step {last} of {self.config.steps}. Report: {write_report([self.folder])}")
+        except Exception as failure:  # a page is not worth a finished run
+            self.view.note(f"Step {last} of {self.config.steps}. No report ({models.first_line(failure)}).")
         if self.saved_step:
             self.view.note(f"Model: {self.folder / 'checkpoints' / f'step-{self.saved_step}'}")
         if last < self.config.steps:
             self.view.note(f"Go on with: fastkl train --output {self.config.output} --resume")
-        return TrainResult(self.folder, self.last_metrics, self.policy.model)
+        return TrainResult(self.folder, self.last_metrics, self.policy.model, last, self.saved_step)

@@ -24,7 +24,7 @@ from fastkl.objective.importance import engine_kl_sum, importance_weights
 from fastkl.objective.kl_control import KlController, renew_reference
 from fastkl.rollout import agreement
 from fastkl.training import loop
-from fastkl.training.checkpoint import open_checkpoint, restore_reference, save_checkpoint
+from fastkl.training.checkpoint import RandomState, open_checkpoint, restore_reference, save_checkpoint
 from fastkl.types import Completion
 
 
@@ -70,7 +70,15 @@ def test_a_renewed_reference_is_saved_and_restored_bit_for_bit(tmp_path):
     policy, reference = toy_model(0), toy_model(1)
     saved = [p.detach().clone() for p in reference.parameters()]
     optimizer = torch.optim.AdamW(policy.parameters())
-    state = {"policy": policy, "tokenizer": NoTokenizer(), "optimizer": optimizer, "state": {}, "config": {}, "keep": 0}
+    state = {
+        "policy": policy,
+        "tokenizer": NoTokenizer(),
+        "optimizer": optimizer,
+        "state": {},
+        "random": RandomState.now(),
+        "config": {},
+        "keep": 0,
+    }
     save_checkpoint(tmp_path, 1, **state, reference=reference)
     renew_reference(reference, policy, 1.0)
     restore_reference(open_checkpoint(tmp_path / "step-1"), reference)

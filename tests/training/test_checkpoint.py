@@ -15,7 +15,16 @@ from transformers import AutoModelForCausalLM
 
 from fastkl.errors import UserError
 from fastkl.training import checkpoint
-from fastkl.training.checkpoint import list_checkpoints, newest_checkpoint, restore_training_state, save_checkpoint
+from fastkl.training.checkpoint import (
+    RandomState,
+    check_savable,
+    list_checkpoints,
+    newest_checkpoint,
+    open_checkpoint,
+    restore_training_state,
+    save_checkpoint,
+    set_aside_newer,
+)
 
 
 class NoTokenizer:
@@ -42,8 +51,9 @@ def advance(model, optimizer, step: int) -> None:
 def save(root, step, model, optimizer, keep: int = 2):
     state = {"prompts": {"epoch": 1, "position": step}}
     return save_checkpoint(
-        root, step, policy=model, tokenizer=NoTokenizer(), optimizer=optimizer, state=state, config={"lr": 1}, keep=keep
-    )
+        root, step, policy=model, tokenizer=NoTokenizer(), optimizer=optimizer, state=state, random=RandomState.now(),
+        config={"lr": 1}, keep=keep,
+    )  # fmt: skip
 
 
 def test_training_continues_to_the_same_bits(tmp_path):
@@ -76,7 +86,7 @@ def test_only_the_newest_are_kept(tmp_path):
     assert newest_checkpoint(tmp_path).step == 10
 
 
-@pytest.mark.parametrize("stage", ["_flush", "_fingerprint", "_random_states"])
+@pytest.mark.parametrize("stage", ["_flush", "_fingerprint", "_checksum"])
 def test_a_failure_at_any_stage_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, stage):
     model, optimizer = trained()
     save(tmp_path, 1, model, optimizer)
@@ -84,7 +94,7 @@ def test_a_failure_at_any_stage_leaves_the_last_good_checkpoint(tmp_path, monkey
 
     def fails_on_third(*args):
         calls.append(args)
-        if len(calls) == (1 if stage == "_random_states" else 3):
+        if len(calls) == (1 if stage == "_checksum" else 3):
             raise OSError(28, "No space left on device")
         return original(*args)
 
@@ -153,3 +163,91 @@ def test_resuming_without_a_checkpoint_says_so(tmp_path):
     shutil.rmtree(tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint"):
         newest_checkpoint(tmp_path)
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_is_set_aside(tmp_path):
+    model, optimizer = trained()
+    save(tmp_path, 1, model, optimizer), save(tmp_path, 2, model, optimizer)
+    (tmp_path / "step-2" / "model.safetensors").write_bytes(b"not a model")
+    found = newest_checkpoint(tmp_path)
+    assert found.step == 1 and "step-2" in found.note and "damaged" in found.note
+    set_aside_newer(found)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-1"]
+    assert (tmp_path / "damaged-step-2" / "model.safetensors").read_bytes() == b"not a model"
+
+
+def test_every_bit_flip_in_the_manifest_is_found(tmp_path):
+    """Or changes nothing: white space between values, a letter of a key that JSON reads alike."""
+    model, optimizer = trained()
+    folder = save(tmp_path, 4, model, optimizer)
+    path, rng = folder / "checkpoint.json", random.Random(0)
+    whole = path.read_bytes()
+    expected = open_checkpoint(folder).manifest
+    for _ in range(300):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert open_checkpoint(folder).manifest == expected
+        except UserError as refused:
+            assert "step-4" in str(refused)
+    path.write_bytes(whole)
+    open_checkpoint(folder)
+
+
+def test_weights_get_the_mode_that_the_umask_asks_for(tmp_path):
+    model, optimizer = trained()
+    before = os.umask(0o022)
+    try:
+        folder = save(tmp_path, 1, model, optimizer)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o644"}
+
+
+@pytest.fixture
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    from fastkl.storyteller import model_path
+
+    return AutoTokenizer.from_pretrained(model_path())
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_with_its_folder(tmp_path, tokenizer):
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }} tools"}
+    model, optimizer = trained()
+    assert check_savable(tmp_path, model, tokenizer) is None
+    folder = save_checkpoint(
+        tmp_path, 1, policy=model, tokenizer=tokenizer, optimizer=optimizer, state={}, random=RandomState.now(),
+        config={}, keep=0,
+    )  # fmt: skip
+    inner = [name for name in open_checkpoint(folder).manifest["files"] if "/" in name]
+    assert inner and all((folder / name).is_file() for name in inner)
+
+
+@pytest.mark.parametrize(
+    "values", [{"do_sample": False, "temperature": 0.9, "top_p": 0.6}, {"num_beams": 1, "num_return_sequences": 3}]
+)
+def test_a_generation_config_that_transformers_will_not_write_is_found_and_mended_before_the_first_step(
+    tmp_path, tokenizer, values
+):
+    model, optimizer = trained()
+    for name, value in ({"eos_token_id": 7} | values).items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError):
+        model.save_pretrained(tmp_path / "control")
+    note = check_savable(tmp_path, model, tokenizer)
+    assert "generation_config.json cannot be saved as it is" in note
+    assert not list(tmp_path.glob(".*"))
+    folder = save(tmp_path, 1, model, optimizer)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 7
+
+
+def test_a_model_that_can_never_be_saved_is_refused_before_the_first_step(tmp_path):
+    class Unsavable:
+        def save_pretrained(self, folder) -> None:
+            raise TypeError("Object of type set is not JSON serializable")
+
+    with pytest.raises(UserError, match="model: its checkpoints could not be saved .*not JSON serializable"):
+        check_savable(tmp_path, trained()[0], Unsavable())

@@ -86,3 +86,61 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number
     assert (output / "checkpoints" / f"step-{last}" / "checkpoint.json").is_file()
     assert "--resume" in text
     assert f"--output {output}" in text
+
+
+def test_a_disk_that_is_full_at_the_end_ends_with_1_and_says_which_step_is_saved(tmp_path):
+    """For real: no file of the run may grow beyond three megabytes, and the model is larger."""
+    output = tmp_path / "run"
+    script = (
+        "import resource, sys; from fastkl.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20)); sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = command(output, "transformers", "--steps", "2")[3:]
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1, result.stderr[-2000:]
+    assert "fastkl: step 2 is not saved; the newest checkpoint is none." in result.stderr
+    assert "Traceback" not in result.stderr and "checkpoint of step 1 could not be written" in result.stdout
+    assert [row["step"] for row in metrics(output)] == [1, 2]
+    assert not list((output / "checkpoints").iterdir())
+
+
+INTERRUPTED = """
+import os, signal, sys
+from fastkl.cli import main
+from fastkl.training import loop
+
+set_up, calls = loop.set_up, []
+
+def twice(*_):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+def with_signals(config, **options):
+    run = set_up(config, **options)
+    run.optimizer.{hook}(twice)
+    return run
+
+loop.set_up = with_signals
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("hook", ["register_step_pre_hook", "register_step_post_hook"])
+def test_two_signals_in_the_middle_of_an_update_leave_a_checkpoint_that_is_the_step_it_names(tmp_path, hook):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finished(whole, "transformers")
+    script = INTERRUPTED.replace("{hook}", hook)
+    arguments = command(broken, "transformers")[3:]
+    child = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=300)
+    assert child.returncode == 130, child.stderr[-2000:]
+    newest = max((broken / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
+    said = finished(broken, "transformers", "--resume")
+    assert f"continuing after {newest.name.replace('-', ' ')}" in said
+    known = [row["step"] for row in metrics(broken)]
+    assert known == [1, 2, 3, 4] or "lacks the lines of step 2" in said
+    assert metrics(broken) == [row for row in metrics(whole) if row["step"] in known]
+    for name in ("model.safetensors", "trainer.safetensors"):
+        ours, theirs = (load_file(run / "checkpoints" / "step-4" / name) for run in (broken, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
