@@ -16,6 +16,7 @@ from typing import Any
 from fastkl.audit.alarm import mean_and_error
 from fastkl.audit.findings import BANNED_END, DROPOUT, HALF_SCORED, PADDING, STALE, TRUNCATED_SAMPLING, Cause, Finding
 from fastkl.audit.thresholds import BOTH_SIGNS, CLEAR_GAP, FRESH, NOISE, ONE_SIGN, QUIET, SIGMAS, STALE_GAP
+from fastkl.sampling.params import truncating
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,7 @@ def truncated_rows_half_scored(rollouts: Rollouts) -> Finding | None:
 
 def truncated_sampling(rollouts: Rollouts) -> Finding | None:
     """Drawn from a part of the vocabulary, scored over all of it: the sampler's log-probs are higher, never lower."""
-    names = [n for n in ("top_k", "top_p", "min_p") if rollouts.settings.get(n) not in (None, 0, -1, 0.0)]
-    names = [n for n in names if not (n == "top_p" and rollouts.settings[n] >= 1)]
+    names = truncating(rollouts.settings)
     gaps = rollouts.gaps()
     if not gaps:
         return _possible(TRUNCATED_SAMPLING, names)

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 from fastkl.audit.alarm import mean_and_error
 from fastkl.audit.findings import BANNED_END, DROPOUT, HALF_SCORED, PADDING, STALE, TRUNCATED_SAMPLING, Clear, Finding
 from fastkl.audit.thresholds import CLEAR_GAP, FRESH, NOISE, PADDED, SIGMAS, WEIGHTS_CUT, WINDOW_STEPS
+from fastkl.sampling.params import truncating
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +34,10 @@ class RunRecord:
         """The samples that took part: they have a reward and a KL."""
         return [s for s in self.samples if _is_number(s.get("reward")) and _is_number(s.get("kl"))]
 
-    def settings(self, *names: str) -> list[str]:
-        """Those of the named settings that keep ids from being drawn, as "name value"."""
-        off = {"top_p": 1}
-        return [
-            f"{n} {self.config[n]:g}"
-            for n in names
-            if _is_number(self.config.get(n)) and self.config[n] not in (0, off.get(n))
-        ]
+    def settings(self) -> list[str]:
+        """Those that keep ids from being drawn at any token, as "name value"."""
+        values = [(name, self.config[name]) for name in truncating(self.config)]
+        return [f"{name} {value:g}" if _is_number(value) else name for name, value in values]
 
 
 Verdict = Finding | Clear | None
@@ -66,7 +63,7 @@ def estimate_and_exact(run: RunRecord) -> Verdict:
 
 def replayed_support(run: RunRecord) -> Verdict:
     """Where ids are left out, the KL on the rest is not the KL on all; if they are equal, nothing was left out."""
-    names = run.settings("top_k", "top_p", "min_p")
+    names = run.settings()
     pairs = [(m.get("kl/support"), m.get("kl/exact")) for m in run.metrics]
     moved = [(a, b) for a, b in pairs if _is_number(a) and _is_number(b) and abs(b) > NOISE]
     gap = max(run.series("mismatch/mean_abs_logprob"), default=0.0)

@@ -84,12 +84,12 @@ def command(
 
 def option(setting: Setting, default: Any) -> Option:
     """The option of a setting, under its heading."""
-    kind: Any = bool if setting.type is bool else tuple[str, ...] if setting.is_list else str
+    kind, unset = (bool, False) if setting.type is bool else (tuple[str, ...], ()) if setting.is_list else (str, "")
     value = "|".join((*setting.choices, *(["FILE.py:FUNCTION"] if setting.own else []))) or VALUES[setting.type]
     shown = "" if kind is bool else f" [{replace(setting, default=default).default_text}]"
     heading = Group(setting.heading, sort_key=1 + HEADINGS.index(setting.heading))
     note = about(f"{value} ..." if setting.is_list else value, setting.help + shown, group=heading)
-    return Option(setting.name, Option.KEYWORD_ONLY, default=None, annotation=Annotated[kind, note])
+    return Option(setting.name, Option.KEYWORD_ONLY, default=unset, annotation=Annotated[kind, note])
 
 
 DASH = {"allow_leading_hyphen": True}  # the value may be "-"

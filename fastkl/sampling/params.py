@@ -8,7 +8,7 @@ replay.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Annotated, Any, get_type_hints
@@ -117,6 +117,12 @@ def rules() -> dict[str, Rule]:
 def replayed_names() -> tuple[str, ...]:
     """The parameters that change what is drawn: those that the scorer must know."""
     return tuple(name for name, rule in rules().items() if rule.kind in (TRANSFORM, SUPPORT))
+
+
+def truncating(settings: Mapping[str, Any]) -> list[str]:
+    """The names of those `settings` (of a run, or of a file) that keep ids from being drawn at any token."""
+    names = [name for name, rule in rules().items() if rule.kind == SUPPORT and name != "min_tokens"]
+    return [name for name in names if settings.get(name) not in (None, 0, -1, [], (), DEFAULTS[name])]
 
 
 def vllm_arguments(sampling: Sampling, vocab: int) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def train_in_a_process(run: TrainConfig) -> tuple[int, bool]:
     command = [sys.executable, "-m", "fastkl", "train", "--config", str(folder / "config.yaml")]
     # A process group of its own: Ctrl-C reaches the sweep alone, which passes it on exactly once.
     child = subprocess.Popen(command + ["--resume"] * run.resume, process_group=0)
-    with handed_on(child) as relay:
+    with signals_passed_to(child) as relay:
         code = child.wait()
     return (128 - code if code < 0 else code), relay.used
 
@@ -85,7 +85,7 @@ class Relay:
 
 
 @contextmanager
-def handed_on(child: subprocess.Popen[bytes]) -> Iterator[Relay]:
+def signals_passed_to(child: subprocess.Popen[bytes]) -> Iterator[Relay]:
     """SIGINT and SIGTERM go to the child while the context lasts."""
     relay = Relay(child)
     previous = [(number, signal.signal(number, relay)) for number in (signal.SIGINT, signal.SIGTERM)]

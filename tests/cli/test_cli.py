@@ -168,6 +168,14 @@ def test_lists_switches_and_odd_spellings_are_understood(trained, tmp_path, monk
     assert config.prompts == "text:--kl_coef"
 
 
+def test_options_are_read_the_same_way_where_pydantic_is_loaded(trained, tmp_path):
+    """vLLM loads it, and Cyclopts then has it look at a command's arguments, those that are not given included."""
+    pytest.importorskip("pydantic")
+    output = ["--output", str(tmp_path / "o")]
+    assert main(["train", "--lr", "3e-4", "--reward", "a", "b", "--report-to", "none", "--no-resume", *output]) == 0
+    assert trained == [TrainConfig(lr=3e-4, reward=("a", "b"), report_to=(), output=output[1])]
+
+
 def test_resume_takes_the_settings_of_the_run(trained, tmp_path):
     save_config(TrainConfig(kl_coef=0.125, num_samples=4, output="elsewhere"), tmp_path / "config.yaml")
     (tmp_path / "checkpoints" / "step-10").mkdir(parents=True)

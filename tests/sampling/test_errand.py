@@ -37,7 +37,7 @@ from fastkl.config.files import load_config, save_config
 from fastkl.config.settings import TrainConfig, check_config
 from fastkl.errors import UserError
 from fastkl.rollout.transformers import sample
-from fastkl.sampling.params import Sampling, vllm_arguments
+from fastkl.sampling.params import Sampling, truncating, vllm_arguments
 from fastkl.sampling.replay import support_of
 from fastkl.score_files.command import ScoreConfig, header
 from fastkl.score_files.read import sampling_of
@@ -58,6 +58,7 @@ print(json.dumps({
     "logprobs": sorted(set(round(x, 6) for x in logprobs.tolist())),
     "header": header(ScoreConfig("-", "m", shared=config), torch.float32)["max_token_id"],
     "refused": refused,
+    "doctor": truncating({"max_token_id": 3, "top_k": -1, "top_p": 1, "min_p": 0.0, "temperature": 2}),
 }))
 for command in ("train", "score"):
     fastkl.cli.main([command, "--help"])
@@ -87,5 +88,6 @@ def test_a_new_sampling_parameter_is_a_field_and_its_replay(tmp_path):
         "logprobs": [-1.386294],  # log 1/4
         "header": 3,
         "refused": "max_token_id: -1 is out of range; it must be 0 or more.",
+        "doctor": ["max_token_id"],
     }
     assert " ".join(pages.split()).count("--max-token-id N No id above this one is sampled; 0 allows all. [0]") == 2

@@ -10,7 +10,7 @@ from toy import STOP, VOCAB, ToyTokenizer, draw, prompt, toy_model
 
 from fastkl.errors import UserError
 from fastkl.rollout.transformers import TransformersGenerator, sample
-from fastkl.sampling.params import NEUTRAL, REJECTED, SUPPORT, TRANSFORM, Sampling
+from fastkl.sampling.params import NEUTRAL, REJECTED, SUPPORT, TRANSFORM, Sampling, truncating
 from fastkl.sampling.replay import support_of
 from fastkl.sampling.rules import TRANSFORMERS, VLLM, check_parameters, vllm_parameters
 
@@ -61,6 +61,12 @@ def test_what_cannot_be_replayed_is_rejected_with_its_reason_and_unknown_paramet
     with pytest.raises(UserError, match=f"^{next(iter(parameters))}: .*{words}.*; use "):
         check_parameters(parameters, VLLM)
     check_parameters({name: VLLM[name].off[0] for name in parameters if name in VLLM}, VLLM)
+
+
+def test_settings_that_truncate_at_every_token_are_told_from_those_that_are_off():
+    off = {"top_k": -1, "top_p": 1, "min_p": 0.0, "banned_token_ids": [], "temperature": 0.5, "min_tokens": 3}
+    assert truncating(off) == truncating({}) == []
+    assert truncating(off | {"top_p": 0.9, "banned_token_ids": [3], "seed": 1}) == ["top_p", "banned_token_ids"]
 
 
 def test_no_support_where_nothing_is_truncated():
