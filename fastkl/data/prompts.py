@@ -28,16 +28,16 @@ from fastkl.types import Prompt
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # and the datasets loader for each
 
 
-TOKENIZER_BATCH = 1024  # prompts tokenized at a time
+TOKENIZER_BATCH = 1024  # prompts tokenised at a time
 
 
 Row = tuple[str, int, Mapping[str, Any]]  # where it stands (for messages), its number from 1, its columns
 
 
 def load_prompts(source: str, tokenizer: Any, *, max_prompt_tokens: int) -> list[Prompt]:
-    """Reads `source` (see above) and tokenizes it. UserError on bad input, with the line or row.
+    """Reads `source` (see above) and tokenises it. UserError on bad input, with the line or row.
 
-    Texts are tokenized with the tokenizer's own special tokens; chat messages go through its chat template.
+    Texts are tokenised with the tokenizer's own special tokens; chat messages go through its chat template.
     max_prompt_tokens: what the model's context leaves for a prompt.
     """
     rows = list(read_rows(source))
@@ -222,7 +222,7 @@ def is_chat(prompt: Any) -> bool:
 
 
 def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[Prompt]:
-    """The rows tokenized together: texts with special tokens, rendered chats (which bring their own) without."""
+    """The rows tokenised together: texts with special tokens, rendered chats (which bring their own) without."""
     raws = [columns["prompt"] for _, _, columns in rows]
     texts = [
         raw if isinstance(raw, str) else rendered(raw, where, tokenizer)

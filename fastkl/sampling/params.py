@@ -1,9 +1,8 @@
 """Sampling: how completions are drawn. `SamplingSettings` is the only list of sampling parameters.
 
-What a field says is all that is said about its parameter: type, default, range and help make the options, config.yaml
-and docs/settings.md; its `Rule` makes the parameters that are handed to vLLM, those that `fastkl score` and the doctor
-read from a file, and the tables of rules.py. Only how a parameter is replayed on the logits is told elsewhere, in
-replay.py.
+A field holds everything about its parameter but the replay. From its type, default, range and help come the options,
+config.yaml and docs/settings.md; from its `Rule` the parameters that go to vLLM, those that `fastkl score` and the
+doctor read from a file, and the tables of rules.py. How it is replayed on the logits stands in replay.py.
 """
 
 from __future__ import annotations

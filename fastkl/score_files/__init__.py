@@ -17,10 +17,10 @@ parameters for the lines below it. The names are those of vLLM's
 SamplingParams; what cannot be replayed, penalties for repetition for one, is
 refused by name.
 
-Prompts are tokenized with the tokenizer's special tokens, chats by their
+Prompts are tokenised with the tokenizer's special tokens, chats by their
 template, completions without special tokens: no end of the text is added, so
 write it (the tokenizer knows it as text) or give token ids where it was
-sampled. Prompt and completion are tokenized apart, as a generator sees them;
+sampled. Prompt and completion are tokenised apart, as a generator sees them;
 where their texts together would make other tokens, the completion is scored as
 it was generated, not as it would be re-encoded.
 

@@ -57,7 +57,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One completion to score. `prompt` and `completion` are texts until they have been tokenized."""
+    """One completion to score. `prompt` and `completion` are texts until they have been tokenised."""
 
     number: int
     id: Any  # the line's own "id", for the output
@@ -69,13 +69,13 @@ class Job:
 
     @property
     def prompt_ids(self) -> Tokens:
-        """The prompt, which must have been tokenized."""
+        """The prompt, which must have been tokenised."""
         assert not isinstance(self.prompt, str)
         return self.prompt
 
     @property
     def completion_ids(self) -> Tokens:
-        """The completion, which must have been tokenized."""
+        """The completion, which must have been tokenised."""
         assert not isinstance(self.completion, str)
         return self.completion
 
