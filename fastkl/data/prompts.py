@@ -234,11 +234,23 @@ def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[Prompt]:
         if chosen:
             encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=is_text)["input_ids"]
             for i, token_ids in zip(chosen, encoded, strict=True):
-                ids[i] = token_ids
+                ids[i] = as_beginning(token_ids, texts[i], tokenizer)
     return [
         Prompt(tuple(token_ids), text, raw, number, {k: v for k, v in columns.items() if k != "prompt"})
         for token_ids, text, raw, (_, number, columns) in zip(ids, texts, raws, rows, strict=True)
     ]
+
+
+def as_beginning(token_ids: Sequence[int], text: str, tokenizer: Any) -> Sequence[int]:
+    """The ids of a text that is to be continued: without an end that the tokenizer has put after it, which the model
+    would write on from, and without the second of two beginnings, one of them written in the text.
+    """
+    end, begin = (getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "bos"))
+    if end is not None and token_ids and token_ids[-1] == end and not text.rstrip().endswith(tokenizer.eos_token):
+        token_ids = token_ids[:-1]
+    if begin is not None and list(token_ids[:2]) == [begin] * 2 and not text.startswith(tokenizer.bos_token * 2):
+        token_ids = token_ids[1:]
+    return token_ids
 
 
 def rendered(messages: list[dict[str, str]], where: str, tokenizer: Any) -> str:

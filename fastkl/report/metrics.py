@@ -158,6 +158,10 @@ METRICS: tuple[Metric, ...] = (
            write=percent),
     Metric("groups/skipped", "Prompts left out", "Prompts with too few scorable samples for an advantage.", "prompts",
            "number of prompts without a scored sample", lambda s: int((~s.scored.any(dim=1)).sum())),
+    Metric("groups/no_signal", "Prompts without a signal", "Prompts whose samples all have the same reward.", "prompts",
+           "number of prompts with samples that take part and rewards that do not differ",
+           lambda s: sum(bool(v.any()) and bool((r[v] == r[v][0]).all())
+                         for r, v in zip(s.report.batch.rewards, s.report.batch.valid, strict=True))),
     Metric("steps/skipped", "Steps skipped", "Steps so far whose loss or gradient was not finite.", "steps",
            "number of steps without an update, since the run began", lambda s: s.skipped_steps),
     Metric("loss", "Loss", "Its gradient is the update's; its value has no meaning of its own.", "",

@@ -20,6 +20,7 @@ import threading
 import traceback
 from collections import defaultdict
 from collections.abc import Awaitable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
@@ -78,10 +79,29 @@ def compute_rewards(
     valid = [any(value is not None for value in row) for row in rows]
     shape = (len(prompts), len(completions[0]))
     return Rewards(
-        torch.tensor(total, dtype=torch.float32).view(shape),
+        _in_float32(torch.tensor(total, dtype=torch.float64).view(shape), step),
         torch.tensor(valid).view(shape),
         {name: fmean(numbers) for name, numbers in logged.items()} | means,
     )
+
+
+def _in_float32(total: torch.Tensor, step: int) -> torch.Tensor:
+    """The rewards f64 [B, K] as f32. UserError where that makes one infinite, or two of a group equal that were not:
+    what the samples of a prompt are worth beside each other is all that an update learns from.
+    """
+    rounded = total.float()
+    if not bool(rounded.isfinite().all()):
+        worst = float(total.abs().max())
+        raise UserError(f"reward: {worst:.3g} at step {step} is beyond float32 (3.4e38); scale the rewards down.")
+    exact, kept = (x.sort(dim=1).values.diff(dim=1) != 0 for x in (total, rounded))
+    if bool((exact & ~kept).any()):
+        group = int((exact & ~kept).any(dim=1).nonzero()[0])
+        low, high = float(total[group].min()), float(total[group].max())
+        raise UserError(
+            f"reward: {low!r} and {high!r} at step {step}, of one prompt's samples, cannot be told apart in float32; "
+            "take a constant off the rewards, or scale them."
+        )
+    return rounded
 
 
 def _arguments(
@@ -91,7 +111,7 @@ def _arguments(
     pairs = [(prompt, completion) for prompt, group in zip(prompts, completions, strict=True) for completion in group]
     columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     return {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in columns} | {
-        "prompts": [prompt.raw for prompt, _ in pairs],
+        "prompts": [deepcopy(prompt.raw) for prompt, _ in pairs],  # whose messages a function may well change
         "completions": [
             completion.text if isinstance(prompt.raw, str) else [{"role": "assistant", "content": completion.text}]
             for prompt, completion in pairs
@@ -105,10 +125,14 @@ def _arguments(
 def _call(reward: RewardFunction, arguments: dict[str, Any], step: int) -> Any:
     """The function's result; for an async function its awaitable."""
     accepted = _accepted(reward, arguments)
+    grad_enabled, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
         result = reward.function(**accepted)
-    except Exception as failure:
+    except (Exception, SystemExit) as failure:
         raise _failed(reward, failure, arguments["completions"], step) from failure
+    finally:  # what it has switched for itself is no business of the update's
+        torch.set_grad_enabled(grad_enabled)
+        torch.set_default_dtype(dtype)
     return _guarded(result, reward, arguments["completions"], step) if inspect.isawaitable(result) else result
 
 
@@ -171,21 +195,23 @@ def _checked(reward: RewardFunction, result: Any, completions: list[Any], step: 
     for value, completion in zip(values, completions, strict=True):
         try:
             number = None if value is None else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if number is not None and not math.isfinite(number):
-            raise UserError(f"{where} returned {value!r} for {_short(completion)}; return a finite number or None.")
+            raise UserError(
+                f"{where} returned {repr(value)[:60]} for {_short(completion)}; return a finite number or None."
+            )
         checked.append(number)
     return checked
 
 
-def _failed(reward: RewardFunction, failure: Exception, completions: list[Any], step: int) -> UserError:
+def _failed(reward: RewardFunction, failure: BaseException, completions: list[Any], step: int) -> UserError:
     culprit = _culprit(failure, completions)
     on = f"on {_short(culprit)}" if culprit is not None else f"on a batch that begins with {_short(completions[0])}"
     return UserError(f"reward: {reward.name} failed at step {step} {on} ({summary(failure)}).")
 
 
-def _culprit(failure: Exception, completions: list[Any]) -> Any | None:
+def _culprit(failure: BaseException, completions: list[Any]) -> Any | None:
     """The completion that a variable of the failing function held, innermost call first."""
     known = {id(completion): completion for completion in completions}
     for frame, _ in reversed(list(traceback.walk_tb(failure.__traceback__))):

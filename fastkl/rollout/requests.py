@@ -65,12 +65,31 @@ def grouped(completions: Sequence[Completion], num_samples: int) -> tuple[tuple[
     return tuple(tuple(completions[i : i + num_samples]) for i in range(0, len(completions), num_samples))
 
 
-def completion(token_ids: Sequence[int], logprobs: Sequence[float], sampling: Sampling, tokenizer: Any) -> Completion:
+def completion(
+    request: Request, token_ids: Sequence[int], logprobs: Sequence[float], sampling: Sampling, tokenizer: Any
+) -> Completion:
     """A finished completion, with its text."""
     stopped = bool(token_ids) and token_ids[-1] in sampling.stop_token_ids
     return Completion(
         token_ids=tuple(token_ids),
         logprobs=tuple(logprobs),
         finish_reason="stop" if stopped else "length",
-        text=tokenizer.decode(token_ids, skip_special_tokens=True),
+        text=decoded_after(request.prompt.token_ids, token_ids, tokenizer),
     )
+
+
+CONTEXT_TOKENS = 16
+"""Tokens of the prompt that a completion is decoded with: enough for a character in pieces, and for a word's space."""
+
+
+def decoded_after(prompt_ids: Sequence[int], token_ids: Sequence[int], tokenizer: Any) -> str:
+    """The text that the completion adds to its prompt.
+
+    Decoded alone a completion may lose its first space (SentencePiece takes it for the beginning of the text), or the
+    second half of a character whose first bytes are the prompt's. So it is what decoding both has more than decoding
+    the prompt. Where the two do not begin alike, decoding it alone is the best there is.
+    """
+    context = list(prompt_ids[-CONTEXT_TOKENS:])
+    before = tokenizer.decode(context, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
+    both = tokenizer.decode([*context, *token_ids], skip_special_tokens=True)
+    return both[len(before) :] if both.startswith(before) else tokenizer.decode(token_ids, skip_special_tokens=True)

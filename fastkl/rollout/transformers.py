@@ -84,7 +84,7 @@ class TransformersGenerator:
                 break
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = self._forward(tokens[:, None], mask, cache)
-        return self._collect(drawn, len(uniforms))
+        return self._collect(drawn, requests)
 
     def _prefill(self, requests: Sequence[Request]) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
         """(cache, logits [rows, V], mask [rows, width] or None), a row per request; a prompt is forwarded once."""
@@ -116,16 +116,16 @@ class TransformersGenerator:
         head = head_of(self.model)  # outside autocast, as in scoring
         return head.logits(out.last_hidden_state[:, -1].to(head.weight.dtype)).float()
 
-    def _collect(self, drawn: Sequence[tuple[torch.Tensor, ...]], num_rows: int) -> list[Completion]:
-        token_ids: list[list[int]] = [[] for _ in range(num_rows)]
-        logprobs: list[list[float]] = [[] for _ in range(num_rows)]
+    def _collect(self, drawn: Sequence[tuple[torch.Tensor, ...]], requests: Sequence[Request]) -> list[Completion]:
+        token_ids: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[float]] = [[] for _ in requests]
         for rows, tokens, values in drawn:
             for row, token, value in zip(rows.tolist(), tokens.tolist(), values.tolist(), strict=True):
                 token_ids[row].append(token)
                 logprobs[row].append(value)
         return [
-            completion(ids, values, self.sampling, self.tokenizer)
-            for ids, values in zip(token_ids, logprobs, strict=True)
+            completion(request, ids, values, self.sampling, self.tokenizer)
+            for request, ids, values in zip(requests, token_ids, logprobs, strict=True)
         ]
 
     def sync(self, policy: nn.Module) -> None:

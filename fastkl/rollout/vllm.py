@@ -68,8 +68,8 @@ class VllmGenerator:
         outputs = [out.outputs[0] for out in self.llm.generate(prompts, params, use_tqdm=False)]
         return [
             # flat log-probs hold the sampled token first at every position, then nothing: logprobs=0 asks for no others
-            completion(out.token_ids, _sampled_logprobs(out), self.sampling, self.tokenizer)
-            for out in outputs
+            completion(request, out.token_ids, _sampled_logprobs(out), self.sampling, self.tokenizer)
+            for request, out in zip(requests, outputs, strict=True)
         ]
 
     def sync(self, policy: nn.Module) -> None:

@@ -132,12 +132,12 @@ def header(config: ScoreConfig, dtype: torch.dtype) -> dict[str, Any]:
 def job_reader(config: ScoreConfig) -> JobReader:
     """The reader of the input's lines for the policy's tokenizer, vocabulary and context."""
     source = models.resolve_model(config.model)
-    model_config = models.load_config(source)
+    model_config, tokenizer = models.load_config(source), models.load_tokenizer(source)
     return JobReader(
         config.input,
-        models.load_tokenizer(source),
+        tokenizer,
         config.shared,
-        stop_token_ids=models.stop_token_ids(model_config, source),
+        stop_token_ids=models.stop_token_ids(model_config, source, tokenizer),
         context=models.context_length(model_config),
         vocab=model_config.get_text_config().vocab_size,
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastkl.config.files import with_settings
 from fastkl.config.settings import TrainConfig, check_config
-from fastkl.data.prompts import is_chat, rendered
+from fastkl.data.prompts import as_beginning, is_chat, rendered
 from fastkl.errors import UserError
 from fastkl.sampling.params import Sampling, replayed_names
 from fastkl.sampling.rules import FILES, check_parameters
@@ -192,6 +192,8 @@ class JobReader:
             if texts:
                 encoded = self.tokenizer([getattr(job, name) for job in texts.values()], add_special_tokens=special)
                 for (i, job), token_ids in zip(texts.items(), encoded["input_ids"], strict=True):
+                    if name == "prompt":
+                        token_ids = as_beginning(token_ids, getattr(job, name), self.tokenizer)
                     tokenized: dict[str, Any] = {name: tuple(token_ids)}
                     jobs[i] = replace(job, **tokenized)
         return jobs

@@ -177,8 +177,11 @@ def dropouts(holder: Any) -> list[str]:
     return [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float) and value > 0]
 
 
-def stop_token_ids(config: Any, source: str) -> tuple[int, ...]:
-    """Every id that ends a completion: the union of the model config's and generation_config.json's eos_token_id."""
+def stop_token_ids(config: Any, source: str, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a completion: the eos_token_id of config.json, of generation_config.json and of the tokenizer.
+
+    The tokenizer's counts since a model that was tuned on its end of text samples that one and no other.
+    """
     from transformers import GenerationConfig
 
     ids: list[int] = []
@@ -186,7 +189,7 @@ def stop_token_ids(config: Any, source: str) -> tuple[int, ...]:
         generation = GenerationConfig.from_pretrained(source)
     except OSError:  # many models ship none
         generation = None
-    for holder in (config, generation):
+    for holder in (config, generation, tokenizer):
         eos = getattr(holder, "eos_token_id", None)
         ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
     return tuple(sorted(set(ids)))

@@ -78,7 +78,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     source = models.resolve_model(config.model)
     model_config, tokenizer = models.load_config(source), models.load_tokenizer(source)
     prompts = load_prompts(config.prompts, tokenizer, max_prompt_tokens=room_for_prompt(config, model_config))
-    sampling = Sampling.of(config, models.stop_token_ids(model_config, source))
+    sampling = Sampling.of(config, models.stop_token_ids(model_config, source, tokenizer))
     generator, reason = choose_generator(config.generator, model_config, device)
     folder = prepare_run_folder(config)
     resumed = checkpoint.newest_checkpoint(folder / "checkpoints") if config.resume else None

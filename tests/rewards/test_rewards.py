@@ -231,3 +231,51 @@ def test_a_reward_that_cannot_be_found_is_explained(tmp_path, monkeypatch, name,
         load_rewards([name], None)
     assert all(word in str(refused.value) for word in words), str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([1e39, 0.0], "reward: 1e+39 at step 3 is beyond float32"),
+        ([1e9 + 1, 1e9 + 2], "1000000001.0 and 1000000002.0 at step 3, .* cannot be told apart in float32"),
+        ([1e18, -1e300], "beyond float32"),
+        ([10**400, 0], "f at step 3 returned 1000.* return a finite number"),
+    ],
+)
+def test_rewards_that_float32_cannot_hold_are_refused_by_value(values, words):
+    def f(completions):
+        return values
+
+    with pytest.raises(UserError, match=words.replace("+", r"\+")):
+        rewards_of(f, [["a", "b"]])
+
+
+def test_rewards_that_differ_from_prompt_to_prompt_only_are_no_mistake():
+    def f(completions):
+        return [1e9, 1e9, 1e9 + 1, 1e9 + 1]
+
+    assert rewards_of(f, [["a", "b"], ["c", "d"]]).total.shape == (2, 2)
+
+
+def test_a_reward_cannot_change_the_prompts_of_later_steps_nor_the_state_of_torch():
+    chat = [{"role": "user", "content": "hi"}]
+    prompt = Prompt((1,), "hi", chat, 1)
+
+    def f(prompts, completions):
+        prompts[0].append({"role": "user", "content": "more"})
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        return [0.0, 1.0]
+
+    completions = ((Completion((1,), (0.0,), "stop", "a"), Completion((2,), (0.0,), "stop", "b")),)
+    compute_rewards((RewardFunction("f", f),), (prompt,), completions, step=1)
+    assert chat == [{"role": "user", "content": "hi"}]
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
+def test_a_reward_that_ends_the_process_is_named():
+    def f(completions):
+        sys.exit(3)
+
+    with pytest.raises(UserError, match="reward: f failed at step 3 .*SystemExit: 3"):
+        rewards_of(f, [["a", "b"]])
