@@ -31,9 +31,10 @@ def test_every_job_passes_its_check_and_is_written_with_its_floor(tmp_path):
         assert picture.tag == "{http://www.w3.org/2000/svg}svg"
 
 
-def test_a_wrong_result_is_not_timed():
+@pytest.mark.parametrize("off", [0.01, float("nan")])
+def test_a_wrong_result_is_not_timed(off):
     row = next(jobs.own_rows(jobs.Problem(TINY, "cpu")))
-    broken = replace(row, call=lambda: [x + 0.01 for x in row.call()])
+    broken = replace(row, call=lambda: [x + off for x in row.call()])
     with pytest.raises(AssertionError, match="not timed"):
         run.measure(broken, run.ceilings(TINY, "cpu"), "cpu", 0.0)
 
