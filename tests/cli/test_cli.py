@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from toy import VOCAB, toy_model
@@ -144,8 +145,19 @@ def trained(monkeypatch) -> list[TrainConfig]:
     """The configurations that reach train()."""
 
     configs: list[TrainConfig] = []
-    monkeypatch.setattr("fastkl.training.loop.train", configs.append)
+
+    def train(config: TrainConfig) -> SimpleNamespace:
+        configs.append(config)
+        return SimpleNamespace(step=config.steps, saved_step=config.steps)
+
+    monkeypatch.setattr("fastkl.training.loop.train", train)
     return configs
+
+
+def test_a_last_step_that_could_not_be_saved_is_said_and_ends_in_1(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastkl.training.loop.train", lambda config: SimpleNamespace(step=7, saved_step=5))
+    code, _, error = run(capsys, "train", "--output", str(tmp_path / "o"))
+    assert (code, error) == (1, "fastkl: step 7 is not saved; the newest checkpoint is step 5.\n")
 
 
 def test_options_win_over_the_file_and_the_file_over_the_defaults(trained, tmp_path, monkeypatch):
