@@ -24,7 +24,7 @@ from fastkl.config.setting import Setting
 from fastkl.config.settings import TrainConfig, check_config, settings
 from fastkl.errors import UserError
 from fastkl.sampling.params import replayed_names
-from fastkl.training.run_folder import check_run_folder
+from fastkl.training.run_folder import check_run_folder, started_with
 
 HEADINGS = tuple(dict.fromkeys(setting.heading for setting in settings().values()))
 VALUES = {str: "TEXT", int: "N", float: "X", bool: None}
@@ -120,17 +120,17 @@ def train(*, config: ConfigFile = None, **given: Any) -> int:
         saved = f"step {result.saved_step}" if result.saved_step else "none"
         print(f"fastkl: step {result.step} is not saved; the newest checkpoint is {saved}.", file=sys.stderr)
         return 1
-    return 0
+    return 130 if result.stopped else 0
 
 
 def merged(given: dict[str, Any], config: Path | None) -> TrainConfig:
-    """The defaults, then with --resume the run's own config.yaml, then --config, then the options."""
+    """The defaults, then with --resume what the run was started with, then --config, then the options."""
     base = MAIN_JOB
     if given.get("resume"):
         output = given.get("output") or (load_config(config) if config else base).output
-        own = Path(output).expanduser() / "config.yaml"
-        if own.is_file():
-            base = replace(load_config(own), output=str(own.parent))
+        folder = Path(output).expanduser()
+        if (started := started_with(folder)) is not None:
+            base = replace(started, output=str(folder))
     return with_settings(load_config(config, base) if config else base, given)
 
 

@@ -53,7 +53,8 @@ def run_steps(run: Run) -> TrainResult:
         run.log,
         run.view,
         closing(run.generator),
-        stop_request() as stop,
+        released(run),
+        stop_request(run.view.note) as stop,
         saved_on_failure(run),
         announced(run, stop),
     ):
@@ -80,7 +81,7 @@ def run_steps(run: Run) -> TrainResult:
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(diagnosis(config, step))
             if stop.requested:
-                break
+                return run.finish(stopped=step < config.steps)
             if config.save_every and step % config.save_every == 0:
                 run.save()
         return run.finish()
@@ -131,6 +132,15 @@ def update(
 def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:
     """Scales the gradients down to the global norm `max_norm` (0: leaves them); returns the norm before."""
     return float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm or math.inf))
+
+
+@contextmanager
+def released(run: Run) -> Iterator[None]:
+    """The folder is free once the loop has ended."""
+    try:
+        yield
+    finally:
+        run.release()
 
 
 @contextmanager

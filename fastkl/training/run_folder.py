@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
+import os
 from dataclasses import fields
 from pathlib import Path
+from typing import TextIO
 
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
@@ -38,19 +43,36 @@ def check_run_folder(config: TrainConfig) -> None:
                 f"example --output {unused_name(folder)}."
             )
         return
-    if not has_checkpoint(folder):
-        remedy = "delete that folder to start the run anew" if holds_run(folder) else "start without --resume"
-        raise UserError(f"resume: there is no checkpoint in {str(folder)!r}; {remedy}.")
+    if not holds_run(folder) and not (folder / "config.yaml").is_file():
+        raise UserError(f"resume: there is no checkpoint in {str(folder)!r}; start without --resume.")
     check_same_run(config, folder)
+
+
+def started_with(folder: Path) -> TrainConfig | None:
+    """The settings that the run in `folder` was started with; None where there is no such run.
+
+    Those of its newest readable checkpoint: config.yaml is a copy for people, which may have been edited since. Only a
+    run that ended before its first checkpoint has no other record.
+    """
+    from fastkl.config.files import load_config, renamed, with_settings
+
+    for checkpoint in sorted((folder / "checkpoints").glob("step-*"), key=_step_of, reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            recorded = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))["config"]
+            return with_settings(TrainConfig(), dict(map(renamed, recorded.items())))
+    return load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
 
 
 def check_same_run(config: TrainConfig, folder: Path) -> None:
     """Raises UserError if a setting that shapes the results differs from those that the run was started with."""
-    from fastkl.config.files import load_config
-
-    if not (folder / "config.yaml").is_file():
-        return  # the checkpoint holds its settings too
-    started = load_config(folder / "config.yaml")
+    started = started_with(folder)
+    if started is None:
+        return
     for name in (field.name for field in fields(config) if field.name not in MAY_CHANGE_ON_RESUME):
         before, now = getattr(started, name), getattr(config, name)
         if before != now:
@@ -58,6 +80,31 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
                 f"{name}: {now!r}, but the run in {str(folder)!r} was started with {before!r}; resume with that, or "
                 "start a new run with another --output."
             )
+
+
+def lock_run_folder(config: TrainConfig) -> TextIO:
+    """Keeps other processes out of `output` as long as the returned file stays open. UserError names who has it."""
+    check_run_folder(config)
+    folder = Path(config.output).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  # open until the run ends
+    except OSError as failure:
+        reason = failure.strerror or failure
+        raise UserError(f"output: {str(folder)!r} cannot be written ({reason}); choose another --output.") from failure
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as failure:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(
+            f"output: process {owner} is training in {str(folder)!r}; wait for it, or choose another --output."
+        ) from failure
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def prepare_run_folder(config: TrainConfig) -> Path:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ from fastkl.scoring.pack import pack
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training import checkpoint
 from fastkl.training.callbacks import check_callbacks
-from fastkl.training.run_folder import prepare_run_folder
+from fastkl.training.run_folder import has_checkpoint, lock_run_folder, prepare_run_folder
 from fastkl.training.state import Run, Snapshot, StepLimits
 from fastkl.types import Completion, Prompt, RolloutBatch
 
@@ -65,6 +66,7 @@ class Inputs:
     generator: str
     generator_reason: str
     folder: Path
+    lock: TextIO  # held while it is open
     resumed: checkpoint.Checkpoint | None
 
 
@@ -80,10 +82,12 @@ def check_inputs(config: TrainConfig) -> Inputs:
     prompts = load_prompts(config.prompts, tokenizer, max_prompt_tokens=room_for_prompt(config, model_config))
     sampling = Sampling.of(config, models.stop_token_ids(model_config, source, tokenizer))
     generator, reason = choose_generator(config.generator, model_config, device)
+    lock = lock_run_folder(config)
     folder = prepare_run_folder(config)
-    resumed = checkpoint.newest_checkpoint(folder / "checkpoints") if config.resume else None
+    saved = config.resume and has_checkpoint(folder)
+    resumed = checkpoint.newest_checkpoint(folder / "checkpoints") if saved else None
     return Inputs(
-        device, source, model_config, tokenizer, rewards, prompts, sampling, generator, reason, folder, resumed
+        device, source, model_config, tokenizer, rewards, prompts, sampling, generator, reason, folder, lock, resumed
     )
 
 
@@ -127,15 +131,19 @@ def set_up(config: TrainConfig, *, callbacks: Iterable[object] = ()) -> Run:
             inputs.folder,
             config.report_to,
             dataclasses.asdict(config),
-            resumed.step if resumed else None,
+            resumed.step if resumed else 0 if config.resume else None,
             report_problem=view.note,
         ),
         view=view,
         well_formed=storyteller_checker(config.model, inputs.model_config),
         callbacks=callbacks,
+        lock=inputs.lock,
+        inputs=fingerprints(config, inputs.prompts, reference),
     )
     if resumed:
         resume(run, resumed)
+    elif config.resume:
+        view.note("the run ended before its first checkpoint: it starts anew")
     return run
 
 
@@ -187,8 +195,35 @@ def resume(run: Run, saved: checkpoint.Checkpoint) -> None:
     run.view.note(
         f"continuing after step {saved.step} from {saved.folder}" + (f" ({saved.note})" if saved.note else "")
     )
+    if changed := [name for name, value in state.get("inputs", {}).items() if run.inputs.get(name, value) != value]:
+        run.view.note(
+            f"changed since the run was started: {', '.join(changed)}; training goes on with what is there now"
+        )
     if lost := lost_lines(run.folder / "metrics.jsonl", saved.step):
         run.view.note(f"metrics.jsonl lacks the lines of {lost}; training itself goes on from where it was.")
+
+
+def fingerprints(config: TrainConfig, prompts: Sequence[Prompt], reference: nn.Module) -> dict[str, str]:
+    """Hashes of what a run reads from outside: a resumed run says which of them have changed.
+
+    Of the reference the first numbers of every tensor: another training changes them all.
+    """
+
+    def digest(pieces: Iterable[bytes]) -> str:
+        hashed = hashlib.blake2b(digest_size=16)
+        for piece in pieces:
+            hashed.update(piece)
+        return hashed.hexdigest()
+
+    found = {
+        "prompts": digest(repr((prompt.token_ids, dict(prompt.columns))).encode() for prompt in prompts),
+        "reference": digest(p.detach().flatten()[:256].cpu().numpy().tobytes() for p in reference.parameters()),
+    }
+    for name in config.reward:
+        file = Path(name.rpartition(":")[0]).expanduser()
+        if file.suffix == ".py" and file.is_file():
+            found[f"reward {name}"] = digest([file.read_bytes()])
+    return found
 
 
 def lost_lines(path: Path, last_step: int) -> str:

@@ -1,22 +1,26 @@
-"""SIGINT and SIGTERM: the step under way is finished and saved."""
+"""Signals that end a run politely: the step under way is finished and saved."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C, a polite kill, a lost terminal, and a batch system's warning."""
+
 
 @dataclass(slots=True)
 class StopRequest:
-    """Set by SIGINT or SIGTERM: the step under way is finished and saved. A second signal interrupts at once, but not
+    """Set by one of SIGNALS: the step under way is finished and saved. A second signal interrupts at once, but not
     between `hold` and `release`, while weights, counters and random states change from one step's to the next's.
     """
 
+    say: Callable[[str], None] = lambda message: None
     requested: bool = False
     held: bool = False
     waiting: bool = False  # an interruption that came while held
@@ -25,6 +29,9 @@ class StopRequest:
         if self.requested and not self.held:
             raise KeyboardInterrupt
         self.waiting = self.requested
+        if not self.requested:
+            name = signal.Signals(number).name
+            self.say(f"{name}: this step is finished and saved, then the run ends; a second signal ends it at once.")
         self.requested = True
 
     def hold(self) -> None:
@@ -39,13 +46,13 @@ class StopRequest:
 
 
 @contextmanager
-def stop_request() -> Iterator[StopRequest]:
-    """Routes SIGINT and SIGTERM to a StopRequest; the former handlers return afterwards.
+def stop_request(say: Callable[[str], None]) -> Iterator[StopRequest]:
+    """Routes SIGNALS to a StopRequest; the former handlers return afterwards. say: shows a person what will happen.
 
     Outside of the main thread, where Python has no signal handlers, nothing is routed.
     """
-    stop = StopRequest()
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    stop = StopRequest(say)
+    numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
     previous: Sequence[tuple[int, Any]] = [(number, signal.signal(number, stop)) for number in numbers]
     try:
         yield stop

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -49,6 +49,7 @@ class TrainResult:
     policy: nn.Module  # the trained model, a causal language model of transformers
     step: int  # the last completed step
     saved_step: int  # the newest step with a checkpoint; below `step` where the last one could not be written
+    stopped: bool  # by a signal, before the last step
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,8 @@ class Run:
     view: View
     well_formed: Callable[[list[str]], float] | None  # the checker of the storyteller's language, where it applies
     callbacks: tuple[object, ...] = ()
+    lock: TextIO | None = None  # keeps other processes out of the folder while it is open
+    inputs: dict[str, str] = field(default_factory=dict)  # hashes of what the run reads from outside
     completed: Snapshot = field(default_factory=Snapshot)
     saved_step: int = 0
     between_steps: bool = False  # the weights have left the completed step and not reached the next
@@ -158,6 +161,7 @@ class Run:
                     "skipped_steps": done.skipped_steps,
                     "tokens_generated": done.tokens_generated,
                     "kl_coef": done.kl_coef,
+                    "inputs": self.inputs,
                 },
                 random=done.random,
                 reference=self.reference.model if self.config.reference_every else None,
@@ -173,7 +177,12 @@ class Run:
         self.saved_step = done.step
         notify(self.callbacks, "on_checkpoint", done.step, folder)
 
-    def finish(self) -> TrainResult:
+    def release(self) -> None:
+        """Lets other processes into the folder."""
+        if self.lock is not None:
+            self.lock.close()
+
+    def finish(self, *, stopped: bool = False) -> TrainResult:
         """Saves, writes the report, and says where everything is."""
         self.save()
         last = self.completed.step
@@ -185,4 +194,4 @@ class Run:
             self.view.note(f"Model: {self.folder / 'checkpoints' / f'step-{self.saved_step}'}")
         if last < self.config.steps:
             self.view.note(f"Go on with: fastkl train --output {self.config.output} --resume")
-        return TrainResult(self.folder, self.last_metrics, self.policy.model, last, self.saved_step)
+        return TrainResult(self.folder, self.last_metrics, self.policy.model, last, self.saved_step, stopped)

@@ -7,6 +7,7 @@ finishes its step and saves; the sweep then stops.
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from types import FrameType
 from fastkl.config.settings import TrainConfig, check_config
 from fastkl.errors import UserError
 from fastkl.training.run_folder import check_run_folder, holds_run, prepare_run_folder
+from fastkl.training.signals import SIGNALS
 
 
 def sweep(config: TrainConfig, kl_coefs: Sequence[float]) -> int:
@@ -66,10 +68,16 @@ def train_in_a_process(run: TrainConfig) -> tuple[int, bool]:
     folder = prepare_run_folder(run)
     command = [sys.executable, "-m", "fastkl", "train", "--config", str(folder / "config.yaml")]
     # A process group of its own: Ctrl-C reaches the sweep alone, which passes it on exactly once.
-    child = subprocess.Popen(command + ["--resume"] * run.resume, process_group=0)
+    child = subprocess.Popen(command + ["--resume"] * run.resume, process_group=0, preexec_fn=_end_with_parent)
     with signals_passed_to(child) as relay:
         code = child.wait()
     return (128 - code if code < 0 else code), relay.used
+
+
+def _end_with_parent() -> None:
+    """In the child: a sweep that is killed takes the run under way along, which saves and ends (Linux's prctl)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 @dataclass(slots=True)
@@ -86,9 +94,9 @@ class Relay:
 
 @contextmanager
 def signals_passed_to(child: subprocess.Popen[bytes]) -> Iterator[Relay]:
-    """SIGINT and SIGTERM go to the child while the context lasts."""
+    """Signals that end a run go to the child while the context lasts."""
     relay = Relay(child)
-    previous = [(number, signal.signal(number, relay)) for number in (signal.SIGINT, signal.SIGTERM)]
+    previous = [(number, signal.signal(number, relay)) for number in SIGNALS]
     try:
         yield relay
     finally:

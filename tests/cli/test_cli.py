@@ -148,14 +148,14 @@ def trained(monkeypatch) -> list[TrainConfig]:
 
     def train(config: TrainConfig) -> SimpleNamespace:
         configs.append(config)
-        return SimpleNamespace(step=config.steps, saved_step=config.steps)
+        return SimpleNamespace(step=config.steps, saved_step=config.steps, stopped=False)
 
     monkeypatch.setattr("fastkl.training.loop.train", train)
     return configs
 
 
 def test_a_last_step_that_could_not_be_saved_is_said_and_ends_in_1(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("fastkl.training.loop.train", lambda config: SimpleNamespace(step=7, saved_step=5))
+    monkeypatch.setattr("fastkl.training.loop.train", lambda config: SimpleNamespace(step=7, saved_step=5, stopped=False))
     code, _, error = run(capsys, "train", "--output", str(tmp_path / "o"))
     assert (code, error) == (1, "fastkl: step 7 is not saved; the newest checkpoint is step 5.\n")
 
@@ -383,11 +383,11 @@ def test_sweep_stops_at_a_failed_run_and_resumes_there(stand_in, capsys):
     assert not any("--resume" in call[2] for call in calls(stand_in / "s"))  # neither had a checkpoint
 
 
-def test_sweep_does_not_resume_a_run_without_checkpoint(stand_in, capsys):
+def test_sweep_hands_a_run_without_checkpoint_to_resume_which_starts_it_anew(stand_in, capsys):
     (stand_in / "s" / "kl_coef-1").mkdir(parents=True)
     (stand_in / "s" / "kl_coef-1" / "metrics.jsonl").write_text('{"step": 1}\n')
-    message = refused(capsys, "sweep", "--kl-coef", "1", "--resume", "--output", str(stand_in / "s"))
-    assert "no checkpoint" in message and "delete that folder" in message
+    code, _, _ = run(capsys, "sweep", "--kl-coef", "1", "--resume", "--output", str(stand_in / "s"))
+    assert code == 0 and "--resume" in calls(stand_in / "s")[0][2]
 
 
 def test_sweep_hands_a_signal_on_and_stops(stand_in, capsys):

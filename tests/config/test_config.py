@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from fastkl.config.settings import TrainConfig, check_config
 from fastkl.errors import UserError
 from fastkl.objective.advantages import ADVANTAGES
 from fastkl.objective.kl_estimators import ESTIMATORS
-from fastkl.training.run_folder import prepare_run_folder
+from fastkl.training.run_folder import lock_run_folder, prepare_run_folder, started_with
 
 
 def changed(**settings) -> TrainConfig:
@@ -252,13 +256,12 @@ def test_folder_with_another_run_is_refused_with_both_ways_out(tmp_path):
         assert "--resume" in str(refused.value) and f"--output {tmp_path / free}." in str(refused.value)
 
 
-def test_resume_needs_a_checkpoint_and_says_how_to_go_on_without(tmp_path):
+def test_resume_needs_a_run_and_says_how_to_go_on_without(tmp_path):
     with pytest.raises(UserError, match="no checkpoint in .*; start without --resume"):
         prepare_run_folder(changed(output=str(tmp_path / "new"), resume=True))
     assert not (tmp_path / "new").exists()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match="delete that folder"):
-        prepare_run_folder(changed(output=str(tmp_path), resume=True))
+    prepare_run_folder(changed(output=str(tmp_path), resume=True))  # it was killed before: it starts anew
 
 
 def test_resume_refuses_settings_that_would_make_it_another_run(tmp_path):
@@ -284,3 +287,35 @@ def test_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(UserError, match="cannot be written .No space left on device"):
         prepare_run_folder(changed(output=str(tmp_path)))
+
+
+@pytest.mark.parametrize("edit", ["kl_coef: 5.0", "", None], ids=["edited", "emptied", "deleted"])
+def test_the_checkpoints_own_settings_decide_whatever_has_become_of_config_yaml(tmp_path, edit):
+    config = changed(output=str(tmp_path), kl_coef=0.25)
+    prepare_run_folder(config)
+    with_checkpoint(tmp_path)
+    folder = next((tmp_path / "checkpoints").iterdir())
+    (folder / "checkpoint.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
+    if edit is None:
+        (tmp_path / "config.yaml").unlink()
+    else:
+        (tmp_path / "config.yaml").write_text(edit)
+    assert started_with(tmp_path) == config
+    with pytest.raises(UserError, match="^kl_coef: 5.0, but the run in .* was started with 0.25"):
+        prepare_run_folder(changed(output=str(tmp_path), resume=True, kl_coef=5.0))
+    prepare_run_folder(changed(output=str(tmp_path), resume=True, kl_coef=0.25))
+
+
+def test_a_second_process_in_the_same_folder_is_told_who_has_it(tmp_path):
+    config = changed(output=str(tmp_path / "run"))
+    lock = lock_run_folder(config)
+    code = (
+        "import sys; from fastkl.cli import main; "
+        f"sys.exit(main(['train', '--output', {config.output!r}, '--generator', 'transformers']))"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert other.returncode == 2
+    assert f"output: process {os.getpid()} is training in" in other.stderr and "Traceback" not in other.stderr
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    lock.close()
+    lock_run_folder(config).close()

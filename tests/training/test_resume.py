@@ -67,7 +67,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_pa
     assert samples[0] == samples[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
     output = tmp_path / "run"
     options = ["--steps", "1000", "--save-every", "0", "--lr-decay", "constant"]
@@ -79,7 +79,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number
         time.sleep(0.02)
     child.send_signal(number)
     text, _ = child.communicate(timeout=60)
-    assert child.returncode == 0, text[-2000:]
+    assert child.returncode == 130, text[-2000:]
+    assert f"{number.name}: this step is finished and saved" in text
     assert "Traceback" not in text
     last = metrics(output)[-1]["step"]
     assert last < 1000
@@ -144,3 +145,31 @@ def test_two_signals_in_the_middle_of_an_update_leave_a_checkpoint_that_is_the_s
     for name in ("model.safetensors", "trainer.safetensors"):
         ours, theirs = (load_file(run / "checkpoints" / "step-4" / name) for run in (broken, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew_on_resume(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finished(whole, "transformers")
+    late = ("--save-every", "0")
+    child = subprocess.Popen(command(killed, "transformers", *late), stdout=subprocess.DEVNULL)
+    wait_for(killed / "metrics.jsonl", child)
+    while not (killed / "metrics.jsonl").read_text().strip():
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    assert "starts anew" in finished(killed, "transformers", "--resume")
+    assert metrics(killed) == metrics(whole)
+
+
+def test_a_resumed_run_names_prompts_and_rewards_that_have_changed(tmp_path):
+    prompts, rewards = tmp_path / "prompts.jsonl", tmp_path / "rewards.py"
+    prompts.write_text('{"prompt": "Once upon a time"}\n')
+    rewards.write_text("def r(completions):\n    return [float(len(c)) for c in completions]\n")
+    options = ("--prompts", str(prompts), "--reward", f"{rewards}:r", "--save-every", "1")
+    finished(tmp_path / "run", "transformers", *options, "--steps", "1")
+    unchanged = finished(tmp_path / "run", "transformers", *options, "--steps", "2", "--resume")
+    assert "changed since" not in unchanged
+    prompts.write_text('{"prompt": "Once there was"}\n')
+    rewards.write_text("def r(completions):\n    return [1.0 / len(c) for c in completions]\n")
+    said = finished(tmp_path / "run", "transformers", *options, "--steps", "3", "--resume")
+    assert f"changed since the run was started: prompts, reward {rewards}:r" in " ".join(said.split())
