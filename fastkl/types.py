@@ -81,7 +81,10 @@ class PackedBatch:
         return self.completion_cu_seqlens.diff().long()
 
 
-SAMPLE_SUMS = ("logprob", "ref_logprob", "entropy", "kl_exact", "kl_support", "kl_penalized", "reward_penalized")
+SAMPLE_SUMS = (
+    *("logprob", "ref_logprob", "entropy", "kl_exact", "kl_support", "kl_off_support"),
+    *("kl_penalized", "reward_penalized"),
+)
 """What is summed over a completion's tokens, in nats; the last is its penalised reward R_i."""
 
 

@@ -72,6 +72,19 @@ def support_kl(scores: TokenScores) -> Tensor:
     return full_kl(scores) if scores.kl_support is None else scores.kl_support
 
 
+def off_support_kl(scores: TokenScores) -> Tensor:
+    """What the exact KL over all ids has beyond the part of the support S, f32 [N]; zero where there is no support.
+
+    By the chain rule KL(pi, q) = pi(S) KL(pi_S, q_S) + the rest, which is never negative: how far apart pi(S) and q(S)
+    are, and the two distributions on the ids outside of S. A sampled estimate sees none of it, since no draw shows it.
+    log pi(S) is what the sampled id's log-prob gains by being renormalised on S.
+    """
+    if scores.kl_support is None or scores.policy_logprobs_support is None:
+        return full_kl(scores) * 0.0
+    mass = (scores.policy_logprobs - scores.policy_logprobs_support).exp()
+    return full_kl(scores) - mass * scores.kl_support
+
+
 def full_kl(scores: TokenScores) -> Tensor:
     """The exact KL over all ids, f32 [N]."""
     assert scores.kl is not None, "a KL needs a reference"

@@ -35,7 +35,14 @@ import torch
 from fastkl.kernels.types import TokenCoefficients, TokenScores
 from fastkl.objective.advantages import Advantage
 from fastkl.objective.importance import engine_kl_sum, importance_weights, logprob_gaps
-from fastkl.objective.kl_estimators import Penalty, find_estimator, sampled_logprobs, sampled_ref_logprobs, support_kl
+from fastkl.objective.kl_estimators import (
+    Penalty,
+    find_estimator,
+    off_support_kl,
+    sampled_logprobs,
+    sampled_ref_logprobs,
+    support_kl,
+)
 from fastkl.objective.sequences import per_token, sequence_sums
 from fastkl.sampling.params import Sampling
 from fastkl.types import SAMPLE_SUMS, Breakdown, PackedBatch
@@ -170,7 +177,7 @@ class BatchObjective:
         batch, logprobs = self.batch, sampled_logprobs(scores)
         ref_logprobs = sampled_ref_logprobs(scores)
         assert ref_logprobs is not None and scores.entropy is not None and scores.kl is not None
-        values = (logprobs, ref_logprobs, scores.entropy, scores.kl, support_kl(scores))
+        values = (logprobs, ref_logprobs, scores.entropy, scores.kl, support_kl(scores), off_support_kl(scores))
         columns = [sequence_sums(column, batch.completion_cu_seqlens) for column in values]
         table = torch.stack([*columns, self.kl, self.penalized.flatten()], dim=-1).float().cpu()
         gap_sum, gap_max, num_tokens = logprob_gaps(batch.engine_logprobs, logprobs)

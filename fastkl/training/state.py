@@ -15,6 +15,7 @@ from fastkl.audit.alarm import KlAlarm
 from fastkl.config.settings import TrainConfig
 from fastkl.data.prompts import PromptSource
 from fastkl.objective.kl_control import KlController, renew_reference
+from fastkl.objective.kl_estimators import find_estimator
 from fastkl.objective.rloo import Objective
 from fastkl.report.loggers import RunLog
 from fastkl.report.metrics import metrics_of
@@ -28,7 +29,10 @@ from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training import checkpoint
 from fastkl.training.callbacks import notify
 from fastkl.training.stopwatch import Stopwatch
-from fastkl.types import RolloutBatch, StepOutcome
+from fastkl.types import Breakdown, RolloutBatch, StepOutcome
+
+OFF_SUPPORT_NATS = 2.0
+"""KL off the support, nats per completion, from which a run speaks of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class Run:
     last_metrics: dict[str, Any] = field(default_factory=dict)  # of the completed step
     alarm: KlAlarm = field(default_factory=KlAlarm)
     alarm_rang: bool = False
+    warned_off_support: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -135,6 +140,7 @@ class Run:
         if warning and not self.alarm_rang:
             self.view.note(warning)
         self.alarm_rang = warning is not None
+        self.warn_off_support(report.outcome.total)
         self.last_metrics = metrics
         self.log.log(metrics, samples)
         self.view.step(metrics)
@@ -142,6 +148,18 @@ class Run:
             best = max(samples, key=lambda sample: sample["reward"] or 0.0)
             self.view.sample(best["prompt"], best["completion"], best["reward"] or 0.0)
         notify(self.callbacks, "on_step_end", metrics, samples)
+
+    def warn_off_support(self, total: Breakdown) -> None:
+        """Says once that the policy moves where its sampler cannot follow and the penalty charges nothing."""
+        off, on = total.mean("kl_off_support"), total.mean("kl_support")
+        charged = find_estimator(self.config.kl_estimator).exact == "all"
+        if charged or self.warned_off_support or not off > max(OFF_SUPPORT_NATS, 2 * on):
+            return
+        self.warned_off_support = True
+        self.view.note(
+            f"kl/off_support: {off:.3g} nats per completion lie on ids that cannot be drawn, where kl_estimator "
+            f"{self.config.kl_estimator} charges nothing; --kl-estimator exact_full charges them, too."
+        )
 
     def save(self) -> None:
         """Saves the completed step; when the disk refuses, says so and lets training go on with the last good one."""

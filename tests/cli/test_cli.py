@@ -155,7 +155,9 @@ def trained(monkeypatch) -> list[TrainConfig]:
 
 
 def test_a_last_step_that_could_not_be_saved_is_said_and_ends_in_1(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("fastkl.training.loop.train", lambda config: SimpleNamespace(step=7, saved_step=5, stopped=False))
+    monkeypatch.setattr(
+        "fastkl.training.loop.train", lambda config: SimpleNamespace(step=7, saved_step=5, stopped=False)
+    )
     code, _, error = run(capsys, "train", "--output", str(tmp_path / "o"))
     assert (code, error) == (1, "fastkl: step 7 is not saved; the newest checkpoint is step 5.\n")
 

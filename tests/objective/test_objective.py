@@ -16,7 +16,7 @@ from fastkl.errors import UserError
 from fastkl.kernels.operators import token_scores
 from fastkl.kernels.types import TokenScores
 from fastkl.objective.advantages import find_advantage
-from fastkl.objective.kl_estimators import ESTIMATORS, PLACEMENTS, Penalty, check_penalty
+from fastkl.objective.kl_estimators import ESTIMATORS, PLACEMENTS, Penalty, check_penalty, off_support_kl
 from fastkl.objective.rloo import penalize, token_coefficients
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
@@ -281,3 +281,24 @@ def test_expected_value_of_the_estimator_is_the_exact_kl_on_the_support(estimato
         p * sum(world.kl(c[:t]).detach() for t in range(len(c))) for p, c in zip(chance, world.completions, strict=True)
     )
     assert float(mean) == pytest.approx(float(exact), abs=1e-9)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_kl_off_the_support_is_the_rest_of_the_chain_rule(sampling):
+    """By sums over the ids inside and outside: KL of pi(S) and q(S), and of the two distributions outside of S."""
+    world = make_world(sampling, seed=5)
+    scores, owners = scores_of(world)
+    got, row = off_support_kl(scores).detach(), 0
+    for c in world.completions:
+        for t in range(len(c)):
+            z, r = (
+                m.detach()[world.row_of[c[:t]]] / world.sampling.temperature for m in (world.table, world.ref_table)
+            )
+            p, q = z.softmax(0), r.softmax(0)
+            keep = allowed(world.table.detach()[world.row_of[c[:t]]], t, world.sampling)
+            inside, ref_inside = p[keep].sum(), q[keep].sum()
+            rest = (p[~keep] * (p[~keep] / q[~keep]).log()).sum() + inside * (inside / ref_inside).log()
+            assert float(got[row]) == pytest.approx(float(rest), abs=1e-9)
+            assert float(got[row]) >= -1e-12
+            row += 1
+    assert row == len(got) and len(owners) == len(world.completions)

@@ -235,3 +235,17 @@ def test_weights_go_to_the_generator_after_every_update_and_the_last_one_too(tmp
     assert recording.calls == ["generate", "sync"] * 3 + ["close"]
     assert not torch.equal(recording.at_sync[0], recording.at_sync[1])
     assert torch.equal(recording.at_sync[-1], next(result.policy.parameters()))
+
+
+@pytest.mark.parametrize(("estimator", "warned"), [("k1", True), ("exact_full", False)])
+def test_a_run_says_once_that_mass_moves_where_a_sampled_penalty_charges_nothing(tmp_path, capsys, estimator, warned):
+    """A policy whose weights are those of another model: it is far from its reference, on the support and off it."""
+    config = small(tmp_path, steps=2, kl_estimator=estimator, top_k=2, lr=0.0)
+    run = set_up(config)
+    with torch.no_grad():
+        for parameter in run.policy.parameters():
+            parameter.mul_(0.5)
+    run_steps(run)
+    assert capsys.readouterr().out.count("lie on ids that cannot be drawn") == int(warned)
+    assert all(row["kl/off_support"] > 2.0 for row in rows(config))
+    assert all(row["kl/off_support"] <= row["kl/exact"] + 1e-3 for row in rows(config))
