@@ -53,10 +53,10 @@ def run_steps(run: Run) -> TrainResult:
         run.log,
         run.view,
         closing(run.generator),
-        released(run),
+        closing(run),
         stop_request(run.view.note) as stop,
         saved_on_failure(run),
-        announced(run, stop),
+        updates_whole(run, stop),
     ):
         for step in range(run.completed.step + 1, config.steps + 1):
             watch = Stopwatch(run.device)
@@ -135,16 +135,7 @@ def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:
 
 
 @contextmanager
-def released(run: Run) -> Iterator[None]:
-    """The folder is free once the loop has ended."""
-    try:
-        yield
-    finally:
-        run.release()
-
-
-@contextmanager
-def announced(run: Run, stop: StopRequest) -> Iterator[None]:
+def updates_whole(run: Run, stop: StopRequest) -> Iterator[None]:
     """From the optimizer's step to the commit of the step nothing is interrupted, and nothing is saved."""
 
     def begin(*_: Any) -> None:

@@ -195,7 +195,7 @@ class Run:
         self.saved_step = done.step
         notify(self.callbacks, "on_checkpoint", done.step, folder)
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Lets other processes into the folder."""
         if self.lock is not None:
             self.lock.close()
