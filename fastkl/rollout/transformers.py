@@ -1,8 +1,17 @@
-"""Rollout with transformers: the policy itself decodes, with a key-value cache; for models that vLLM cannot run."""
+"""Rollout with transformers: the policy itself decodes, with a cache; for models that vLLM cannot run.
+
+How depends on the model, and is tried on a few tokens when the generator starts, in this order:
+"shared": prompts padded on the left to one length, a prefill for each, its cache repeated K times, finished rows
+dropped from it;
+"alike": the same with prompts of one length at a time, for models that do not keep padding out of their states;
+"anew": the same, and all tokens are forwarded again at each step, for models whose cache cannot be repeated or
+selected from. It is slow, and right for every model.
+"""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -16,14 +25,23 @@ from fastkl.rollout.requests import EngineOptions, Request, completion
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
 from fastkl.scoring.head import head_of
+from fastkl.scoring.models import backbone_of
 from fastkl.types import Completion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+WAYS = ("shared", "alike", "anew")
+"""Of decoding, the fastest first."""
+
+TOLERANCE, TOLERANCE_OF_STATES = 1e-3, 2e-5
+"""How far a way's logits may differ from those of separate forwards, relative to the largest logit: with keys and
+values, where a mistake is gross, and with states that are carried from token to token, where a small one adds up."""
+
+
 class TransformersGenerator:
-    """Decodes with the policy itself: one prefill per prompt, its cache repeated K times, finished rows dropped.
+    """Decodes with the policy itself, in the first of WAYS whose logits are those of separate forwards.
 
     dtype: of the matrix products, the trainer's own, so that what is sampled from is what is scored.
 
@@ -43,19 +61,74 @@ class TransformersGenerator:
         self.model = model
         self.tokenizer = tokenizer
         self.sampling = sampling
-        self.dtype = dtype
         self.max_rows = max_rows
-        takes = inspect.signature(model.base_model.forward).parameters
+        self.backbone = backbone_of(model)
+        takes = inspect.signature(self.backbone.forward).parameters
         # depending on the model, transformers calls it one or the other
-        self.cache_argument = "cache" if "cache" in takes else "past_key_values"
+        names = (name for name in ("cache", "cache_params") if name in takes)
+        self.cache_argument = next(names, "past_key_values")
+        self.dtype = torch.float32  # in which rounding hides no mistake
+        self.way = self._right_way()
+        self.dtype = dtype
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See Generator. About `max_rows` sequences are decoded at a time; a prompt's samples stay together."""
-        completions: list[Completion] = []
-        for chunk in _chunks(requests, self.max_rows):
-            completions += self._decode(chunk, self._uniforms([request.seed for request in chunk]))
-        return completions
+        completions: dict[int, Completion] = {}
+        for places in self._batches(requests):
+            chunks = _chunks([requests[place] for place in places], self.max_rows)
+            drawn = [done for chunk in chunks for done in self._decode(chunk, self._uniforms([r.seed for r in chunk]))]
+            completions.update(zip(places, drawn, strict=True))
+        return [completions[place] for place in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The places of the requests that may be decoded together, in order."""
+        if self.way == "shared":
+            return [list(range(len(requests)))]
+        of_length: dict[int, list[int]] = {}
+        for place, request in enumerate(requests):
+            of_length.setdefault(len(request.prompt.token_ids), []).append(place)
+        return list(of_length.values())
+
+    @torch.no_grad()
+    def _right_way(self) -> str:
+        """The first of WAYS that agrees with separate forwards."""
+        from transformers import DynamicCache
+
+        states = any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=self.model.config).layers)
+        for way in WAYS[:-1]:
+            self.way = way
+            try:
+                if self._error() <= (TOLERANCE_OF_STATES if states else TOLERANCE):
+                    return way
+            except Exception:  # a model's own code, on a cache that it may not know, raises whatever it likes
+                continue
+        return WAYS[-1]
+
+    def _error(self) -> float:
+        """Largest difference from separate forwards in a prefill of two prompts, and in two steps after it, before
+        each of which rows are repeated, exchanged or dropped; relative to the largest logit."""
+        vocab = self.model.get_input_embeddings().weight.shape[0]
+        lengths = (7, 3) if self.way == "shared" else (5, 5)
+        prompts = [[(7919 * (place + 11 * row) + 1) % vocab for place in range(n)] for row, n in enumerate(lengths)]
+        cache, logits, mask = self._prefill(prompts, [0, 0, 1])
+        rows = [prompts[0], prompts[0], prompts[1]]
+        worst = self._distance(logits, rows)
+        for token, kept in ((1, [2, 0]), (2, [1])):
+            rows = [rows[row] + [(token + 5 * place) % vocab] for place, row in enumerate(kept)]
+            cache.reorder_cache(torch.tensor(kept, device=logits.device))
+            mask = None if mask is None else mask[kept]
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            ids = torch.tensor([row[-1:] for row in rows], device=logits.device)
+            worst = max(worst, self._distance(self._forward(ids, mask, cache), rows))
+        return worst
+
+    def _distance(self, logits: torch.Tensor, rows: list[list[int]]) -> float:
+        """Of logits f32 [rows, V] from those that follow each row of token ids alone; inf where they are NaN."""
+        ids = (torch.tensor([row], device=logits.device) for row in rows)
+        alone = torch.cat([self._forward(row, None, AllTokens()) for row in ids])
+        error = float((logits - alone).abs().max() / alone.abs().max().clamp(min=1e-30))
+        return math.inf if math.isnan(error) else error
 
     def _uniforms(self, seeds: Sequence[int]) -> torch.Tensor:
         """One uniform number per row and step: f64 [rows, T], on the model's device."""
@@ -65,7 +138,9 @@ class TransformersGenerator:
 
     def _decode(self, requests: Sequence[Request], uniforms: torch.Tensor) -> list[Completion]:
         """The completions of some requests, all at once."""
-        cache, logits, mask = self._prefill(requests)
+        runs = [list(run) for _, run in groupby(requests, key=lambda request: request.prompt_index)]
+        row_of = [row for row, run in enumerate(runs) for _ in run]
+        cache, logits, mask = self._prefill([run[0].prompt.token_ids for run in runs], row_of)
         rows = torch.arange(len(logits), device=logits.device)  # which sample each remaining row belongs to
         stop_ids = torch.tensor(self.sampling.stop_token_ids, device=logits.device, dtype=torch.int64)
         drawn: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -79,40 +154,44 @@ class TransformersGenerator:
                 rows, tokens = rows[kept], tokens[kept]
                 mask = None if mask is None else mask[kept]
                 if len(rows):
-                    cache.batch_select_indices(kept)
+                    cache.reorder_cache(kept)
             if not len(rows) or step + 1 == self.sampling.max_new_tokens:
                 break
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = self._forward(tokens[:, None], mask, cache)
         return self._collect(drawn, requests)
 
-    def _prefill(self, requests: Sequence[Request]) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
-        """(cache, logits [rows, V], mask [rows, width] or None), a row per request; a prompt is forwarded once."""
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]
+    ) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+        """(cache, logits [rows, V], mask [rows, width] or None), a row per completion; a prompt is forwarded once."""
         from transformers import DynamicCache
 
         device = self.model.device
-        runs = [list(run) for _, run in groupby(requests, key=lambda request: request.prompt_index)]
-        prompts = [run[0].prompt for run in runs]
-        width = max(len(p.token_ids) for p in prompts)
+        width = max(len(token_ids) for token_ids in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
         mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # padded on the left, so that all end together
-            ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids, device=device)
-            mask[row, width - len(prompt.token_ids) :] = 1
+        for row, token_ids in enumerate(prompts):  # padded on the left, so that all end together
+            ids[row, width - len(token_ids) :] = torch.tensor(token_ids, device=device)
+            mask[row, width - len(token_ids) :] = 1
         needed = None if bool(mask.all()) else mask
-        cache = DynamicCache(config=self.model.config)
+        cache = AllTokens() if self.way == "anew" else DynamicCache(config=self.model.config)
         logits = self._forward(ids, needed, cache)
-        row_of = torch.arange(len(runs)).repeat_interleave(torch.tensor([len(run) for run in runs])).to(device)
-        cache.batch_select_indices(row_of)
+        row_of = torch.tensor(prompt_of_row, device=device)
+        cache.reorder_cache(row_of)
         return cache, logits[row_of], None if needed is None else needed[row_of]
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
         """Logits of the last position, f32 [rows, V]."""
-        arguments = {self.cache_argument: cache}
-        if mask is not None:
-            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if isinstance(cache, AllTokens):
+            ids = cache.extended_by(ids)
+            arguments: dict[str, Any] = {"use_cache": False}
+        else:
+            arguments = {"use_cache": True, "attention_mask": mask, self.cache_argument: cache}
+            if mask is not None:
+                arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            out = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **arguments)
+            out = self.backbone(input_ids=ids, **arguments)
         head = head_of(self.model)  # outside autocast, as in scoring
         return head.logits(out.last_hidden_state[:, -1].to(head.weight.dtype)).float()
 
@@ -133,6 +212,22 @@ class TransformersGenerator:
 
     def close(self) -> None:
         """See Generator. Nothing to do, since it holds no memory of its own."""
+
+
+class AllTokens:
+    """Stands where a cache would: the tokens themselves, i64 [rows, length]."""
+
+    def __init__(self) -> None:
+        self.ids: torch.Tensor | None = None
+
+    def extended_by(self, ids: torch.Tensor) -> torch.Tensor:
+        """All tokens, with these at the end."""
+        self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
+        return self.ids
+
+    def reorder_cache(self, rows: torch.Tensor) -> None:
+        """Keeps these rows, in this order; a row may come several times."""
+        self.ids = self.ids.index_select(0, rows)
 
 
 def obstacle(model_config: Any, device: torch.device) -> str | None:

@@ -7,7 +7,8 @@ begin. It is registered with transformers as the attention implementation `fastk
 side, right-padded, for one causal scaled_dot_product_attention: a pad lies to the right of every token that counts, so
 none is ever attended to.
 "padded": right-padded rows through the model's own attention, for architectures that do not take an attention
-implementation from outside. `choose_layout` compares with one-at-a-time forwards before the first step and decides.
+implementation from outside. `choose_layout` compares with one-at-a-time forwards before the first step and decides;
+where the configuration names a window, on sequences that are longer than it, too.
 
 Left out: variable-length kernels for long ragged batches on a GPU; they would take the place of `_padded_attention`.
 """
@@ -15,7 +16,8 @@ Left out: variable-length kernels for long ragged batches on a GPU; they would t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastkl.scoring.models import backbone_of, context_length, text_config
+from fastkl.scoring.pack import cumulative
 from fastkl.types import PackedBatch
 
 if TYPE_CHECKING:
@@ -35,6 +39,13 @@ ATTENTION = "fastkl_packed"
 HALF_TOLERANCE = 0.05
 """How far half-precision layouts may differ, relative to the largest hidden value, since they round in a different
 order."""
+
+LONGEST_PROBE = 12_288
+"""Tokens that the packed layout is tried on at most; beyond, a model with windows is scored in padded rows."""
+
+WINDOW = "window|chunk|block|local|span|index_topk"
+NO_WINDOW = "num|multiple|pattern|layer|expert|freq|theta|ind(ices|exes)|head|repeat|per_|group|kernel|dilation|_ids?$"
+"""Parts of the names of a configuration's numbers: what makes one a window, and what makes it something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +154,7 @@ def scoring(model: PreTrainedModel, layout: str) -> Iterator[None]:
 
 def packed_hidden_states(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """The backbone over one packed row; returns the hidden states [N, H] that predict the scored tokens."""
-    hidden = model.base_model(
+    hidden = backbone_of(model)(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
@@ -157,7 +168,7 @@ def padded_hidden_states(model: PreTrainedModel, batch: PackedBatch, rows_at_onc
 
     No attention mask is needed: attention is causal, and every pad lies to the right of the tokens that count.
     """
-    starts = batch.cu_seqlens.tolist()
+    backbone, starts = backbone_of(model), batch.cu_seqlens.tolist()
     order = sorted((i for i, length in enumerate(batch.lengths) if length), key=lambda i: batch.lengths[i])
     hidden: list[torch.Tensor] = []
     packed_position: list[torch.Tensor] = []
@@ -165,7 +176,7 @@ def padded_hidden_states(model: PreTrainedModel, batch: PackedBatch, rows_at_onc
         chosen = order[first : first + rows_at_once]
         spans = [torch.arange(starts[i], starts[i + 1], device=batch.input_ids.device) for i in chosen]
         ids = nn.utils.rnn.pad_sequence([batch.input_ids[span] for span in spans], batch_first=True)
-        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        states = backbone(input_ids=ids, use_cache=False).last_hidden_state
         hidden += [states[row, : len(span)] for row, span in enumerate(spans)]
         packed_position += spans
     place = torch.cat(packed_position).argsort()  # undoes the sorting: place[m] is where packed token m now stands
@@ -177,6 +188,52 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch, layout: str) -> to
     return packed_hidden_states(model, batch) if layout == "packed" else padded_hidden_states(model, batch)
 
 
+def windows_of(config: Any) -> list[int]:
+    """Every whole number above 1 that a configuration calls a window, chunk, block or local span: those of nested
+    parts and lists included, numbers of layers, blocks and experts not."""
+    found: set[int] = set()
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for inner, held in value.items():
+                collect(str(inner), held)
+        elif isinstance(value, list | tuple):
+            for held in value:
+                collect(name, held)
+        elif type(value) is int and value > 1 and re.search(WINDOW, name) and not re.search(NO_WINDOW, name):
+            found.add(value)
+
+    collect("", text_config(config).to_dict())
+    return sorted(found)
+
+
+def _windows_within(config: Any, max_tokens: int | None) -> list[int]:
+    """The windows that are shorter than the longest sequence."""
+    longest = min((n for n in (max_tokens, context_length(config)) if n is not None), default=None)
+    return [window for window in windows_of(config) if longest is None or window < longest]
+
+
+def long_probe(model: PreTrainedModel, window: int) -> PackedBatch:
+    """A sequence that is a quarter longer than the window, behind a short one; all its tokens are scored."""
+    lengths = 5, min(window + window // 4 + 16, context_length(model.config) or LONGEST_PROBE, LONGEST_PROBE)
+    device, total = model.device, sum(lengths)
+    ids = torch.arange(total, device=device) * 7919 % model.get_input_embeddings().weight.shape[0]  # spread out
+    places = torch.arange(total, device=device)
+    return PackedBatch(
+        input_ids=ids,
+        position_ids=torch.cat([torch.arange(length, device=device) for length in lengths]),
+        cu_seqlens=cumulative(lengths, device),
+        score_positions=places,
+        target_ids=ids,
+        completion_cu_seqlens=cumulative(lengths, device),
+        completion_positions=places,
+        engine_logprobs=torch.zeros(total, device=device),
+        rewards=torch.zeros(2, 1, device=device),
+        valid=torch.ones(2, 1, dtype=torch.bool, device=device),
+        lengths=lengths,
+    )
+
+
 @torch.no_grad()
 def choose_layout(
     model: PreTrainedModel,
@@ -185,25 +242,34 @@ def choose_layout(
     *,
     tolerance: float = 1e-3,
     layouts: Sequence[str] = ("packed", "padded"),
+    max_tokens: int | None = None,
 ) -> tuple[str, str]:
     """("packed" | "padded", reason): the first of `layouts` that agrees with separate forwards on `probe`.
 
     probe: a small batch of sequences of different lengths. The tolerance is relative to the largest hidden value.
+    max_tokens: of the longest sequence that will be scored (None: the model's context). The packed layout has to agree
+    beyond every window in which such a sequence would not fit, too, since a model may keep one in its mask only.
     dtype: that of the run's matrix products; in half precision, whose attention may be another one, the layout has to
     agree under autocast too (HALF_TOLERANCE). Raises RuntimeError when none agrees: such a model would be mis-scored.
     """
     register_packed_attention()
-    checks: list[tuple[Callable[[], Any], float]] = [(nullcontext, tolerance)]
+    checks: list[tuple[Callable[[], Any], PackedBatch, float]] = [(nullcontext, probe, tolerance)]
     if dtype != torch.float32:
-        checks.append((lambda: torch.autocast(probe.input_ids.device.type, dtype=dtype), HALF_TOLERANCE))
+        checks.append((lambda: torch.autocast(probe.input_ids.device.type, dtype=dtype), probe, HALF_TOLERANCE))
+    windows = _windows_within(model.config, max_tokens)
     reasons = []
     for layout in layouts:
         errors = []
-        for context, bound in checks:
+        beyond = windows if layout == "packed" else []  # padded rows keep the model's own mask
+        if beyond and max(beyond) >= LONGEST_PROBE:
+            reasons.append(f"packed cannot be tried beyond the window of {max(beyond)} tokens")
+            continue
+        long = [(nullcontext, long_probe(model, max(beyond)), tolerance)] if beyond else []
+        for context, batch, bound in checks + long:
             try:
                 with context():
-                    errors.append(_difference(model, probe, layout))
-            except (RuntimeError, TypeError, ValueError, KeyError) as failure:  # NotImplementedError is a RuntimeError
+                    errors.append(_difference(model, batch, layout))
+            except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as failure:
                 reasons.append(f"{layout} does not work ({str(failure).splitlines()[0][:120]})")
                 break
             if errors[-1] > bound or math.isnan(errors[-1]):
@@ -211,7 +277,8 @@ def choose_layout(
                 break
         else:
             found = f"{layout} agrees with separate forwards to {errors[0]:.1e}"
-            found += f", in {str(dtype).removeprefix('torch.')} to {errors[1]:.1e}" if len(errors) == 2 else ""
+            found += f", in {str(dtype).removeprefix('torch.')} to {errors[1]:.1e}" if dtype != torch.float32 else ""
+            found += f", beyond the window of {max(beyond)} tokens to {errors[-1]:.1e}" if beyond else ""
             return layout, "; ".join([*reasons, found])
     raise RuntimeError("no way of batching agrees with one-at-a-time forwards (" + "; ".join(reasons) + ")")
 
@@ -219,7 +286,8 @@ def choose_layout(
 def _difference(model: PreTrainedModel, batch: PackedBatch, layout: str) -> float:
     """Largest difference of the layout's hidden states from those of separate forwards, relative to the largest."""
     rows = batch.input_ids.split([length for length in batch.lengths if length])
-    states = [model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
+    backbone = backbone_of(model)
+    states = [backbone(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
     separate = torch.cat(states).index_select(0, batch.score_positions)
     with scoring(model, layout):
         return float((hidden_states(model, batch, layout) - separate).abs().max() / separate.abs().max())

@@ -8,7 +8,7 @@ import torch
 
 from fastkl.errors import UserError
 from fastkl.kernels.types import Head
-from fastkl.scoring.models import text_config
+from fastkl.scoring.models import backbone_of, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +22,8 @@ def head_of(model: PreTrainedModel) -> Head:
     """Weight, bias, softcap and scale of the model's output head."""
     linear, config = model.get_output_embeddings(), text_config(model.config)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    softcap = next((cap for cap in caps if cap), None)
     return Head(linear.weight, getattr(linear, "bias", None), softcap, scale)
 
 
@@ -31,7 +32,7 @@ def check_head(model: PreTrainedModel, token_ids: list[int], tolerance: float = 
     """Raises UserError unless backbone + Head reproduce the model's own logits on the first of `token_ids`."""
     ids = torch.tensor([token_ids[:CHECKED_TOKENS]], device=model.device)
     own = model(input_ids=ids, use_cache=False).logits.float()
-    logits = head_of(model).logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    logits = head_of(model).logits(backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state)
     error = float((logits.float() - own).abs().max())
     if not error <= tolerance * (1 + float(own.abs().max())):
         raise UserError(

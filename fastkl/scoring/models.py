@@ -159,6 +159,14 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
+def backbone_of(model: Any) -> nn.Module:
+    """The transformer without its head: `base_model`, unless that is the model itself (the text model of Llama-4)."""
+    from transformers import PreTrainedModel
+
+    inner = (child for child in model.children() if isinstance(child, PreTrainedModel))
+    return model.base_model if model.base_model is not model else next(inner, model)
+
+
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Sets every dropout probability to 0, so that train() and eval() score alike and no noise enters the KL.
 

@@ -19,7 +19,7 @@ from fastkl.kernels.operators import Support, TokenScores, head_token_scores
 from fastkl.kernels.types import OUTPUTS, Head
 from fastkl.scoring import backbone
 from fastkl.scoring.head import check_head, head_of
-from fastkl.scoring.models import dropouts, first_line
+from fastkl.scoring.models import backbone_of, dropouts, first_line
 from fastkl.scoring.pack import cumulative
 from fastkl.types import PackedBatch
 
@@ -46,7 +46,7 @@ def backbone_and_head(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
         inputs["attention_mask"] = counted.long()
         inputs["position_ids"] = (counted.cumsum(1) - 1).clamp(min=0)
     with backbone.scoring(plain, "padded"):
-        hidden = plain.base_model(**inputs, use_cache=False).last_hidden_state
+        hidden = backbone_of(plain)(**inputs, use_cache=False).last_hidden_state
     return hidden, head_of(plain)
 
 

@@ -105,7 +105,9 @@ def set_up(config: TrainConfig, *, callbacks: Iterable[object] = ()) -> Run:
     check_same_shape(policy, reference, resumed)
     check_head(reference, list(inputs.prompts[0].token_ids))
     dtype = compute_dtype(config.dtype, device)
-    layout, layout_reason = backbone.choose_layout(reference, probe_batch(inputs.prompts[0], device), dtype)
+    layout, layout_reason = backbone.choose_layout(
+        reference, probe_batch(inputs.prompts[0], device), dtype, max_tokens=max_sequence_tokens(inputs, config)
+    )
     if (repaired := checkpoint.check_savable(inputs.folder / "checkpoints", policy, inputs.tokenizer)) is not None:
         view.note(repaired)
     if config.gradient_checkpointing:
@@ -172,11 +174,16 @@ def start_generator(inputs: Inputs, config: TrainConfig, policy: nn.Module, dtyp
             tokenizer=inputs.tokenizer,
             sampling=inputs.sampling,
             dtype=dtype,
-            max_model_len=max(len(prompt.token_ids) for prompt in inputs.prompts) + config.max_new_tokens,
+            max_model_len=max_sequence_tokens(inputs, config),
             gpu_memory_utilization=config.gpu_memory_utilization,
             log=inputs.folder / "engine.log",
         )
     )
+
+
+def max_sequence_tokens(inputs: Inputs, config: TrainConfig) -> int:
+    """Tokens of the longest prompt with its completion."""
+    return max(len(prompt.token_ids) for prompt in inputs.prompts) + config.max_new_tokens
 
 
 def resume(run: Run, saved: checkpoint.Checkpoint) -> None:

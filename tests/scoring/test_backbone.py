@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from toy import prompt, toy_batch, toy_model
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from fastkl.scoring import backbone
 from fastkl.scoring.pack import pack
@@ -124,6 +133,69 @@ def test_a_layout_that_leaks_between_sequences_is_never_chosen(family):
     torch.testing.assert_close(hidden, expected, rtol=0, atol=tolerance)
     if family == "gpt_neo":
         assert layout == "padded", reason
+
+
+def model_with_span(kind: str, **options) -> torch.nn.Module:
+    """A tiny model in which a token sees 16 tokens at most."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, max_position_embeddings=64, initializer_range=0.5, eos_token_id=22,
+        pad_token_id=0, bos_token_id=1, **options,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def chunked_model() -> torch.nn.Module:
+    """Llama-4 keeps its chunks in its mask alone: no attention function is told of them."""
+    return model_with_span(
+        "llama4_text", attention_chunk_size=16, intermediate_size_mlp=24, moe_layers=[], no_rope_layers=[1, 1],
+    )  # fmt: skip
+
+
+def test_a_window_that_stands_in_the_mask_alone_is_found_by_a_probe_that_is_longer_than_it():
+    """On the short probe the packed row agrees; 20 tokens would be mis-scored by nats."""
+    model = chunked_model()
+    short = only_micro_batch(toy_batch(toy_model()))
+    assert max(short.lengths) < 16
+    assert backbone._difference(model, short, "packed") < 1e-5
+    assert backbone._difference(model, backbone.long_probe(model, 16), "packed") > 0.05
+    layout, reason = backbone.choose_layout(model, short)
+    assert layout == "padded" and "packed differs from separate forwards" in reason
+    assert backbone._difference(model, backbone.long_probe(model, 16), "padded") < 1e-5
+
+
+def test_a_window_longer_than_every_sequence_costs_no_probe():
+    model = chunked_model()
+    short = only_micro_batch(toy_batch(toy_model()))
+    seen = []
+    model.model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    layout, reason = backbone.choose_layout(model, short, max_tokens=16)
+    assert layout == "packed" and "window" not in reason
+    assert max(length for rows, length in seen if length != len(short.input_ids)) == max(short.lengths)
+
+
+def test_a_window_that_attention_is_told_of_stays_packed_and_one_too_long_to_be_tried_does_not(monkeypatch):
+    model = model_with_span("mistral", sliding_window=16)
+    short = only_micro_batch(toy_batch(toy_model()))
+    layout, reason = backbone.choose_layout(model, short)
+    assert layout == "packed" and "beyond the window of 16 tokens" in reason
+    monkeypatch.setattr(backbone, "LONGEST_PROBE", 16)
+    layout, reason = backbone.choose_layout(model, short)
+    assert layout == "padded" and "cannot be tried beyond the window of 16 tokens" in reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "windows"),
+    [
+        ("mistral", [4096]), ("gpt_neo", [256]), ("llama4_text", [8192]), ("recurrent_gemma", [2048]),
+        ("modernbert-decoder", [128]), ("gemma3", [4096]), ("qwen2", []), ("mixtral", []), ("llama", []), ("lfm2", []),
+    ],
+)  # fmt: skip
+def test_windows_are_read_from_a_configuration_by_their_names(kind, windows):
+    """Nested and under every name; numbers of layers, blocks and experts are none."""
+    assert set(windows) <= set(backbone.windows_of(AutoConfig.for_model(kind)))
+    assert windows or not backbone.windows_of(AutoConfig.for_model(kind))
 
 
 def test_the_packed_row_without_its_attention_would_leak():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastkl.errors import UserError
 from fastkl.kernels.types import Head
 from fastkl.scoring.head import check_head, head_of
+from fastkl.scoring.models import backbone_of
 
 Task = Callable[[Any, Head], dict[str, Tensor]]
 """(the backbone's outputs with last_hidden_state [b, L, H], the model's head) -> tensors, which the forward returns."""
@@ -43,7 +44,7 @@ def forward_task(model: Any) -> Iterator[None]:
         inputs = {name: value for name, value in inputs.items() if value is not None}  # PEFT names every argument
         if takes_positions:
             inputs["position_ids"] = position_ids(inputs["attention_mask"])
-        return fastkl_task(model.base_model(**inputs, use_cache=False), head_of(model))
+        return fastkl_task(backbone_of(model)(**inputs, use_cache=False), head_of(model))
 
     had_own = "forward" in vars(model)
     model.forward = forward
