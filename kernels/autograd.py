@@ -68,7 +68,7 @@ class ScoreFunction(torch.autograd.Function):
             passes = call.passes(call.source(policy_of(inputs)), stats, support_stats)
             allowed, last = [], None
             for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
-                last = Kept(passes, lo, *passes.score(lo, hi))
+                last = Chunk(passes, lo, *passes.score(lo, hi))
                 if (pairs := passes.allowed()) is not None:
                     allowed.append(pairs)
             if allowed:  # then the backward need not find these ids again
@@ -101,7 +101,7 @@ class ScoreFunction(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None  # the gradient overwrites it: a second backward has to compute it again
         if kept is not None:
             kept.passes.source.collect_gradients(ctx.needs_input_grad[1:], inplace=False)
-            kept.gradient(coefficients)
+            kept.gradient(coefficients.select(slice(kept.first, kept.first + len(kept.z))))
             active = active[active < kept.first]
             if not len(active):
                 return None, *kept.passes.source.gradients(inputs)
@@ -124,8 +124,8 @@ class ScoreFunction(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """The last chunk of a forward as Passes.score left it: its rows need no second product in the backward."""
+class Chunk:
+    """Rows first, first + 1, ... as Passes.score left them: their gradient needs no second product."""
 
     passes: Passes
     first: int
@@ -133,8 +133,7 @@ class Kept:
     gap: Tensor | None
 
     def gradient(self, coefficients: TokenCoefficients) -> None:
-        """Takes the gradient of its rows; coefficients: of all rows of the call."""
-        coefficients = coefficients.select(slice(self.first, self.first + len(self.z)))
+        """Takes the gradient of those of its rows that have one; coefficients: of the chunk's rows."""
         for i, j in active_runs(coefficients, len(self.z)):
             gap = None if self.gap is None else self.gap[i:j]
             first = self.first + i

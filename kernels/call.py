@@ -12,7 +12,6 @@ from torch import Tensor
 from . import checks
 from .checks import check_heads, check_logits, check_options, check_rows, check_support, check_vocab
 from .compose import whole_heads
-from .cpu import sources as cpu
 from .cpu.passes import CpuPasses
 from .dispatch import uses_triton
 from .errors import UserError
@@ -67,10 +66,12 @@ class Call:
         """The logits of the scored rows."""
         chunk_rows = max(1, min(self.chunk_rows, len(self.rows)))
         if self.use_triton:
-            from .gpu import sources as gpu
-
-            return gpu.new_source(policy, self.reference, self.row_ids, self.options, chunk_rows, self.dtype)
-        return cpu.new_source(policy, self.reference, self.row_ids, self.options, chunk_rows, self.dtype)
+            from .gpu import sources
+        else:
+            from .cpu import sources
+        kind: Any = sources.HeadSource if isinstance(policy, Side) else sources.LogitsSource
+        source: Source = kind(policy, self.reference, self.row_ids, self.options, chunk_rows, self.dtype)
+        return source
 
     def passes(self, source: Any, stats: RowStats, support_stats: RowStats | None) -> Passes:
         """The passes over a source of this call."""

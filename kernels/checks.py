@@ -104,14 +104,12 @@ def check_support(support: Support, policy: Tensor) -> None:
     if support.kept_ids is not None:
         check_tensor("support.kept_ids", support.kept_ids, (None,), (torch.int64,), policy)
         check_tensor("support.kept_offsets", support.kept_offsets, (num_rows + 1,), (torch.int64,), policy)
-        if support.banned_ids is not None or support.top_k is not None or support.top_p is not None or support.min_p:
-            raise UserError("support.kept_ids is the whole record: leave banned_ids, top_k, top_p and min_p out.")
-        if support.excluded_ids is not None:
-            raise UserError("support.kept_ids is the whole record: leave excluded_ids out.")
-    if support.excluded_ids is not None:
-        check_tensor("support.excluded_ids", support.excluded_ids, (None,), (torch.int64,), policy)
-    if support.banned_ids is not None:
-        check_tensor("support.banned_ids", support.banned_ids, (None,), (torch.int64,), policy)
+        for name in ("excluded_ids", "banned_ids", "top_k", "top_p", "min_p"):
+            if getattr(support, name) is not None:
+                raise UserError(f"support.kept_ids is the whole record: leave {name} out.")
+    for name in ("excluded_ids", "banned_ids"):
+        if (ids := getattr(support, name)) is not None:
+            check_tensor(f"support.{name}", ids, (None,), (torch.int64,), policy)
     if support.banned_rows is not None:
         check_tensor("support.banned_rows", support.banned_rows, (num_rows,), (torch.bool,), policy)
         if support.banned_ids is None:

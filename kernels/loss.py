@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autograd import Inputs, active_rows, active_runs, flat_scores, policy_of, without_autocast
+from .autograd import Chunk, Inputs, active_rows, flat_scores, policy_of, without_autocast
 from .call import Call
 from .errors import UserError
 from .passes import Passes, RowStats, chunk_ranges
@@ -91,11 +91,9 @@ def _with_constants(
         if hi <= num_active:
             passes.score_and_gradient(lo, hi, coefficients.select(slice(lo, hi)))
             continue
-        z, gap = passes.score(lo, hi)
+        chunk = Chunk(passes, lo, *passes.score(lo, hi))
         if lo < num_active:
-            end = num_active
-            gap = None if gap is None else gap[: end - lo]
-            passes.gradient_(lo, end, z[: end - lo], gap, coefficients.select(slice(lo, end)))
+            chunk.gradient(coefficients.select(slice(lo, hi)))
     rows_only = replace(call, row_ids=None).scores(stats, support_stats)
     return _linear_loss(coefficients, rows_only), call.scores(stats, support_stats), passes
 
@@ -125,7 +123,7 @@ def _with_function(
     loss = torch.zeros((), dtype=torch.float64, device=call.rows.target_ids.device)
     for lo, hi in ranges:
         first, last = offsets[lo], offsets[hi]
-        z, gap = passes.score(first, last)
+        chunk = Chunk(passes, first, *passes.score(first, last))
         row_ids = None if call.row_ids is None else call.row_ids[first:last] - lo
         part = replace(call, num_rows=hi - lo, row_ids=row_ids)
         scores = part.scores(stats[first:last], None if support_stats is None else support_stats[first:last])
@@ -133,10 +131,7 @@ def _with_function(
         check_coefficients(coefficients, call.available(), hi - lo)
         loss += _linear_loss(coefficients, scores)
         if any(needed):
-            rows_only = coefficients if row_ids is None else coefficients.select(row_ids)
-            for i, j in active_runs(rows_only, last - first):
-                gap_run = None if gap is None else gap[i:j]
-                passes.gradient_(first + i, first + j, z[i:j], gap_run, rows_only.select(slice(i, j)))
+            chunk.gradient(coefficients if row_ids is None else coefficients.select(row_ids))
     return loss, call.scores(stats, support_stats), passes
 
 

@@ -26,9 +26,6 @@ from triton.compiler import ASTSource
 from .gpu import heads, passes, rows
 
 ARCHITECTURES = (80, 90, 100)
-SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-"""Shared memory one block may use (CUDA programming guide, table of compute capabilities)."""
-
 ALIGNED = ("z_stride", "r_stride", "out_stride", "strides", "vocab", "hidden")
 """Numbers that are multiples of 16 in practice. All pointers are."""
 

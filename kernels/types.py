@@ -7,7 +7,7 @@ Letters: N scored tokens (rows), V vocabulary, S the set of token ids that the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -121,14 +121,8 @@ class Support:
             return value[rows] if isinstance(value, Tensor) and value.dim() else value
 
         if self.kept_ids is None or self.kept_offsets is None:
-            return Support(
-                banned_ids=self.banned_ids,
-                banned_rows=pick(self.banned_rows),
-                top_k=pick(self.top_k),
-                top_p=pick(self.top_p),
-                min_p=pick(self.min_p),
-                excluded_ids=self.excluded_ids,
-            )
+            per_row = ("banned_rows", "top_k", "top_p", "min_p")
+            return replace(self, **{name: pick(getattr(self, name)) for name in per_row})
         if isinstance(rows, slice):
             offsets = self.kept_offsets[rows.start : rows.stop + 1]
             return Support(kept_ids=self.kept_ids[offsets[0] : offsets[-1]], kept_offsets=offsets - offsets[0])

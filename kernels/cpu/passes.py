@@ -42,12 +42,10 @@ class CpuPasses:
         self._buffers: dict[str, Tensor] = {}
 
     def allowed(self) -> tuple[Tensor, Tensor] | None:
-        """See Passes.allowed."""
         found = self.rows.support is not None and self.rows.support.is_recomputed and self.listed is not None
         return (self.listed.rows, self.listed.ids) if found else None
 
     def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
-        """See Passes.score."""
         z, r = self.source.load(lo, hi)
         lists: list[tuple[int, Listed]] = []
         sums = []
@@ -63,7 +61,6 @@ class CpuPasses:
         return z, r
 
     def reload(self, lo: int, hi: int, need_gap: bool) -> tuple[Tensor, Tensor | None]:
-        """See Passes.reload."""
         z, r = self.source.load(lo, hi, need_ref=need_gap)
         lists: list[tuple[int, Listed]] = []
         for first, last, z_block, r_block in self._scaled_blocks(lo, hi, z, r, lists):
@@ -72,8 +69,7 @@ class CpuPasses:
         return z, r
 
     def gradient_(self, lo: int, hi: int, e: Tensor, gap: Tensor | None, coefficients: TokenCoefficients) -> None:
-        """See Passes.gradient_."""
-        factor = self.source.factor(lo, hi)  # the chain rule through temperature and logit scale
+        factor = self.source.options.factor(lo, hi, e.device)  # the chain rule through temperature and logit scale
         if factor is not None:
             coefficients = TokenCoefficients(*(None if c is None else c * factor for c in coefficients.values()))
         a, b, c, a_s, c_s = coefficients.values()
@@ -102,7 +98,6 @@ class CpuPasses:
         self.source.store(lo, hi, e)
 
     def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
-        """See Passes.score_and_gradient."""
         z, gap = self.score(lo, hi)
         self.gradient_(lo, hi, z, gap, coefficients)
 
@@ -137,7 +132,7 @@ class CpuPasses:
         z.scatter_(1, self.rows.target_ids[first:last, None], target_logit.to(e.dtype)[:, None])
         if listed is not None:
             z[listed.rows, listed.ids] = listed.z.to(e.dtype)
-        factor = self.source.factor(first, last)
+        factor = self.source.options.factor(first, last, e.device)
         highest = softcap if factor is None else (factor * softcap).to(e.dtype)[:, None]
         return z.div_(highest).square_().neg_().add_(1)
 

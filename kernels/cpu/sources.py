@@ -7,6 +7,7 @@ d hidden = d logits @ W, dW += d logits^T @ hidden, accumulated in float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,28 +20,14 @@ ROW_MULTIPLE = 16
 number."""
 
 
-def new_source(
-    policy: Side | Tensor,
-    reference: Side | Tensor | None,
-    row_ids: Tensor | None,
-    options: LogitOptions,
-    chunk_rows: int,
-    dtype: torch.dtype,
-) -> HeadSource | LogitsSource:
-    """The source of one call: policy and reference are both heads with hidden states, or both logits [*, V]."""
-    if isinstance(policy, Side):
-        assert not isinstance(reference, Tensor)
-        return HeadSource(policy, reference, row_ids, options, chunk_rows, dtype)
-    assert not isinstance(reference, Side)
-    return LogitsSource(policy, reference, row_ids, options, chunk_rows, dtype)
-
-
 class HeadSource:
-    """Logits of a policy head and, optionally, a reference head; collects the policy's gradients if asked to.
+    """A Source: logits of a policy head and, optionally, a reference head.
 
-    row_ids i64 [n] picks the scored rows of the hidden states (None: all of them). raw: leave bias and options to the
-    kernels that read the logits.
+    row_ids i64 [n] picks the scored rows of the hidden states (None: all of them).
     """
+
+    raw = False
+    """Whether bias and options are left to the kernels that read the logits."""
 
     def __init__(
         self,
@@ -50,18 +37,12 @@ class HeadSource:
         options: LogitOptions,
         chunk_rows: int,
         dtype: torch.dtype,
-        raw: bool = False,
     ) -> None:
-        self.raw = raw
         shared = reference is not None and policy.shares_weights_with(reference)
         self.policy = policy.to(dtype)
-        self.reference = (
-            None
-            if reference is None
-            else (
-                Side(reference.hidden.detach(), self.policy.weight, self.policy.bias) if shared else reference.to(dtype)
-            )
-        )
+        self.reference = None if reference is None or shared else reference.to(dtype)
+        if shared:
+            self.reference = replace(self.policy, hidden=reference.hidden.detach())
         self.shared, self.row_ids, self.options, self.dtype = shared, row_ids, options, dtype
         self.vocab, self.hidden_size = policy.weight.shape
         sides = 1 if reference is None else 2
@@ -84,21 +65,18 @@ class HeadSource:
         return [torch.empty(rows, self.vocab, dtype=self.dtype, device=device) for _ in range(sides)]
 
     def collect_gradients(self, needed: Sequence[bool], inplace: bool) -> None:
-        """See Source.collect_gradients."""
         hidden, self.needs_weight_grad, bias = needed
         self.grad_hidden = torch.zeros_like(self.policy.hidden) if hidden else None
         self.grad_weight = None  # the first chunk creates it, which saves a pass over zeros
         self.grad_bias = torch.zeros_like(self.policy.bias) if bias and self.policy.bias is not None else None
 
     def gradients(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """See Source.gradients."""
         if self.needs_weight_grad and self.grad_weight is None:  # no row had a gradient
             self.grad_weight = torch.zeros_like(self.policy.weight)
         grads = self.grad_hidden, self.grad_weight, self.grad_bias
         return tuple(g if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
-        """See Source.load."""
         self.loaded_from = lo
         if self.logits_buffers is None:
             self.logits_buffers = self._new_logits_buffers()
@@ -118,7 +96,6 @@ class HeadSource:
         return logits[0], logits[1] if len(logits) == 2 else None
 
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
-        """See Source.store."""
         hidden = self.hidden_buffer[0, lo - self.loaded_from : hi - self.loaded_from]
         if self.grad_hidden is not None:
             grad = (dlogits @ self.policy.weight).to(self.grad_hidden.dtype)
@@ -137,10 +114,6 @@ class HeadSource:
         else:
             self.grad_weight.addmm_(dlogits.t(), hidden)
 
-    def factor(self, lo: int, hi: int) -> Tensor | None:
-        """logit_scale / temperature, f64 [hi - lo]; None means one."""
-        return self.options.factor(lo, hi, self.policy.weight.device)
-
     def _read_hidden(self, hidden: Tensor, lo: int, hi: int, out: Tensor) -> None:
         out[hi - lo :].zero_()
         out[: hi - lo].copy_(hidden[lo:hi] if self.row_ids is None else hidden.index_select(0, self.row_ids[lo:hi]))
@@ -151,18 +124,8 @@ class HeadSource:
             out.add_(head.bias)
 
 
-def room_for_gradient(logits: Tensor, row_ids: Tensor | None, inplace: bool) -> Tensor:
-    """A zero tensor like the logits; or the logits themselves, zero in the rows that are not scored."""
-    if not inplace:
-        return torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    if row_ids is not None:
-        unscored = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill_(0, row_ids, False)
-        logits.masked_fill_(unscored[:, None], 0)
-    return logits
-
-
 class LogitsSource:
-    """Given policy and reference logits [*, V]; the gradient goes into a tensor like the policy's logits."""
+    """A Source: given logits [*, V] of policy and reference; the gradient goes into a tensor like the policy's."""
 
     def __init__(
         self,
@@ -181,15 +144,17 @@ class LogitsSource:
         self.grad_logits: Tensor | None = None
 
     def collect_gradients(self, needed: Sequence[bool], inplace: bool) -> None:
-        """See Source.collect_gradients."""
-        self.grad_logits = room_for_gradient(self.logits[0], self.row_ids, inplace)
+        logits = self.logits[0]
+        self.grad_logits = logits if inplace else torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        if inplace and self.row_ids is not None:  # rows that are not scored have no gradient
+            scored = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+            logits.masked_fill_(~scored.index_fill_(0, self.row_ids, True)[:, None], 0)
 
     def gradients(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """See Source.gradients."""
         return (self.grad_logits,)
 
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
-        """See Source.load. -inf becomes EXCLUDED, so that 0 * -inf never arises."""
+        """-inf becomes EXCLUDED, so that 0 * -inf never arises."""
         out = []
         for logits, buffer in zip(self.logits[: 2 if need_ref else 1], self.buffers, strict=False):
             x = logits[lo:hi] if self.row_ids is None else logits.index_select(0, self.row_ids[lo:hi])
@@ -197,12 +162,7 @@ class LogitsSource:
         return out[0], out[1] if len(out) == 2 else None
 
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
-        """See Source.store."""
         if self.row_ids is None:
             self.grad_logits[lo:hi] = dlogits.to(self.grad_logits.dtype)
         else:
             self.grad_logits.index_copy_(0, self.row_ids[lo:hi], dlogits.to(self.grad_logits.dtype))
-
-    def factor(self, lo: int, hi: int) -> Tensor | None:
-        """logit_scale / temperature, f64 [hi - lo]; None means one."""
-        return self.options.factor(lo, hi, self.logits[0].device)

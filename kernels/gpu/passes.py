@@ -12,10 +12,10 @@ import triton
 from torch import Tensor
 
 from ..passes import Rows, RowStats
+from ..support import keep_mask
 from ..types import TokenCoefficients
 from .rows import Flags, Gradient, Inputs, Numbers, Stats, gradient_kernel, scale_kernel, score_kernel
 from .sources import HeadSource, LogitsSource
-from .supports import keep_bytes
 
 FORWARD_BLOCK, FORWARD_LANES, FORWARD_WARPS = 2048, 512, 4
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
@@ -33,20 +33,18 @@ class GpuPasses:
         self.bias, self.ref_bias = source.biases()
 
     def allowed(self) -> None:
-        """See Passes.allowed: supports are masks here."""
+        """Nothing: supports are masks here."""
 
     def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
-        """See Passes.score."""
         z, r = self.source.load(lo, hi)
         self._launch_score(lo, hi, z, r, None)
         return z, r
 
     def reload(self, lo: int, hi: int, need_gap: bool) -> tuple[Tensor, Tensor | None]:
-        """See Passes.reload."""
         return self.source.load(lo, hi, need_ref=need_gap)
 
     def gradient_(self, lo: int, hi: int, z: Tensor, gap: Tensor | None, coefficients: TokenCoefficients) -> None:
-        """See Passes.gradient_; gap is the reference's logits here."""
+        """gap is the reference's logits here."""
         _, b, c, a_s, c_s = coefficients.values()
         keep = self._keep(lo, hi, z) if a_s is not None or c_s is not None else None
         out = self.source.gradient_buffer(z)
@@ -59,7 +57,6 @@ class GpuPasses:
         self.source.store(lo, hi, out)
 
     def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
-        """See Passes.score_and_gradient."""
         if self.support_stats is not None:
             self.gradient_(lo, hi, *self.score(lo, hi), coefficients)
             return
@@ -129,12 +126,20 @@ class GpuPasses:
         )
 
     def _keep(self, lo: int, hi: int, z: Tensor) -> Tensor:
-        """The support as u8 [hi - lo, V]."""
+        """The support of the rows, one byte per logit: u8 [hi - lo, V], found by support.keep_mask itself.
+
+        Recomputing it takes a processed copy of the policy's raw logits z.
+        """
         assert self.rows.support is not None
-        support, picked = self.rows.support.select(slice(lo, hi)), self.source.picked
-        if support.is_recomputed and picked is not None:
-            z = z.index_select(0, picked[lo:hi])
-        return keep_bytes(support, z, self.bias, self.source.options, lo, hi, self.rows.target_ids[lo:hi])
+        support, options, picked = self.rows.support.select(slice(lo, hi)), self.source.options, self.source.picked
+        if support.is_recomputed:
+            z = z if picked is None else z.index_select(0, picked[lo:hi])
+            z = z.float().clone() if self.bias is None else z.float() + self.bias
+            options.apply_(z)
+            options.scale_(z, lo, hi)
+        else:
+            z = z[:1].expand(hi - lo, z.shape[1])  # only its shape and device are used
+        return keep_mask(support, z, self.rows.target_ids[lo:hi]).view(torch.uint8)
 
 
 def _factors(coefficients: TokenCoefficients, num_rows: int, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ A head's output is a product by the BLAS; given logits are read where they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,30 +14,14 @@ from ..cpu import sources as cpu
 from ..passes import LogitOptions, Side
 
 
-def new_source(
-    policy: Side | Tensor,
-    reference: Side | Tensor | None,
-    row_ids: Tensor | None,
-    options: LogitOptions,
-    chunk_rows: int,
-    dtype: torch.dtype,
-) -> HeadSource | LogitsSource:
-    """The source of one call; the products keep the heads' dtype, but for the interpreter's, which are `dtype`."""
-    if isinstance(policy, Side):
-        assert not isinstance(reference, Tensor)
-        dtype = policy.hidden.dtype if policy.hidden.is_cuda else dtype
-        return HeadSource(policy, reference, row_ids, options, chunk_rows, dtype)
-    assert not isinstance(reference, Side)
-    return LogitsSource(policy, reference, row_ids, options)
-
-
 class HeadSource(cpu.HeadSource):
     """Half-precision heads multiplied as they are, with float32 logits straight from the accumulators.
 
     The gradient of the logits is written in the heads' dtype: d hidden and dW are half-precision products that
-    accumulate in float32.
+    accumulate in float32. (In the interpreter the heads are multiplied in `dtype`.)
     """
 
+    raw = True
     picked = None
     """No row ids are left to the kernels: the rows were picked before the product."""
 
@@ -50,7 +34,8 @@ class HeadSource(cpu.HeadSource):
         chunk_rows: int,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(policy, reference, row_ids, options, chunk_rows, dtype, raw=True)
+        dtype = policy.hidden.dtype if policy.hidden.is_cuda else dtype
+        super().__init__(policy, reference, row_ids, options, chunk_rows, dtype)
         self.dtype = torch.float32  # of the logits
         self.dlogits_buffer: Tensor | None = None
 
@@ -84,17 +69,14 @@ class HeadSource(cpu.HeadSource):
             torch.addmm(self.grad_weight, dlogits.t(), hidden, out_dtype=torch.float32, out=self.grad_weight)
 
 
-class LogitsSource:
+class LogitsSource(cpu.LogitsSource):
     """The caller's logits, read in place; where rows are masked the kernel picks them by row_ids."""
 
     def __init__(
-        self, policy_logits: Tensor, ref_logits: Tensor | None, row_ids: Tensor | None, options: LogitOptions
+        self, policy_logits: Tensor, ref_logits: Tensor | None, row_ids: Tensor | None, options: LogitOptions, *_: Any
     ) -> None:
-        # rows may be strided, ids may not
-        self.policy, self.reference = (
-            x if x is None or x.stride(1) == 1 else x.contiguous()
-            for x in (policy_logits.detach(), None if ref_logits is None else ref_logits.detach())
-        )
+        given = (x.detach() for x in (policy_logits, ref_logits) if x is not None)
+        self.logits = [x if x.stride(1) == 1 else x.contiguous() for x in given]  # rows may be strided, ids may not
         self.row_ids, self.options, self.vocab = row_ids, options, policy_logits.shape[1]
         self.grad_logits: Tensor | None = None
 
@@ -107,18 +89,11 @@ class LogitsSource:
         """Given logits have none left to add."""
         return None, None
 
-    def collect_gradients(self, needed: Sequence[bool], inplace: bool) -> None:
-        """See Source.collect_gradients."""
-        self.grad_logits = cpu.room_for_gradient(self.policy, self.row_ids, inplace)
-
-    def gradients(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """See Source.gradients."""
-        return (self.grad_logits,)
-
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
         """Rows lo..hi; or all rows, if the kernel has to find them through row_ids."""
         self.rows = slice(lo, hi) if self.row_ids is None else slice(None)
-        return self.policy[self.rows], None if self.reference is None else self.reference[self.rows]
+        out = [x[self.rows] for x in self.logits]
+        return out[0], out[1] if len(out) == 2 else None
 
     def gradient_buffer(self, z: Tensor) -> Tensor:
         """The same rows of the gradient that is handed back."""
