@@ -55,7 +55,6 @@ class Call:
     rows: Rows  # of the n rows
     options: LogitOptions  # of the n rows
     reference: Side | Tensor | None  # hidden states and head, or logits
-    outputs: frozenset[str]
     chunk_rows: int
     dtype: torch.dtype
     use_triton: bool
@@ -121,10 +120,10 @@ class Call:
 
     def available(self) -> set[str]:
         """The names of the scores that this call computes."""
-        names = {"policy_logprobs", *(self.outputs if self.reference is not None else self.outputs - {"kl"})}
-        if self.rows.support is not None:
-            names |= {"policy_logprobs_support"} | ({"kl_support"} if "kl" in names else set())
-        return names
+        kl, on_support = self.rows.kl and self.reference is not None, self.rows.support is not None
+        wanted = {"entropy": self.rows.entropy, "kl": kl, "kl_support": kl and on_support}
+        wanted |= {"policy_logprobs": True, "policy_logprobs_support": on_support}
+        return {name for name, is_wanted in wanted.items() if is_wanted}
 
     def scores(self, stats: RowStats, support_stats: RowStats | None) -> TokenScores:
         """The statistics of the n scored rows as scores of all N rows, zero in the others."""
@@ -136,12 +135,12 @@ class Call:
                 return values
             return values.new_zeros(self.num_rows).index_copy_(0, self.row_ids, values)
 
-        want_kl = has_ref and "kl" in self.outputs
+        want_kl = has_ref and self.rows.kl
         on = support_stats
         return TokenScores(
             policy_logprobs=expand(stats.logprobs),
             ref_logprobs=expand(stats.ref_logprobs) if has_ref else None,
-            entropy=expand(stats.entropy()) if "entropy" in self.outputs else None,
+            entropy=expand(stats.entropy()) if self.rows.entropy else None,
             kl=expand(stats.kl()) if want_kl else None,
             policy_logprobs_support=expand(on.logprobs) if on is not None else None,
             ref_logprobs_support=expand(on.ref_logprobs) if on is not None and has_ref else None,
@@ -214,7 +213,6 @@ def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOption
         rows=Rows(target_ids, support, entropy="entropy" in request.outputs, kl="kl" in request.outputs),
         options=replace(options, temperature=temperature),
         reference=None,
-        outputs=frozenset(request.outputs),
         chunk_rows=chunk or _default_chunk_rows(policy, vocab, dtype, CHUNK_BYTES.get(policy.device.type)),
         dtype=dtype,
         use_triton=dtype == torch.float32 and uses_triton(policy),

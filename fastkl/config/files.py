@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +59,9 @@ def renamed(setting: tuple[str, Any]) -> tuple[str, Any]:
 def save_config(config: TrainConfig, path: Path) -> None:
     """Writes every setting but `resume`, with its help as a comment, in one stroke (a rename). OSError if it fails."""
     lines = [f"# fastkl {__version__}; the same again: fastkl train --config THIS_FILE --output ANOTHER_FOLDER"]
-    heading = None
-    for name, setting in settings().items():
-        if name == "resume":
-            continue
-        if setting.heading != heading:
-            heading = setting.heading
-            lines += ["", f"# {heading}"]
-        lines += [f"{name}: {_as_yaml(getattr(config, name))}  # {setting.help}"]
+    for heading, block in groupby(settings().values(), key=attrgetter("heading")):
+        lines += ["", f"# {heading}"]
+        lines += [f"{s.name}: {_as_yaml(getattr(config, s.name))}  # {s.help}" for s in block if s.name != "resume"]
     scratch = path.with_name(f".{path.name}.partial")
     scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(scratch, path)
@@ -91,14 +88,12 @@ def as_markdown() -> str:
         "Every setting of `fastkl train` and `fastkl sweep`, of config.yaml, and of `fastkl.TrainConfig` in Python.",
         "Made from the fields of `fastkl/config/settings.py` by `python -m fastkl.config.files > docs/settings.md`.",
     ]
-    heading = None
-    for setting in settings().values():
-        if setting.heading != heading:
-            heading = setting.heading
-            lines += ["", f"## {heading}", "", "| setting | type | default | values | |", "|---|---|---|---|---|"]
-        kind = f"list of {setting.type.__name__}" if setting.is_list else setting.type.__name__
-        cells = f"`{setting.option}`", kind, f"`{setting.default_text}`", setting.takes, setting.help
-        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+    for heading, block in groupby(settings().values(), key=attrgetter("heading")):
+        lines += ["", f"## {heading}", "", "| setting | type | default | values | |", "|---|---|---|---|---|"]
+        for setting in block:
+            kind = f"list of {setting.type.__name__}" if setting.is_list else setting.type.__name__
+            cells = f"`{setting.option}`", kind, f"`{setting.default_text}`", setting.takes, setting.help
+            lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 

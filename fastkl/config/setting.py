@@ -12,6 +12,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from inspect import get_annotations
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from fastkl.errors import UserError, nearest
@@ -111,9 +112,7 @@ def whole_number(given: Any) -> int:
 def table_of(config: type) -> dict[str, Setting]:
     """Every field of a dataclass of settings, by its name; blocks in the order of the headings of its own fields."""
     hints = get_type_hints(config, include_extras=True)
-    own = {field.name for field in fields(config)} - {
-        field.name for base in config.__bases__ for field in _fields(base)
-    }
+    own = get_annotations(config)  # without those of the classes it inherits from
     found: list[Setting] = []
     heading = ""
     for field in fields(config):
@@ -132,10 +131,6 @@ def table_of(config: type) -> dict[str, Setting]:
         )
     headings = list(dict.fromkeys(setting.heading for setting in found if setting.name in own))
     return {setting.name: setting for setting in sorted(found, key=lambda setting: headings.index(setting.heading))}
-
-
-def _fields(cls: type) -> tuple[Any, ...]:
-    return fields(cls) if is_dataclass(cls) else ()
 
 
 @cache

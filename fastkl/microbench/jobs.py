@@ -45,7 +45,6 @@ class Shape:
 
 CPU_SHAPES = (Shape("cpu-small", 512, 256, 16000, torch.float32),)
 
-
 GPU_SHAPES = (
     Shape("Qwen2.5-0.5B", 8192, 896, 151936, torch.bfloat16),
     Shape("Llama-3.1-8B", 8192, 4096, 128256, torch.bfloat16),
@@ -147,7 +146,6 @@ JOBS = {
     "I": Job(LOGITS, "log-probs, exact KL on the sampler's support", ("policy_logprobs_support", "kl_support"),
              *SCORED, True, gradient=False),
 }  # fmt: skip
-
 
 Scorer = Callable[..., TokenScores | tuple[Tensor, TokenScores]]
 """A function with our signature; or one that returns its loss first, as linear_token_loss does."""

@@ -22,15 +22,14 @@ import torch
 from fastkl.microbench.jobs import CPU_SHAPES, GPU_SHAPES, JOBS, Problem, Row, Shape, errors, own_rows
 from fastkl.microbench.measure import machine, peak_mib, times_ms
 from fastkl.microbench.peers import missing_peers, peer_rows
+from fastkl.microbench.pictures import memory, roofline
 
 GPU_JOBS = "DFB,CEA,HI,G"
 """In groups: each group runs for every shape before the next begins, so that the least important rows are left out when
 time runs out."""
 
-
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
 """Largest error of a score, in nats, and of a gradient, as a part of its largest entry."""
-
 
 COLUMNS = """\
 median ms, p20, p80  wall time of one call (on a GPU with the L2 cache flushed before it), and how much it varies
@@ -200,8 +199,6 @@ def run_bench(
 
 def write(folder: Path, record: dict[str, object], results: list[Result]) -> None:
     """The files, with all results so far."""
-    from fastkl.microbench.pictures import memory, roofline
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps({**record, "rows": [asdict(r) for r in results]}, indent=1))
     (folder / "roofline.svg").write_text(roofline(results))

@@ -238,11 +238,7 @@ def linear_score(
         blocks = (BLOCK_ROWS, block_vocab) * 2
         tiles = [TensorDescriptor.from_tensor(x, [n, block_hidden]) for x, n in zip(matrices, blocks, strict=True)]
     temperature = options.temperature
-    flags = Flags(
-        has_ref=reference is not None, has_bias=bias is not None, has_ref_bias=ref_bias is not None,
-        row_temperature=isinstance(temperature, Tensor), has_softcap=options.softcap is not None,
-        has_scale=options.has_scale, round_bf16=options.logits_dtype == "bfloat16",
-    )  # fmt: skip
+    flags = Flags.of(options, bias, ref_bias)._replace(has_ref=reference is not None)
     precision = "ieee" if policy.hidden.dtype == torch.float32 else "tf32"
     vectors = Vectors(
         sums if bias is None else bias, sums if ref_bias is None else ref_bias, target_ids,

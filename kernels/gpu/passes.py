@@ -113,17 +113,8 @@ class GpuPasses:
         )
 
     def _flags(self, keep: Tensor | None) -> Flags:
-        options = self.source.options
-        return Flags(
-            has_bias=self.bias is not None,
-            has_ref_bias=self.ref_bias is not None,
-            has_keep=keep is not None,
-            has_row_ids=self.source.picked is not None,
-            row_temperature=isinstance(options.temperature, Tensor),
-            has_softcap=options.softcap is not None,
-            has_scale=options.has_scale,
-            round_bf16=options.logits_dtype == "bfloat16",
-        )
+        flags = Flags.of(self.source.options, self.bias, self.ref_bias)
+        return flags._replace(has_keep=keep is not None, has_row_ids=self.source.picked is not None)
 
     def _keep(self, lo: int, hi: int, z: Tensor) -> Tensor:
         """The support of the rows, one byte per logit: u8 [hi - lo, V], found by support.keep_mask itself.

@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ..passes import LogitOptions
 
 EXCLUDED = tl.constexpr(-1e30)  # as passes.EXCLUDED
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -85,6 +88,15 @@ class Flags(NamedTuple):
     has_b: bool = False  # a factor of the entropy
     has_c: bool = False  # a factor of the KL
     has_c_support: bool = False  # a factor of the KL on the support
+
+    @classmethod
+    def of(cls, options: LogitOptions, bias: Tensor | None, ref_bias: Tensor | None) -> Flags:
+        """What the options and the biases of policy and reference ask for."""
+        return cls(
+            has_bias=bias is not None, has_ref_bias=ref_bias is not None, has_softcap=options.softcap is not None,
+            row_temperature=isinstance(options.temperature, Tensor), has_scale=options.has_scale,
+            round_bf16=options.logits_dtype == "bfloat16",
+        )  # fmt: skip
 
 
 @triton.jit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -41,29 +40,25 @@ def check_trainer(trainer: Any) -> None:
             check_dropout(model)
 
 
-def unsupported(trainer: Any) -> Iterator[tuple[str, str]]:
+def unsupported(trainer: Any) -> list[tuple[str, str]]:
     """The features in use that the switch does not know, each with what to do instead."""
-    args = trainer.args
+    args, off = trainer.args, "train without fastkl_scoring"
     adapters = getattr(trainer.model, "peft_config", None) or {}
-    train_without = "train without fastkl_scoring"
-    if trainer._is_vlm:
-        yield "models that take images", "load the language model with its tokenizer alone, or " + train_without
-    if trainer.is_deepspeed_enabled:
-        yield "DeepSpeed", train_without
-    if trainer.is_fsdp_enabled:
-        yield "FSDP", train_without
-    if args.torch_compile:
-        yield "torch_compile True", "set it False"
-    if args.use_liger_kernel:
-        yield "use_liger_kernel True", "set it False"
-    if trainer.use_transformers_continuous_batching:
-        yield "use_transformers_continuous_batching True", "set it False"
-    if getattr(trainer, "rollout_func", None) is not None:
-        yield "rollout_func, which may draw tokens in any way", "let the trainer generate"
-    if getattr(trainer, "tools", None) and (args.generation_kwargs or {}).keys() & {"min_tokens", "min_new_tokens"}:
-        yield "tools with min_tokens, which counts from the start of every turn", "leave one of them out"
-    if any(adapter.is_prompt_learning for adapter in adapters.values()):
-        yield "prompt-learning adapters", "use LoRA"
+    batching = trainer.use_transformers_continuous_batching
+    own_rollout = getattr(trainer, "rollout_func", None) is not None
+    tools = getattr(trainer, "tools", None) and (args.generation_kwargs or {}).keys() & {"min_tokens", "min_new_tokens"}
+    table = [
+        (trainer._is_vlm, "models that take images", f"load the language model with its tokenizer alone, or {off}"),
+        (trainer.is_deepspeed_enabled, "DeepSpeed", off),
+        (trainer.is_fsdp_enabled, "FSDP", off),
+        (args.torch_compile, "torch_compile True", "set it False"),
+        (args.use_liger_kernel, "use_liger_kernel True", "set it False"),
+        (batching, "use_transformers_continuous_batching True", "set it False"),
+        (own_rollout, "rollout_func, which may draw tokens in any way", "let the trainer generate"),
+        (tools, "tools with min_tokens, which counts from the start of every turn", "leave one of them out"),
+        (any(a.is_prompt_learning for a in adapters.values()), "prompt-learning adapters", "use LoRA"),
+    ]
+    return [(feature, remedy) for in_use, feature, remedy in table if in_use]
 
 
 def check_dropout(model: nn.Module) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastkl.integrations.trl.support import KeptIds
-from fastkl.kernels.operators import Support, TokenScores, linear_token_scores
 from fastkl.kernels.types import Head
 
 ROW, KEPT = "fastkl_row", "fastkl_kept_ids"
@@ -52,32 +51,6 @@ class Completions:
     def reference_task(self, outputs: Any, head: Head) -> dict[str, Any]:
         """What a forward of the reference hands over."""
         return {"hidden": self.predicting(outputs.last_hidden_state), "head": head}
-
-    def score(
-        self,
-        hidden: Tensor,  # [N, H]
-        head: Head,
-        ref: dict[str, Any] | None,
-        support: Support | None,
-        temperature: float,
-        outputs: Sequence[str],
-    ) -> TokenScores:
-        """The N tokens under policy and reference, from one pass over the vocabulary."""
-        ref_head = None if ref is None else ref["head"]
-        return linear_token_scores(
-            hidden,
-            head.weight,
-            None if ref is None else ref["hidden"],
-            None if ref is None else ref_head.weight,
-            self.target_ids,
-            temperature=temperature,
-            support=support,
-            policy_bias=head.bias,
-            ref_bias=None if ref is None else ref_head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            outputs=outputs,
-        )
 
     def in_rows(self, values: Tensor) -> Tensor:
         """[N] -> [b, T], zero at padding; connected to the model even where there is no token, so that backward always

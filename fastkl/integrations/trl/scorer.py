@@ -28,7 +28,7 @@ from fastkl.integrations.trl.checks import REPLACED
 from fastkl.integrations.trl.forward import balancing_loss, base_model_of
 from fastkl.integrations.trl.rows import KEPT, ROW, Completions, RowScores, in_rollout_order
 from fastkl.integrations.trl.support import KeptIds, kept_support, record
-from fastkl.kernels.types import Head
+from fastkl.kernels.operators import Head, head_token_scores
 from fastkl.objective.kl_estimators import sampled_logprobs, sampled_ref_logprobs
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
@@ -195,7 +195,7 @@ class Scorer:
         balances = for_loss and self.trainer.aux_loss_enabled
         completions = Completions.of(input_ids, attention_mask, num_tokens)
         asked = [name for name, wanted in (("entropy", for_loss), ("kl", reference)) if wanted]
-        ref, recorded = None, kept
+        ref, recorded = {}, kept
 
         def policy_task(backbone: Any, head: Head) -> dict[str, Tensor]:
             nonlocal recorded
@@ -206,13 +206,12 @@ class Scorer:
                 recorded = record(support, hidden, head, completions.target_ids, self.sampling.temperature, lengths)
             if recorded is not None:
                 support = kept_support(recorded, hidden.device)
-            scores = completions.score(hidden, head, ref, support, self.sampling.temperature, asked)
-            found = {
-                "policy": sampled_logprobs(scores),
-                "ref": sampled_ref_logprobs(scores),
-                "entropy": scores.entropy,
-                "kl": scores.kl,
-            }
+            scores = head_token_scores(
+                hidden, head, ref.get("hidden"), ref.get("head"), completions.target_ids,
+                temperature=self.sampling.temperature, support=support, outputs=asked,
+            )  # fmt: skip
+            found = {"policy": sampled_logprobs(scores), "ref": sampled_ref_logprobs(scores)}
+            found |= {"entropy": scores.entropy, "kl": scores.kl}
             found = {name: completions.in_rows(x) for name, x in found.items() if x is not None}
             if balances:
                 base = base_model_of(self.trainer, self.trainer.model)
