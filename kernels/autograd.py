@@ -6,35 +6,26 @@ coefficients are known, loss.py takes the gradient while the logits are still th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .call import Call
-from .passes import Passes, Side, chunk_ranges, on_rows
+from .passes import Passes, Side, chunk_ranges
 from .support import as_record
 from .types import TokenCoefficients, TokenScores
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 GAP_ROWS = 64
 """Two runs of rows with a gradient are processed as one if fewer rows than this lie between them."""
 
-
 Inputs = tuple[Tensor | None, ...]
 """The policy inputs of a Function: (hidden, weight, bias) or (logits,)."""
-
-
-def flat_scores(scores: TokenScores) -> Inputs:
-    """The seven fields in order."""
-    return tuple(getattr(scores, name) for name in TokenScores.__slots__)
 
 
 def policy_of(inputs: Sequence[Any]) -> Side | Tensor:
@@ -42,24 +33,18 @@ def policy_of(inputs: Sequence[Any]) -> Side | Tensor:
     return Side(*inputs) if len(inputs) == 3 else inputs[0]
 
 
-def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs a Function's forward or backward with autocast off: the head computes float32 logits in any context."""
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with ExitStack() as stack:
-            for device_type in ("cpu", "cuda"):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-            return function(*args, **kwargs)
-
-    return run
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Decorates a Function's forward and backward: the head computes float32 logits in any context."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 class ScoreFunction(torch.autograd.Function):
     """(Call, *policy inputs) -> the seven fields of TokenScores."""
 
     @staticmethod
-    @without_autocast
+    @without_autocast()
     def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> Inputs:
         """inputs: hidden, weight, bias; or logits."""
         stats, support_stats = call.empty_stats()
@@ -81,11 +66,11 @@ class ScoreFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         scores = call.scores(stats, support_stats)
         ctx.mark_non_differentiable(*(x for x in (scores.ref_logprobs, scores.ref_logprobs_support) if x is not None))
-        return flat_scores(scores)
+        return scores.values()
 
     @staticmethod
     @once_differentiable
-    @without_autocast
+    @without_autocast()
     def backward(ctx: Any, *grads: Any) -> Inputs:
         """First the gradient of the chunk whose logits are kept; then the logits of the other rows with a gradient are
         computed again."""
@@ -114,7 +99,8 @@ class ScoreFunction(torch.autograd.Function):
             source = call.source(policy_of(inputs))
             source.collect_gradients(ctx.needs_input_grad[1:], call.inplace)
         else:
-            source = on_rows(kept.passes.source, call.row_ids, call.options)
+            source = copy(kept.passes.source)  # with its buffers and what it has collected, for the other rows
+            source.row_ids, source.options = call.row_ids, call.options
         passes = call.passes(source, stats, support_stats)
         need_gap = coefficients.kl is not None or coefficients.kl_support is not None
         for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):

@@ -23,8 +23,7 @@ def check_tensor(
         raise UserError(f"{name} must be a tensor, not {type(x).__name__}.")
     if is_sharded(x):  # heads have been gathered by now
         raise UserError(f"{name} is a DTensor, but rows are scored where they are: pass {name}.to_local().")
-    fits = x.dim() == len(shape) and all(e is None or e == s for s, e in zip(x.shape, shape, strict=True))
-    if not fits:
+    if x.dim() != len(shape) or any(e is not None and e != s for s, e in zip(x.shape, shape, strict=True)):
         expected = ", ".join("any" if e is None else str(e) for e in shape)
         raise UserError(f"{name} has shape {list(x.shape)}, expected [{expected}].")
     if x.dtype not in dtypes:

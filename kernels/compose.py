@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 pytree.register_pytree_node(
     TokenScores,
-    lambda scores: ([getattr(scores, name) for name in TokenScores.__slots__], None),
+    lambda scores: (list(scores.values()), None),
     lambda values, _: TokenScores(*values),
 )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autograd import Chunk, Inputs, active_rows, flat_scores, policy_of, without_autocast
+from .autograd import Chunk, Inputs, active_rows, policy_of, without_autocast
 from .call import Call
 from .errors import UserError
 from .passes import Passes, RowStats, chunk_ranges
@@ -27,7 +27,7 @@ class LossFunction(torch.autograd.Function):
     """(Call, coefficients, row_splits, *policy inputs) -> the loss, and the fields of TokenScores as constants."""
 
     @staticmethod
-    @without_autocast
+    @without_autocast()
     def forward(
         ctx: Any,
         call: Call,
@@ -43,9 +43,9 @@ class LossFunction(torch.autograd.Function):
             loss, scores, passes = _with_constants(call, coefficients, inputs, needed)
         ctx.gradients = passes.source.gradients(inputs) if any(needed) else None
         ctx.use_triton = call.use_triton
-        ctx.mark_non_differentiable(*(x for x in flat_scores(scores) if x is not None))
+        ctx.mark_non_differentiable(*(x for x in scores.values() if x is not None))
         ctx.set_materialize_grads(False)
-        return loss.to(call.dtype), *flat_scores(scores)
+        return loss.to(call.dtype), *scores.values()
 
     @staticmethod
     @once_differentiable

@@ -7,9 +7,8 @@ first, gradients from them. cpu/ implements both in PyTorch, gpu/ in Triton, und
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, fields
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -107,10 +106,8 @@ class Side:
         """Whether both use the same head in memory, so that one product serves both."""
         a, b = self.weight, other.weight
         same_weight = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-        same_bias = (self.bias is None and other.bias is None) or (
-            self.bias is not None and other.bias is not None and self.bias.data_ptr() == other.bias.data_ptr()
-        )
-        return same_weight and same_bias
+        biases = [None if side.bias is None else side.bias.data_ptr() for side in (self, other)]
+        return same_weight and biases[0] == biases[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,16 +171,6 @@ class Source(Protocol):
 
     def gradients(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """What was collected, in the dtypes of the inputs: (hidden, weight, bias) or (logits,)."""
-
-
-S = TypeVar("S", bound=Source)
-
-
-def on_rows(source: S, row_ids: Tensor | None, options: LogitOptions) -> S:
-    """The same source for other rows of the same call; goes on with its buffers and collected gradients."""
-    other = copy(source)
-    other.row_ids, other.options = row_ids, options
-    return other
 
 
 class Passes(Protocol):

@@ -56,6 +56,10 @@ class TokenScores:
     ref_logprobs_support: Tensor | None = None
     kl_support: Tensor | None = None
 
+    def values(self) -> tuple[Tensor | None, ...]:
+        """The seven fields in order."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
 
 @dataclass(frozen=True, slots=True)
 class TokenCoefficients:

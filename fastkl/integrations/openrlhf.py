@@ -76,8 +76,7 @@ def action_scores(
         _model_of(policy), None if reference is None else _model_of(reference), sequences, mask,
         attention_mask=attention_mask, temperature=temperature, support=support, outputs=outputs,
     )  # fmt: skip
-    names = TokenScores.__slots__
-    return TokenScores(*(None if (x := getattr(scores, n)) is None else x[:, -num_actions:] for n in names))
+    return TokenScores(*(None if x is None else x[:, -num_actions:] for x in scores.values()))
 
 
 def _model_of(actor: Any) -> nn.Module:
