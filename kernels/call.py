@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checks
 from .checks import check_heads, check_logits, check_options, check_rows, check_support, check_vocab
 from .compose import whole_heads
+from .cpu import sources as cpu
 from .cpu.passes import CpuPasses
 from .dispatch import uses_triton
 from .errors import UserError
@@ -64,13 +65,13 @@ class Call:
     def source(self, policy: Side | Tensor) -> Source:
         """The logits of the scored rows."""
         chunk_rows = max(1, min(self.chunk_rows, len(self.rows)))
+        sources: Any = cpu
         if self.use_triton:
-            from .gpu import sources
-        else:
-            from .cpu import sources
-        kind: Any = sources.HeadSource if isinstance(policy, Side) else sources.LogitsSource
-        source: Source = kind(policy, self.reference, self.row_ids, self.options, chunk_rows, self.dtype)
-        return source
+            from .gpu import sources as gpu
+
+            sources = gpu
+        kind = sources.HeadSource if isinstance(policy, Side) else sources.LogitsSource
+        return kind(policy, self.reference, self.row_ids, self.options, chunk_rows, self.dtype)
 
     def passes(self, source: Any, stats: RowStats, support_stats: RowStats | None) -> Passes:
         """The passes over a source of this call."""

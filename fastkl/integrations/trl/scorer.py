@@ -195,7 +195,8 @@ class Scorer:
         balances = for_loss and self.trainer.aux_loss_enabled
         completions = Completions.of(input_ids, attention_mask, num_tokens)
         asked = [name for name, wanted in (("entropy", for_loss), ("kl", reference)) if wanted]
-        ref, recorded = {}, kept
+        ref: dict[str, Any] = {}
+        recorded = kept
 
         def policy_task(backbone: Any, head: Head) -> dict[str, Tensor]:
             nonlocal recorded
