@@ -17,7 +17,7 @@ from fastkl.errors import UserError
 from fastkl.objective.advantages import ADVANTAGES, find_advantage
 from fastkl.objective.kl_estimators import ESTIMATORS, Penalty, check_penalty
 from fastkl.rollout.generator import GENERATORS
-from fastkl.sampling.params import AT_LEAST_0, AT_LEAST_1, SHARE, Heading, SamplingSettings
+from fastkl.sampling.params import AT_LEAST_0, AT_LEAST_1, SEEDS, SHARE, Heading, SamplingSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class TrainConfig(SamplingSettings):
 
     output: Annotated[str, Heading("The run")] = "runs/alliteration"
     """Run folder: config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, report.html."""
-    seed: Annotated[int, AT_LEAST_0] = 0
+    seed: Annotated[int, SEEDS] = 0
     """All randomness derives from it."""
     save_every: Annotated[int, AT_LEAST_0] = 10
     """Steps between checkpoints (one more at the end); 0 saves only at the end."""

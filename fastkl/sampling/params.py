@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
+from fastkl.errors import UserError
+
 NEUTRAL, TRANSFORM, SUPPORT, REJECTED = "neutral", "transform", "support", "rejected"
 
 
@@ -45,6 +47,7 @@ AT_LEAST_1 = Range("1 or more", lambda x: x >= 1)
 ABOVE_0 = Range("above 0", lambda x: x > 0)
 SHARE = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
 BELOW_1 = Range("0 or more and below 1", lambda x: 0 <= x < 1)
+SEEDS = Range("0 to 2^63 - 1", lambda x: 0 <= x < 1 << 63)
 
 NOT_DRAWN = "ids that cannot be drawn"
 ENDS_BY_TEXT = Rule(NEUTRAL, "ends a completion by a rule on its text")
@@ -122,6 +125,23 @@ def truncating(settings: Mapping[str, Any]) -> list[str]:
     """The names of those `settings` (of a run, or of a file) that keep ids from being drawn at any token."""
     names = [name for name, rule in rules().items() if rule.kind == SUPPORT and name != "min_tokens"]
     return [name for name in names if settings.get(name) not in (None, 0, -1, [], (), DEFAULTS[name])]
+
+
+def check_ids(sampling: Sampling, vocab: int) -> None:
+    """UserError for ids outside of the model's vocabulary, and where no id is left to be drawn."""
+    for name in ("banned_token_ids", "allowed_token_ids", "stop_token_ids"):
+        wrong = next((i for i in getattr(sampling, name) if not 0 <= i < vocab), None)
+        if wrong is not None:
+            raise UserError(f"{name}: the id {wrong} is not in the model's vocabulary, 0 to {vocab - 1}.")
+    left = set(sampling.allowed_token_ids or range(vocab)) - set(sampling.banned_token_ids)
+    if not left:
+        name = "allowed_token_ids" if sampling.allowed_token_ids else "banned_token_ids"
+        raise UserError(f"{name}: every id of the vocabulary is banned; leave one to be sampled.")
+    if sampling.min_tokens and left <= set(sampling.stop_token_ids):
+        raise UserError(
+            "min_tokens: only ids that end a completion may be sampled, and none of them before min_tokens; allow "
+            "another id, or set min_tokens to 0."
+        )
 
 
 def vllm_arguments(sampling: Sampling, vocab: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fastkl.config.files import with_settings
 from fastkl.config.settings import TrainConfig, check_config
 from fastkl.data.prompts import as_beginning, is_chat, rendered
 from fastkl.errors import UserError
-from fastkl.sampling.params import Sampling, replayed_names
+from fastkl.sampling.params import Sampling, check_ids, replayed_names
 from fastkl.sampling.rules import FILES, check_parameters
 
 WINDOW_LINES = 256
@@ -178,7 +178,9 @@ class JobReader:
         if key not in self._samplings:
             if len(self._samplings) > WINDOW_LINES:
                 self._samplings.clear()
-            self._samplings[key] = sampling_of(parameters, self.base, self.stop_token_ids)
+            sampling = sampling_of(parameters, self.base, self.stop_token_ids)
+            check_ids(sampling, self.vocab)
+            self._samplings[key] = sampling
         return self._samplings[key]
 
     def _tokenized(self, jobs: list[Job | Malformed]) -> list[Job | Malformed]:

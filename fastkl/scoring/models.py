@@ -185,10 +185,17 @@ def dropouts(holder: Any) -> list[str]:
     return [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float) and value > 0]
 
 
+def vocabulary(config: Any) -> int | None:
+    """How many token ids the model has; None where the configuration does not say."""
+    return getattr(text_config(config), "vocab_size", None)
+
+
 def stop_token_ids(config: Any, source: str, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends a completion: the eos_token_id of config.json, of generation_config.json and of the tokenizer.
 
-    The tokenizer's counts since a model that was tuned on its end of text samples that one and no other.
+    The tokenizer's counts since a model that was tuned on its end of text samples that one and no other. Ids outside of
+    the vocabulary, which cannot be sampled, are left out; UserError if there are no others, since every completion
+    would run to its limit.
     """
     from transformers import GenerationConfig
 
@@ -200,7 +207,14 @@ def stop_token_ids(config: Any, source: str, tokenizer: Any) -> tuple[int, ...]:
     for holder in (config, generation, tokenizer):
         eos = getattr(holder, "eos_token_id", None)
         ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return tuple(sorted(set(ids)))
+    vocab = vocabulary(config)
+    known = {i for i in ids if vocab is None or 0 <= i < vocab}
+    if ids and not known:
+        raise UserError(
+            f"model: its end of text has the id {ids[0]}, which is not in its vocabulary, 0 to {vocab - 1}; correct "
+            f"eos_token_id in the config.json of {source!r} and its tokenizer."
+        )
+    return tuple(sorted(known))
 
 
 def context_length(config: Any) -> int | None:

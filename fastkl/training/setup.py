@@ -32,7 +32,7 @@ from fastkl.rewards.load import RewardFunction, load_rewards
 from fastkl.rollout.agreement import AGREEMENT_NATS
 from fastkl.rollout.generator import GENERATORS, Generator, choose_generator
 from fastkl.rollout.requests import EngineOptions
-from fastkl.sampling.params import Sampling
+from fastkl.sampling.params import Sampling, check_ids
 from fastkl.scoring import backbone, models
 from fastkl.scoring.head import check_head
 from fastkl.scoring.pack import pack
@@ -81,6 +81,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     model_config, tokenizer = models.load_config(source), models.load_tokenizer(source)
     prompts = load_prompts(config.prompts, tokenizer, max_prompt_tokens=room_for_prompt(config, model_config))
     sampling = Sampling.of(config, models.stop_token_ids(model_config, source, tokenizer))
+    check_vocabulary(models.vocabulary(model_config), prompts, sampling)
     generator, reason = choose_generator(config.generator, model_config, device)
     lock = lock_run_folder(config)
     folder = prepare_run_folder(config)
@@ -89,6 +90,19 @@ def check_inputs(config: TrainConfig) -> Inputs:
     return Inputs(
         device, source, model_config, tokenizer, rewards, prompts, sampling, generator, reason, folder, lock, resumed
     )
+
+
+def check_vocabulary(vocab: int | None, prompts: Iterable[Prompt], sampling: Sampling) -> None:
+    """UserError for an id that the model has no embedding for, or that is never sampled since it does not exist."""
+    if vocab is None:
+        return
+    check_ids(sampling, vocab)
+    for prompt in prompts:
+        if (wrong := max(prompt.token_ids, default=0)) >= vocab:
+            raise UserError(
+                f"prompts: row {prompt.row} has the token id {wrong}, which is not in the model's vocabulary, 0 to "
+                f"{vocab - 1}; the tokenizer has tokens that the model was not resized for."
+            )
 
 
 def set_up(config: TrainConfig, *, callbacks: Iterable[object] = ()) -> Run:

@@ -75,13 +75,14 @@ def test_transformers_generator_under_bfloat16_records_the_log_probs_of_a_bfloat
 def test_completions_end_at_the_stop_token_or_at_the_limit():
     completions = toy_rollouts(toy_model(seed=3), PROMPTS, 16, max_new_tokens=10)
     reasons = set()
-    for c in (c for group in completions for c in group):
+    decode = ToyTokenizer().decode
+    for p, c in ((p, c) for p, group in zip(PROMPTS, completions, strict=True) for c in group):
         reasons.add(c.finish_reason)
         assert STOP not in c.token_ids[:-1]
         assert (c.token_ids[-1] == STOP) == (c.finish_reason == "stop")
         assert c.finish_reason == "stop" or len(c.token_ids) == 10
         assert len(c.logprobs) == len(c.token_ids)
-        assert c.text == ToyTokenizer().decode(c.token_ids)
+        assert decode(p.token_ids) + c.text == decode(p.token_ids + c.token_ids)
     assert reasons == {"stop", "length"}
 
 
