@@ -7,14 +7,12 @@ it, measure against it. In fp32 it also serves as the baseline ("the plain PyTor
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from .support import keep_mask
-from .types import Support, TokenScores
+from .types import Head, Support, TokenScores
 
 
 def token_scores(
@@ -73,28 +71,20 @@ def _scores(z: Tensor, r: Tensor | None, target_ids: Tensor, keep: Tensor | None
     return logprobs, logq.gather(1, target_ids[:, None])[:, 0], entropy, kl
 
 
-def head_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    logits_dtype: str = "float32",
-) -> Tensor:
-    """Logits [N, V] of a language-model head: softcap, then scale, of hidden [N, H] @ weight [V, H]^T + bias [V].
+def head_logits(hidden: Tensor, head: Head, logits_dtype: str = "float32") -> Tensor:
+    """Logits [N, V] of a language-model head: softcap, then scale, of hidden [N, H] @ weight [V, H]^T + bias.
 
     The order of vLLM's LogitsProcessor. With logits_dtype "bfloat16" the product (bias included) is rounded to
     bfloat16, as an engine that keeps bfloat16 logits does; all the rest stays in float32.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        logits = linear(hidden.to(dtype), head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype))
         if logits_dtype == "bfloat16":
             logits = logits + (logits.bfloat16().to(dtype) - logits).detach()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits * logit_scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        return logits * head.logit_scale
 
 
 def linear_token_scores(
@@ -118,10 +108,9 @@ def linear_token_scores(
     if mask is not None:
         policy_hidden = torch.where(mask[:, None], policy_hidden, 0)
         ref_hidden = None if ref_hidden is None else torch.where(mask[:, None], ref_hidden, 0)
-    options: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "logits_dtype": logits_dtype}
-    z = head_logits(policy_hidden, policy_weight, policy_bias, **options)
+    z = head_logits(policy_hidden, Head(policy_weight, policy_bias, softcap, logit_scale), logits_dtype)
     r = None
     if ref_hidden is not None:
         with torch.no_grad():
-            r = head_logits(ref_hidden, ref_weight, ref_bias, **options)
+            r = head_logits(ref_hidden, Head(ref_weight, ref_bias, softcap, logit_scale), logits_dtype)
     return token_scores(z, r, target_ids, mask=mask, temperature=temperature, support=support, valid_vocab=valid_vocab)

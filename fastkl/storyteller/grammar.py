@@ -225,22 +225,3 @@ def story_nats(seed: int) -> float:
     teller = _Teller(seed)
     teller.tell()
     return teller.nats
-
-
-def num_stories_at_least() -> int:
-    """A lower bound of the number of distinct stories.
-
-    Fix one plot and one sentence for each of its sections; then different words give different texts. A slot counts the
-    words of its category less all that the sentence and the characters could have used up, a shared slot counts once.
-    """
-    count, shared = len(GENDER) * (len(GENDER) - 1), {"kindA", "kindB"}
-    count *= len(WORDS["kind"]) * (len(WORDS["kind"]) - 1)
-    for section in ("once", *(name for name in PLOTS["wish"].split()[1:] if ":" not in name)):
-        pieces = expand(templates()[section][0])[0].pieces
-        for piece in pieces:
-            category = SHARED_SLOTS.get(piece.slot, piece.slot)
-            if category in WORDS and piece.slot not in shared:
-                count *= len(WORDS[category]) - len(pieces) - 2
-            if piece.slot in SHARED_SLOTS:
-                shared.add(piece.slot)
-    return count

@@ -20,7 +20,6 @@ from .sources import HeadSource, LogitsSource
 FORWARD_BLOCK, FORWARD_LANES, FORWARD_WARPS = 2048, 512, 4
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
 SCALE_BLOCK = 4096
-FIELDS = len(TokenCoefficients.__slots__)
 
 
 class GpuPasses:
@@ -135,8 +134,9 @@ class GpuPasses:
 
 def _factors(coefficients: TokenCoefficients, num_rows: int, device: torch.device) -> Tensor:
     """The five coefficients as float32 [5, n], zero where not given."""
-    factors = torch.zeros(FIELDS, num_rows, device=device)
-    for out, value in zip(factors, coefficients.values(), strict=True):
+    values = coefficients.values()
+    factors = torch.zeros(len(values), num_rows, device=device)
+    for out, value in zip(factors, values, strict=True):
         if value is not None:
             out.copy_(value)
     return factors

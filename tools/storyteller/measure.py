@@ -10,7 +10,9 @@ import math
 from typing import TYPE_CHECKING
 
 from fastkl.storyteller.checker import check
-from fastkl.storyteller.grammar import num_stories_at_least, story, story_nats
+from fastkl.storyteller.grammar import SHARED_SLOTS, expand, story, story_nats, templates
+from fastkl.storyteller.lexicon import GENDER, WORDS
+from fastkl.storyteller.templates import PLOTS
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +111,25 @@ def evaluate(
         "well_formed_share": share,
         "well_formed_standard_error": math.sqrt(squares) / max(1, num_sentences),
     }
+
+
+def num_stories_at_least() -> int:
+    """A lower bound of the number of distinct stories.
+
+    Fix one plot and one sentence for each of its sections; then different words give different texts. A slot counts the
+    words of its category less all that the sentence and the characters could have used up, a shared slot counts once.
+    """
+    count, shared = len(GENDER) * (len(GENDER) - 1), {"kindA", "kindB"}
+    count *= len(WORDS["kind"]) * (len(WORDS["kind"]) - 1)
+    for section in ("once", *(name for name in PLOTS["wish"].split()[1:] if ":" not in name)):
+        pieces = expand(templates()[section][0])[0].pieces
+        for piece in pieces:
+            category = SHARED_SLOTS.get(piece.slot, piece.slot)
+            if category in WORDS and piece.slot not in shared:
+                count *= len(WORDS[category]) - len(pieces) - 2
+            if piece.slot in SHARED_SLOTS:
+                shared.add(piece.slot)
+    return count
 
 
 def model_card(facts: dict[str, float], curve: list[tuple[int, float]]) -> str:

@@ -33,20 +33,18 @@ def record(
     support: Support, hidden: Tensor, head: Head, target_ids: Tensor, temperature: float, row_lengths: Tensor
 ) -> list[KeptIds]:
     """What `support` allows at N tokens with hidden states [N, H], split into rows of row_lengths i64 [b] tokens."""
-    ids, counts = [], []
+    ids, counts = [target_ids[:0].int()], [target_ids[:0]]
     chunk = max(1, CHUNK_LOGITS // len(head.weight))
     for first in range(0, len(hidden), chunk):
         rows = slice(first, first + chunk)
-        logits = head_logits(hidden[rows], head.weight, head.bias, softcap=head.softcap, logit_scale=head.logit_scale)
-        keep = keep_mask(support.select(rows), logits / temperature, target_ids[rows])
+        logits = head_logits(hidden[rows], head) / temperature
+        keep = keep_mask(support.select(rows), logits, target_ids[rows])
         ids.append(keep.nonzero()[:, 1].int())
         counts.append(keep.sum(1))
-    all_counts = torch.cat(counts) if counts else target_ids.new_zeros(0)
-    all_ids = torch.cat(ids) if ids else target_ids.new_zeros(0, dtype=torch.int32)
-    per_row = all_counts.split(row_lengths.tolist())
+    per_row = torch.cat(counts).split(row_lengths.tolist())
     sizes = [int(row.sum()) for row in per_row]
     # copies: a row must not keep the ids of the whole batch alive
-    return [KeptIds(i.clone(), c.clone()) for i, c in zip(all_ids.split(sizes), per_row, strict=True)]
+    return [KeptIds(i.clone(), c.clone()) for i, c in zip(torch.cat(ids).split(sizes), per_row, strict=True)]
 
 
 def kept_support(kept: Sequence[KeptIds], device: torch.device) -> Support:
