@@ -7,13 +7,13 @@ A line of the input holds one completion:
     completion   a text or token ids (token_ids, then sampled_token_ids, are
                  taken before it)
     sampling     how it was drawn, where lines differ: {"temperature": 0.7,
-                 "top_k": 50}; the options otherwise
+                 "top_k": 50}; the options otherwise. Also under "settings"
     mask         0/1 for each of the completion's tokens; those with 0 are not
                  scored (default: all are)
     id           copied to the output
 
-Other fields are left alone. A line {"settings": {...}} holds sampling
-parameters for the lines below it. The names are those of vLLM's
+Other fields are left alone. A line {"settings": {...}} that holds nothing else
+has sampling parameters for the lines below it. The names are those of vLLM's
 SamplingParams; what cannot be replayed, penalties for repetition for one, is
 refused by name.
 

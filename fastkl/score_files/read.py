@@ -110,14 +110,14 @@ def read_windows(lines: Iterable[bytes]) -> Iterator[Window]:
 
 
 def settings_line(raw: bytes) -> dict[str, Any] | None:
-    """The settings of a line {"settings": {...}}; None for any other line."""
+    """The settings of a line {"settings": {...}} that holds nothing else; None for any other line."""
     if b'"settings"' not in raw:
         return None
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError):
         return None
-    found = record.get("settings") if isinstance(record, dict) else None
+    found = record["settings"] if isinstance(record, dict) and record.keys() == {"settings"} else None
     return found if isinstance(found, dict) else None
 
 
@@ -169,7 +169,7 @@ class JobReader:
             chat,
             text_or_ids("completion", completion),
             None if record.get("mask") is None else only_ids("mask", record["mask"]),
-            self.sampling({**row.settings, **sampling_field(record)}),
+            self.sampling({**row.settings, **object_field("settings", record), **object_field("sampling", record)}),
         )
 
     def sampling(self, parameters: Mapping[str, Any]) -> Sampling:
@@ -264,11 +264,11 @@ def id_of(record: Mapping[str, Any]) -> str | int | None:
     return found
 
 
-def sampling_field(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The line's own sampling parameters."""
-    found = record.get("sampling") or {}
+def object_field(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The line's own sampling parameters, from either field that may hold them."""
+    found = record.get(name) or {}
     if not isinstance(found, dict):
-        raise UserError('its sampling is not an object such as {"temperature": 0.7, "top_k": 50}.')
+        raise UserError(f'its {name} is not an object such as {{"temperature": 0.7, "top_k": 50}}.')
     return found
 
 

@@ -241,6 +241,15 @@ def test_options_settings_lines_and_lines_override_one_another(run, models):
         assert record["policy_logprobs_support"] == pytest.approx(expected, abs=2e-5)
 
 
+def test_settings_in_a_line_are_that_lines_own_and_the_line_is_scored(run):
+    line = {"prompt": [1, 2, 3], "token_ids": [4, 7, 5], "logprobs": [0, 0, 0]}
+    own = {"temperature": 0.5, "top_k": 3}
+    _, records, _ = run([line | {"settings": own}, line, line | {"sampling": own}])
+    scores = [(r["line"], r["policy_logprobs"], "policy_logprobs_support" in r) for r in records]
+    assert [number for number, *_ in scores] == [1, 2, 3]
+    assert scores[0][1:] == scores[2][1:] != scores[1][1:] and [kept for *_, kept in scores] == [True, False, True]
+
+
 def test_masked_tokens_count_nowhere(run):
     whole, masked = run([
         {"prompt": [1], "completion": [4, 5, 6, 7]},
@@ -432,6 +441,7 @@ MALFORMED = [
     ({"prompt": "w1", "completion": "w2", "mask": [2]}, "a 0 or 1 for each of the completion's 1 tokens"),
     ({"prompt": "w1", "completion": "w2", "id": 0.5}, "its id is neither"),
     ({"prompt": "w1", "completion": "w2", "sampling": [1]}, "its sampling is not an object"),
+    ({"prompt": "w1", "completion": "w2", "settings": "v2"}, "its settings is not an object"),
     ({"prompt": "w1", "completion": "w2", "sampling": {"repetition_penalty": 1.2}}, "repetition_penalty: 1.2 cannot"),
     ({"prompt": "w1", "completion": "w2", "sampling": {"topk": 5}}, "topk: 5 cannot be scored (nobody has looked"),
     ({"prompt": "w1", "completion": "w2", "sampling": {"temperature": 0}}, "temperature: 0.0 is out of range"),
