@@ -17,6 +17,9 @@ completion token:
     step               the step that drew it; the policy is the reference in
                        step 1; for dropout, stale weights
 
-A line {"settings": {...}} may say how tokens were drawn: the sampling
-parameters of `fastkl score`, and eos_token_ids.
+A line {"settings": {...}} that holds nothing else may say how the tokens of the
+lines below it were drawn: the sampling parameters of `fastkl score`, and
+eos_token_ids; settings in a row are that row's. The names that TRL, verl and
+OpenRLHF give these fields are understood (old_per_token_logps, old_log_probs,
+action_log_probs, ...).
 """

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from fastkl.audit.thresholds import SIGMAS, WINDOW_STEPS
 
@@ -26,8 +27,47 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 def is_negative(values: Sequence[float]) -> bool:
     """Whether the mean is below zero by more than SIGMAS standard errors (and by more than rounding)."""
-    mean, error = mean_and_error(values)
+    return below_zero(*mean_and_error(values))
+
+
+def below_zero(mean: float, error: float) -> bool:
+    """The same of a mean and its standard error."""
     return mean < -max(SIGMAS * error, 1e-6)
+
+
+@dataclass(slots=True)
+class Moments:
+    """Mean and spread of numbers that need not be kept (Welford 1962; sums of two as in Chan et al. 1979)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # summed squared distances from the mean
+
+    def add(self, value: float) -> None:
+        """Takes in one number."""
+        self.count += 1
+        distance = value - self.mean
+        self.mean += distance / self.count
+        self.squares += distance * (value - self.mean)
+
+    def __add__(self, other: Moments) -> Moments:
+        count = self.count + other.count
+        distance = other.mean - self.mean
+        mean = self.mean + distance * other.count / max(1, count)
+        return Moments(
+            count, mean, self.squares + other.squares + distance**2 * self.count * other.count / max(1, count)
+        )
+
+    def mean_and_error(self) -> tuple[float, float]:
+        """As the function of this name."""
+        return self.mean, math.sqrt(self.squares / (self.count - 1) / self.count) if self.count > 1 else math.inf
+
+
+def ever_negative(by_step: Mapping[int, Moments]) -> bool:
+    """Whether the mean is significantly below zero, overall or over some WINDOW_STEPS steps in a row."""
+    ordered = [by_step[step] for step in sorted(by_step)]
+    windows = [ordered[i : i + WINDOW_STEPS] for i in range(max(1, len(ordered) - WINDOW_STEPS + 1))]
+    return any(below_zero(*sum(window, Moments()).mean_and_error()) for window in (ordered, *windows))
 
 
 class KlAlarm:

@@ -5,19 +5,28 @@ In: a run folder, or a JSONL file of rollouts from any trainer (__init__.py says
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastkl.audit.alarm import is_negative, mean_and_error
+from fastkl.audit.alarm import Moments, ever_negative, mean_and_error
 from fastkl.audit.findings import Clear, Finding
+from fastkl.audit.json_lines import is_number, json_lines, rows_of_steps
 from fastkl.audit.rollout_checks import CAUSES, Rollout, Rollouts
-from fastkl.audit.run_checks import CHECKS, RunRecord
-from fastkl.audit.thresholds import SIGMAS, WINDOW_STEPS
+from fastkl.audit.run_checks import CHECKS, RunRecord, SampleTotals
+from fastkl.audit.thresholds import MIN_COMPLETIONS, SIGMAS
 from fastkl.errors import UserError
+from fastkl.sampling.params import DEFAULTS, replayed_names
+
+ALIASES = {  # what TRL, verl and OpenRLHF call the fields
+    "logprobs": ("old_per_token_logps", "old_log_probs", "action_log_probs"),
+    "ref_logprobs": ("ref_per_token_logps", "ref_log_prob", "base_action_log_probs"),
+    "sampler_logprobs": ("sampling_per_token_logps", "rollout_log_probs"),
+    "mask": ("completion_mask", "response_mask", "action_mask"),
+    "token_ids": ("completion_ids", "responses"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,12 @@ class Diagnosis:
     negative: bool  # significantly, overall or in some window of steps
     findings: tuple[Finding, ...]
     clear: tuple[Clear, ...] = ()  # what was looked at and is in order
+    too_few: bool = False  # fewer than MIN_COMPLETIONS are scored
+
+    @property
+    def exit_code(self) -> int:
+        """0: not negative. 1: negative. 3: too few completions to tell."""
+        return 3 if self.too_few else int(self.negative)
 
     @property
     def estimate(self) -> str:
@@ -41,6 +56,8 @@ class Diagnosis:
     @property
     def verdict(self) -> str:
         """Whether it can be a KL."""
+        if self.too_few:
+            return f"That is too few scored completions to tell: {MIN_COMPLETIONS} are needed."
         if self.negative:
             return f"The estimate is significantly negative (more than {SIGMAS:g} standard errors): it cannot be a KL."
         return "The estimate is not significantly negative."
@@ -66,90 +83,136 @@ def diagnose(path: Path) -> Diagnosis:
 def diagnose_rollouts(source: str, rollouts: Rollouts) -> Diagnosis:
     """Audits rollouts with per-token log-probs."""
     estimates = [row.k1() for row in rollouts.rows]
-    steps = [row.step or 0 for row in rollouts.rows]
+    by_step: dict[int, Moments] = {}
+    for row, estimate in zip(rollouts.rows, estimates, strict=True):
+        by_step.setdefault(row.step or 0, Moments()).add(estimate)
     findings = tuple(found for cause in CAUSES if (found := cause(rollouts)) is not None)
-    return Diagnosis(source, len(estimates), *mean_and_error(estimates), ever_negative(steps, estimates), findings)
-
-
-def ever_negative(steps: Sequence[int], estimates: Sequence[float]) -> bool:
-    """Whether the mean is significantly below zero, overall or over some WINDOW_STEPS steps in a row."""
-    by_step: dict[int, list[float]] = {}
-    for step, value in zip(steps, estimates, strict=True):
-        by_step.setdefault(step, []).append(value)
-    ordered = [by_step[step] for step in sorted(by_step)]
-    windows = [ordered[i : i + WINDOW_STEPS] for i in range(max(1, len(ordered) - WINDOW_STEPS + 1))]
-    return is_negative(estimates) or any(is_negative([v for step in window for v in step]) for window in windows)
+    too_few = sum(bool(row.scored()) for row in rollouts.rows) < MIN_COMPLETIONS
+    return Diagnosis(
+        source, len(estimates), *mean_and_error(estimates), ever_negative(by_step), findings, too_few=too_few
+    )
 
 
 def read_rollouts(path: Path) -> Rollouts:
-    """Reads the documented JSONL. UserError names the line that does not fit."""
+    """Reads the documented JSONL. UserError names the line and the field that do not fit."""
     settings: dict[str, Any] = {}
     rows: list[Rollout] = []
-    names = {*Rollout.__slots__}
-    for number, line in enumerate(_lines(path), start=1):
+    for number, record in json_lines(path):
         try:
-            record = json.loads(line)
-            if "settings" in record:
-                settings |= record["settings"]
-                continue
-            row = Rollout(**{name: value for name, value in record.items() if name in names})
-            if len(row.logprobs) != len(row.ref_logprobs) or (row.mask and len(row.mask) != len(row.logprobs)):
-                raise ValueError("logprobs, ref_logprobs and mask differ in length")
-        except (ValueError, TypeError) as failure:
+            if isinstance(record, Exception):
+                raise ValueError(f"not JSON: {record}")
+            if not isinstance(record, dict):
+                raise ValueError("not a JSON object")
+            if record.keys() == {"settings"}:
+                settings = settings | _sampling(record["settings"])
+            else:
+                rows.append(_rollout(record, settings))
+        except ValueError as failure:
             raise UserError(
                 f"doctor: line {number} of {str(path)!r} is no rollout ({failure}); `fastkl doctor --help` says what a "
                 "line holds."
             ) from failure
-        rows.append(row)
     if not rows:
         raise UserError(f"doctor: {str(path)!r} holds no rollouts.")
-    return Rollouts(rows, settings)
+    return Rollouts(rows)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as failure:
-        raise UserError(f"doctor: {str(path)!r} cannot be read ({failure}).") from failure
+def _rollout(record: Mapping[str, Any], settings: dict[str, Any]) -> Rollout:
+    """One line. settings: of the lines above it. ValueError names the field that does not fit."""
+    if record.get("settings") is not None:
+        settings = settings | _sampling(record["settings"])
+    values: dict[str, Any] = {"settings": settings}
+    for field in (field.name for field in fields(Rollout) if field.name != "settings"):
+        names = (field, *ALIASES.get(field, ()))
+        name = next((name for name in names if record.get(name) is not None), field)
+        if name in record and record[name] is not None:
+            values[field] = record[name]
+            if why := FIELDS[field](record[name]):
+                raise ValueError(f"{name}{why}")
+        elif field in ("logprobs", "ref_logprobs"):
+            raise ValueError(f"it has no {' or '.join(names)}")
+    if len({len(values[name]) for name in ("logprobs", "ref_logprobs", "mask", "token_ids") if name in values}) > 1:
+        raise ValueError("logprobs, ref_logprobs, mask and token_ids differ in length")
+    return Rollout(**values)
+
+
+def _list_of(what: str, fits: Callable[[Any], bool]) -> Callable[[Any], str]:
+    """A check of a field: what is wrong with the value, as the end of a sentence that begins with the field's name."""
+
+    def why(value: Any) -> str:
+        if not isinstance(value, list) or not value:
+            return " is not a list" if not isinstance(value, list) else " is empty"
+        return next((f"[{t}] is {str(item)[:40]}, not {what}" for t, item in enumerate(value) if not fits(item)), "")
+
+    return why
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+NUMBERS, IDS = _list_of("a finite number", is_number), _list_of("a whole number", _is_whole)
+
+
+FIELDS: dict[str, Callable[[Any], str]] = {
+    **dict.fromkeys(("logprobs", "ref_logprobs", "sampler_logprobs"), NUMBERS),
+    **dict.fromkeys(("token_ids", "sampled_token_ids"), IDS),
+    "mask": _list_of("0 or 1", lambda value: isinstance(value, int | float) and value in (0, 1)),
+    "finish_reason": lambda value: "" if isinstance(value, str) else " is not a text",
+    "step": lambda value: "" if _is_whole(value) else " is not a whole number",
+}
+
+
+def _sampling(settings: Any) -> dict[str, Any]:
+    """How tokens were drawn, as the checks read it. ValueError for values that are of another kind."""
+    if not isinstance(settings, dict):
+        raise ValueError("settings is not an object")
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in ("eos_token_ids", "allowed_token_ids", "banned_token_ids"):
+        if _is_whole(given.get(name)):
+            given[name] = [given[name]]
+        if given.get(name) and (why := IDS(given[name])):
+            raise ValueError(f"settings: {name}{why}")
+    for name in replayed_names():
+        if name in given and not isinstance(DEFAULTS[name], tuple) and not is_number(given[name]):
+            raise ValueError(f"settings: {name} is not a number")
+    return given
 
 
 def diagnose_run(folder: Path) -> Diagnosis:
-    """Audits a run of fastkl from what its folder holds (run_checks.py). UserError where it has no scored samples."""
-    run = RunRecord(
-        _settings(folder / "config.yaml"),
-        _whole_lines(folder / "metrics.jsonl"),
-        _whole_lines(folder / "samples.jsonl"),
-    )
-    scored = run.scored()
-    if not scored:
-        raise UserError(f"doctor: {str(folder)!r} holds no scored samples; give a run folder or a JSONL file.")
-    estimates, steps = [s["kl"] for s in scored], [s["step"] for s in scored]
+    """Audits a run of fastkl from what its folder holds. UserError where it has no scored samples."""
+    damaged: list[str] = []
+    metrics = list(rows_of_steps(folder / "metrics.jsonl", damaged))
+    samples = SampleTotals.of(rows_of_steps(folder / "samples.jsonl", damaged))
+    if damaged:
+        raise UserError(f"doctor: {damaged[0]}.")
+    return diagnose_record(str(folder), RunRecord(read_config(folder / "config.yaml"), metrics, samples))
+
+
+def diagnose_record(source: str, run: RunRecord) -> Diagnosis:
+    """Audits what a run has logged (run_checks.py). UserError where it has no scored samples."""
+    by_step = {number: step.kl for number, step in run.samples.scored().items()}
+    total = sum(by_step.values(), Moments())
+    if not total.count:
+        raise UserError(f"doctor: {source!r} holds no scored samples; give a run folder or a JSONL file.")
     verdicts = [check(run) for check in CHECKS]
     return Diagnosis(
-        str(folder), len(scored), *mean_and_error(estimates), ever_negative(steps, estimates),
+        source, total.count, *total.mean_and_error(), ever_negative(by_step),
         tuple(v for v in verdicts if isinstance(v, Finding)), tuple(v for v in verdicts if isinstance(v, Clear)),
+        too_few=total.count < MIN_COMPLETIONS,
     )  # fmt: skip
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a run's JSONL file, one or more per step; a last line that is still being written is left out."""
-    found = []
-    lines = _lines(path)
-    for number, line in enumerate(lines, start=1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as failure:
-            if number < len(lines):
-                raise UserError(f"doctor: line {number} of {str(path)!r} is damaged ({failure}).") from failure
-    return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """The run's settings; none where they cannot be read: the checks that need them are left out."""
+def read_config(path: Path) -> dict[str, Any]:
+    """The run's settings; none where they cannot be read, or hold aliases, which can stand for endless lists: what
+    needs them is left out."""
     import yaml
 
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        text = path.read_text(encoding="utf-8-sig")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            return {}
+        settings = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return settings if isinstance(settings, dict) else {}

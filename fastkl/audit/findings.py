@@ -53,6 +53,13 @@ TRUNCATED_SAMPLING = Cause(
 )
 
 
+RECORDED_EARLY = Cause(
+    "log-probs were recorded before truncation",
+    "record those of the distribution that was drawn from (vLLM: logprobs_mode processed_logprobs), and score policy "
+    "and reference on the same ids",
+)
+
+
 BANNED_END = Cause(
     "a banned end-of-sequence is not accounted for",
     "score the first min_tokens tokens with the stop ids left out, for policy and reference (fastkl does)",

@@ -13,8 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastkl.audit.alarm import mean_and_error
-from fastkl.audit.findings import BANNED_END, DROPOUT, HALF_SCORED, PADDING, STALE, TRUNCATED_SAMPLING, Cause, Finding
+from fastkl.audit.alarm import is_negative, mean_and_error
+from fastkl.audit.findings import (
+    BANNED_END,
+    DROPOUT,
+    HALF_SCORED,
+    PADDING,
+    RECORDED_EARLY,
+    STALE,
+    TRUNCATED_SAMPLING,
+    Cause,
+    Finding,
+)
 from fastkl.audit.thresholds import BOTH_SIGNS, CLEAR_GAP, FRESH, NOISE, ONE_SIGN, QUIET, SIGMAS, STALE_GAP
 from fastkl.sampling.params import truncating
 
@@ -31,6 +41,7 @@ class Rollout:
     sampled_token_ids: list[int] | None = None
     finish_reason: str | None = None
     step: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # of the lines above it, and its own
 
     def scored(self) -> list[int]:
         """The positions that the KL counts."""
@@ -53,7 +64,14 @@ class Rollouts:
     """What the causes look at."""
 
     rows: list[Rollout]
-    settings: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> list[dict[str, Any]]:
+        """All that occur."""
+        return list({id(row.settings): row.settings for row in self.rows}.values())
+
+    def truncating(self) -> list[str]:
+        """The settings that keep ids from being drawn at any token of some completion."""
+        return list(dict.fromkeys(name for settings in self.settings() for name in truncating(settings)))
 
     def gaps(self) -> list[tuple[int, float]]:
         """(position, sampler - trainer) of every token."""
@@ -66,9 +84,9 @@ class Rollouts:
 
 def padding_scored(rollouts: Rollouts) -> Finding | None:
     """Positions after the end of the text count."""
-    ends = set(rollouts.settings.get("eos_token_ids", ()))
     after, nats = 0, 0.0
     for row in rollouts.rows:
+        ends = row.settings.get("eos_token_ids", ())
         end = next((t for t, y in enumerate(row.token_ids or ()) if y in ends), None)
         for t in row.scored():
             if end is not None and t > end:
@@ -94,7 +112,7 @@ def truncated_rows_half_scored(rollouts: Rollouts) -> Finding | None:
 
 def truncated_sampling(rollouts: Rollouts) -> Finding | None:
     """Drawn from a part of the vocabulary, scored over all of it: the sampler's log-probs are higher, never lower."""
-    names = truncating(rollouts.settings)
+    names = rollouts.truncating()
     gaps = rollouts.gaps()
     if not gaps:
         return _possible(TRUNCATED_SAMPLING, names)
@@ -114,7 +132,7 @@ def banned_end(rollouts: Rollouts) -> Finding | None:
     """min_tokens bans the end of the text in the first tokens, and the scorer ignores that."""
     gaps = rollouts.gaps()
     if not gaps:
-        return _possible(BANNED_END, _set(rollouts.settings, "min_tokens"))
+        return _possible(BANNED_END, ["min_tokens"] * any(s.get("min_tokens") for s in rollouts.settings()))
     end = _ban_end(gaps)
     if not end:
         return None
@@ -123,6 +141,36 @@ def banned_end(rollouts: Rollouts) -> Finding | None:
         f"in the first {end} tokens the sampler's log-prob is higher than the trainer's by "
         f"{math.fsum(early) / len(early):.3g} nats on average, never lower, and the difference ends there"
     )
+
+
+def recorded_before_truncation(rollouts: Rollouts) -> Finding | None:
+    """Sampler and trainer agree although ids were kept from being drawn: then neither has left them out, or both have.
+
+    If y is drawn from k ids with the chances p, the mean of 1 / p(y) is k. Log-probs from before the truncation, whose
+    chances on the k ids add up to m < 1, give k / m: more than there can be.
+    """
+    rows = [row for row in rollouts.rows if truncating(row.settings) and row.gaps()]
+    gaps = [gap for row in rows for _, gap in row.gaps()]
+    if not gaps or _one_sided(gaps) or math.fsum(map(abs, gaps)) > STALE_GAP * len(gaps):
+        return None
+    limits = [(row, _most_ids(row.settings)) for row in rows]
+    shares = [math.exp(min(700.0, -row.logprobs[t] - gap)) / k for row, k in limits if k for t, gap in row.gaps()]
+    mean, error = mean_and_error(shares)
+    names = ", ".join(rollouts.truncating())
+    text = f"tokens were drawn with {names}, yet sampler and trainer agree"
+    if mean - 1 > SIGMAS * error:
+        return RECORDED_EARLY.fits(f"{text} on log-probs that need {mean:.3g} times as many ids as could be drawn")
+    if is_negative([row.k1() for row in rows]):
+        return RECORDED_EARLY.fits(f"{text}, and the estimate is negative: both are of the whole vocabulary")
+    if all(k for _, k in limits):
+        return None
+    return RECORDED_EARLY.fits(f"{text}: both are of the ids that could be drawn, or both of all", shown=False)
+
+
+def _most_ids(settings: dict[str, Any]) -> int:
+    """How many ids could be drawn at a token, at most; 0 where the settings do not say."""
+    limits = [settings.get("top_k") or 0, len(settings.get("allowed_token_ids") or ())]
+    return min((limit for limit in limits if limit > 0), default=0)
 
 
 def dropout(rollouts: Rollouts) -> Finding | None:
@@ -140,12 +188,12 @@ def reencoded(rollouts: Rollouts) -> Finding | None:
     """The text was decoded and then encoded again, which gave other tokens."""
     pairs = [(r.sampled_token_ids, r.token_ids) for r in rollouts.rows if r.sampled_token_ids and r.token_ids]
     changed = sum(a != b[: len(a)] for a, b in pairs)
-    longer = sum(r.sampler_logprobs is not None and len(r.sampler_logprobs) > len(r.logprobs) for r in rollouts.rows)
-    if not changed and not longer:
+    differ = sum(r.sampler_logprobs is not None and len(r.sampler_logprobs) != len(r.logprobs) for r in rollouts.rows)
+    if not changed and not differ:
         return None
     return Finding(
         "completions were re-encoded by the tokenizer", "shown",
-        f"{max(changed, longer)} of {len(rollouts.rows)} completions are scored with other tokens than were drawn",
+        f"{max(changed, differ)} of {len(rollouts.rows)} completions are scored with other tokens than were drawn",
         "hand the generator's token ids to the trainer, never its text",
     )  # fmt: skip
 
@@ -177,12 +225,8 @@ def stale_or_rounded(rollouts: Rollouts) -> Finding | None:
 
 CAUSES: tuple[Callable[[Rollouts], Finding | None], ...] = (
     *(padding_scored, truncated_rows_half_scored, reencoded, banned_end, truncated_sampling, dropout),
-    stale_or_rounded,
+    *(recorded_before_truncation, stale_or_rounded),
 )
-
-
-def _set(settings: dict[str, Any], *names: str) -> list[str]:
-    return [name for name in names if settings.get(name)]
 
 
 def _possible(cause: Cause, names: Sequence[str]) -> Finding | None:

@@ -7,37 +7,99 @@ completion and means per step, no log-probs per token; those checks are in rollo
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
-from fastkl.audit.alarm import mean_and_error
+from fastkl.audit.alarm import Moments, mean_and_error
 from fastkl.audit.findings import BANNED_END, DROPOUT, HALF_SCORED, PADDING, STALE, TRUNCATED_SAMPLING, Clear, Finding
+from fastkl.audit.json_lines import is_number
 from fastkl.audit.thresholds import CLEAR_GAP, FRESH, NOISE, PADDED, SIGMAS, WEIGHTS_CUT, WINDOW_STEPS
 from fastkl.sampling.params import truncating
 
 
+@dataclass(slots=True)
+class StepTotals:
+    """What one step's lines of samples.jsonl add up to. A sample is scored if it has a reward and a KL."""
+
+    kl: Moments = field(default_factory=Moments)  # of the scored ones
+    moved: bool = False  # whether one of them has a KL other than 0
+    tokens: int = 0  # of the scored ones
+    nats: float = 0.0  # their summed -log-probs
+    abs_kl: float = 0.0  # summed
+    max_abs_kl: float = 0.0
+    cut_rewarded: int = 0  # cut by the length, with a reward
+    cut_without_kl: int = 0  # those of them without a KL
+    cut_zero_kl: int = 0  # those with a KL of 0
+
+
+@dataclass(slots=True)
+class SampleTotals:
+    """samples.jsonl in one pass: memory grows with the steps, not with the samples."""
+
+    steps: dict[int, StepTotals] = field(default_factory=dict)
+    num_samples: int = 0
+    num_cut: int = 0
+    has_reasons: bool = False  # whether finish_reason is logged
+    has_lengths: bool = True  # whether every scored sample has num_tokens and lm_cross_entropy
+    stops: Counter[float] = field(default_factory=Counter)  # completions that ended by themselves, by their tokens
+
+    @classmethod
+    def of(cls, rows: Iterable[dict[str, Any]]) -> SampleTotals:
+        """The totals of these lines."""
+        totals = cls()
+        for row in rows:
+            totals.add(row)
+        return totals
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Takes in one line."""
+        step = self.steps.setdefault(row["step"], StepTotals())
+        reason, reward, kl, tokens = (row.get(key) for key in ("finish_reason", "reward", "kl", "num_tokens"))
+        self.num_samples += 1
+        self.has_reasons |= "finish_reason" in row
+        if reason == "stop" and is_number(tokens):
+            self.stops[tokens] += 1
+        if reason == "length":
+            self.num_cut += 1
+            step.cut_rewarded += is_number(reward)
+            step.cut_without_kl += is_number(reward) and not is_number(kl)
+            step.cut_zero_kl += is_number(reward) and is_number(kl) and kl == 0.0
+        if is_number(reward) and is_number(kl):
+            self._add_scored(step, kl, tokens, row.get("lm_cross_entropy"))
+
+    def _add_scored(self, step: StepTotals, kl: float, tokens: Any, cross_entropy: Any) -> None:
+        step.kl.add(kl)
+        step.moved |= kl != 0.0
+        step.abs_kl, step.max_abs_kl = step.abs_kl + abs(kl), max(step.max_abs_kl, abs(kl))
+        step.tokens += tokens if is_number(tokens) else 1
+        if is_number(tokens) and is_number(cross_entropy):
+            step.nats += tokens * cross_entropy
+        else:
+            self.has_lengths = False
+
+    def scored(self) -> dict[int, StepTotals]:
+        """The steps that have scored samples."""
+        return {number: step for number, step in self.steps.items() if step.kl.count}
+
+
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What the checks look at; whatever the run did not log is missing from the dicts, or None."""
+    """What the checks look at; whatever the run did not log is missing from the dicts."""
 
     config: dict[str, Any]
     metrics: list[dict[str, Any]]  # one per step, in order
-    samples: list[dict[str, Any]]  # one per completion
+    samples: SampleTotals
 
     def series(self, key: str) -> list[float]:
         """The metric's numbers, in order; steps without one are left out."""
-        return [m[key] for m in self.metrics if _is_number(m.get(key))]
-
-    def scored(self) -> list[dict[str, Any]]:
-        """The samples that took part: they have a reward and a KL."""
-        return [s for s in self.samples if _is_number(s.get("reward")) and _is_number(s.get("kl"))]
+        return [m[key] for m in self.metrics if is_number(m.get(key))]
 
     def settings(self) -> list[str]:
         """Those that keep ids from being drawn at any token, as "name value"."""
         values = [(name, self.config[name]) for name in truncating(self.config)]
-        return [f"{name} {value:g}" if _is_number(value) else name for name, value in values]
+        return [f"{name} {value:g}" if is_number(value) else name for name, value in values]
 
 
 Verdict = Finding | Clear | None
@@ -45,7 +107,7 @@ Verdict = Finding | Clear | None
 
 def estimate_and_exact(run: RunRecord) -> Verdict:
     """The estimate's mean is the exact KL on the support, whatever the policy: the differences have mean zero."""
-    rows = [m for m in run.metrics if _is_number(m.get("kl/mean")) and _is_number(m.get("kl/support"))]
+    rows = [m for m in run.metrics if is_number(m.get("kl/mean")) and is_number(m.get("kl/support"))]
     if len(rows) < WINDOW_STEPS:
         return None
     mean, error = mean_and_error([m["kl/mean"] - m["kl/support"] for m in rows])
@@ -65,7 +127,7 @@ def replayed_support(run: RunRecord) -> Verdict:
     """Where ids are left out, the KL on the rest is not the KL on all; if they are equal, nothing was left out."""
     names = run.settings()
     pairs = [(m.get("kl/support"), m.get("kl/exact")) for m in run.metrics]
-    moved = [(a, b) for a, b in pairs if _is_number(a) and _is_number(b) and abs(b) > NOISE]
+    moved = [(a, b) for a, b in pairs if is_number(a) and is_number(b) and abs(b) > NOISE]
     gap = max(run.series("mismatch/mean_abs_logprob"), default=0.0)
     if not names or not moved:
         return None
@@ -85,9 +147,9 @@ def replayed_support(run: RunRecord) -> Verdict:
 def banned_end(run: RunRecord) -> Verdict:
     """min_tokens bans the end of the text in the first tokens: nothing may end there."""
     banned = run.config.get("min_tokens")
-    if not _is_number(banned) or not banned:
+    if not is_number(banned) or not banned:
         return None
-    early = sum(s.get("finish_reason") == "stop" and s.get("num_tokens", math.inf) <= banned for s in run.samples)
+    early = sum(count for tokens, count in run.samples.stops.items() if tokens <= banned)
     if early:
         return BANNED_END.fits(
             f"{early} completions ended within the {banned:g} tokens in which min_tokens bans the end: the generator "
@@ -98,19 +160,14 @@ def banned_end(run: RunRecord) -> Verdict:
 
 def scored_positions(run: RunRecord) -> Verdict:
     """A step's summed log-prob over its mean per token: how many positions were scored, padding included."""
-    tokens: dict[int, int] = {}
-    nats: dict[int, float] = {}
-    for s in run.scored():
-        if not (_is_number(s.get("num_tokens")) and _is_number(s.get("lm_cross_entropy"))):
-            return None
-        tokens[s["step"]] = tokens.get(s["step"], 0) + s["num_tokens"]
-        nats[s["step"]] = nats.get(s["step"], 0.0) + s["num_tokens"] * s["lm_cross_entropy"]
-    mean = {m["step"]: m["lm_cross_entropy"] for m in run.metrics if _is_number(m.get("lm_cross_entropy"))}
-    shared = [step for step in tokens if mean.get(step)]
+    if not run.samples.has_lengths:
+        return None
+    mean = {m["step"]: m["lm_cross_entropy"] for m in run.metrics if is_number(m.get("lm_cross_entropy"))}
+    shared = {number: step for number, step in run.samples.scored().items() if mean.get(number)}
     if not shared:
         return None
-    extra = sum(round(nats[step] / mean[step] - tokens[step]) for step in shared)
-    total = sum(tokens[step] for step in shared)
+    extra = sum(round(step.nats / mean[number] - step.tokens) for number, step in shared.items())
+    total = sum(step.tokens for step in shared.values())
     if abs(extra) > PADDED * total:
         return PADDING.fits(
             f"the completions have {total:,} tokens, but the means per token are over {total + extra:,} positions"
@@ -120,28 +177,27 @@ def scored_positions(run: RunRecord) -> Verdict:
 
 def truncated_rows(run: RunRecord) -> Verdict:
     """Completions that were cut must have their whole KL, or must have left their group."""
-    cut = [s for s in run.samples if s.get("finish_reason") == "length"]
-    if not run.samples or not any("finish_reason" in s for s in run.samples):
+    samples = run.samples
+    if not samples.has_reasons:
         return None
     skipped = {m["step"] for m in run.metrics if m.get("groups/skipped")}  # their groups were not scored at all
-    rewarded = [s for s in cut if _is_number(s.get("reward")) and s.get("step") not in skipped]
-    moved = {s["step"] for s in run.scored() if s["kl"] != 0.0}  # steps in which the policy had left the reference
-    silent = [s for s in rewarded if not _is_number(s.get("kl")) or (s["kl"] == 0.0 and s["step"] in moved)]
+    rewarded = [step for number, step in samples.steps.items() if number not in skipped]
+    # a KL of 0 says something in steps in which the policy had left the reference
+    silent = sum(step.cut_without_kl + step.cut_zero_kl * step.moved for step in rewarded)
     if silent:
-        return HALF_SCORED.fits(f"{len(silent)} of {len(cut)} completions that were cut have a reward but no KL")
-    share = len(cut) / len(run.samples)
-    how = "they left their groups" if cut and not rewarded else "they are scored whole"
-    return Clear("truncated rows", f"{share:.0%} of the completions were cut" + (f"; {how}" if cut else ""))
+        return HALF_SCORED.fits(f"{silent} of {samples.num_cut} completions that were cut have a reward but no KL")
+    share = samples.num_cut / samples.num_samples
+    how = "they are scored whole" if any(step.cut_rewarded for step in rewarded) else "they left their groups"
+    return Clear("truncated rows", f"{share:.0%} of the completions were cut" + (f"; {how}" if samples.num_cut else ""))
 
 
 def first_step(run: RunRecord) -> Verdict:
     """In step 1 policy and reference are one model."""
-    ratios = [abs(s["kl"]) for s in run.scored() if s.get("step") == 1]
-    if not ratios:
+    step = run.samples.scored().get(1)
+    if step is None:
         return None
-    tokens = sum(s.get("num_tokens", 1) for s in run.scored() if s.get("step") == 1)
-    text = f"in step 1 their log-probs of a completion differ by up to {max(ratios):.2g} nats"
-    if math.fsum(ratios) / max(1, tokens) > NOISE:
+    text = f"in step 1 their log-probs of a completion differ by up to {step.max_abs_kl:.2g} nats"
+    if step.abs_kl / max(1, step.tokens) > NOISE:
         return DROPOUT.fits(f"policy and reference begin as one model, yet {text}", shown=False)
     return Clear("policy and reference begin as one model", text)
 
@@ -179,7 +235,3 @@ CHECKS: tuple[Callable[[RunRecord], Verdict], ...] = (
     *(estimate_and_exact, replayed_support, banned_end, scored_positions, truncated_rows, first_step, engine_gap),
     importance_cut,
 )
-
-
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,6 +4,10 @@ SIGMAS = 4.0
 """A mean that is further than this many standard errors from zero is not chance."""
 
 
+MIN_COMPLETIONS = 10
+"""With fewer scored completions than this, there is no telling."""
+
+
 WINDOW_STEPS = 8
 """Steps in a row that the alarm pools; with fewer than this, a spread over steps is too uncertain."""
 

@@ -207,7 +207,9 @@ def doctor(
 ) -> int:
     """Audit the KL of a run or of another trainer's rollouts.
 
-    The exit code is 1 where the estimate is significantly negative.
+    The exit code is 0 where the estimate is not significantly negative, 1
+    where it is, 2 for what cannot be read or is no number, and 3 where fewer
+    than ten completions are scored: too few to tell.
     """
     if table:
         from fastkl.audit.negative_kl import table as computed
@@ -220,7 +222,7 @@ def doctor(
 
     diagnosis = diagnose(path)
     print(diagnosis.text())
-    return int(diagnosis.negative)
+    return diagnosis.exit_code
 
 
 @command("[OPTION ...]", "fastkl bench --budget 60")

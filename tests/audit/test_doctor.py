@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from fastkl.audit.alarm import KlAlarm, is_negative, mean_and_error
+from fastkl.audit.alarm import KlAlarm, Moments, is_negative, mean_and_error
 from fastkl.audit.doctor import diagnose, diagnose_rollouts, read_rollouts
 from fastkl.audit.rollout_checks import Rollouts
 from fastkl.cli import main
@@ -324,3 +324,146 @@ def test_a_damaged_line_of_a_run_is_named_but_not_one_that_is_still_being_writte
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step":\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2 of .*metrics.jsonl.* is damaged"):
         diagnose(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- what files really hold
+
+GOOD = {"logprobs": [-1.0, -2.0], "ref_logprobs": [-1.5, -2.0]}
+
+NO_ROLLOUTS = [
+    ('{"logprobs": [NaN, -1], "ref_logprobs": [-1, -1]}', r"logprobs\[0\] is nan"),
+    ('{"logprobs": [-1], "ref_logprobs": [-Infinity]}', r"ref_logprobs\[0\] is -inf"),
+    ('{"logprobs": [1%s], "ref_logprobs": [-1]}' % ("0" * 400), r"logprobs\[0\] is 1000"),
+    (GOOD | {"sampler_logprobs": [None, -1.0]}, r"sampler_logprobs\[0\] is None, not a finite number"),
+    (GOOD | {"logprobs": None}, "it has no logprobs or old_per_token_logps"),
+    ({"logprobs": [], "ref_logprobs": []}, "logprobs is empty"),
+    (GOOD | {"logprobs": "ab"}, "logprobs is not a list"),
+    (GOOD | {"logprobs": ["-1", "-2"]}, r"logprobs\[0\] is -1, not a finite"),
+    (GOOD | {"logprobs": [True, False]}, r"logprobs\[0\] is True"),
+    (GOOD | {"mask": []}, "mask is empty"),
+    (GOOD | {"mask": [1]}, "differ in length"),
+    (GOOD | {"mask": [0, 2]}, r"mask\[1\] is 2, not 0 or 1"),
+    (GOOD | {"token_ids": [1.5, 2]}, r"token_ids\[0\] is 1.5, not a whole"),
+    (GOOD | {"responses": "a text"}, "responses is not a list"),
+    (GOOD | {"step": "1"}, "step is not a whole number"),
+    (GOOD | {"finish_reason": 1}, "finish_reason is not a text"),
+    (GOOD | {"settings": {"top_p": "0.9"}}, "settings: top_p is not a number"),
+    ({"settings": {"eos_token_ids": ["</s>"]}}, r"settings: eos_token_ids\[0\] is </s>, not a whole"),
+    ({"settings": 3}, "settings is not an object"),
+    ("[1]", "not a JSON object"),
+    ("[" * 3000, "not JSON"),
+    ('{"logprobs": ', "not JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), NO_ROLLOUTS, ids=range(len(NO_ROLLOUTS)))
+def test_what_is_no_number_or_no_rollout_is_refused_by_line_and_field(line, words, tmp_path, capsys):
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("\n".join([json.dumps(GOOD), "", line if isinstance(line, str) else json.dumps(line)]))
+    with pytest.raises(UserError, match=f"line 3 of .*{words}"):
+        read_rollouts(path)
+    assert main(["doctor", str(path)]) == 2
+    assert "line 3" in capsys.readouterr().err
+
+
+def test_fewer_than_ten_scored_completions_are_too_few_to_tell(tmp_path, capsys):
+    path = tmp_path / "rollouts.jsonl"
+    rows = [GOOD | {"logprobs": [-9.0 - 0.01 * i, -2.0]} for i in range(10)]
+    for changed, code in ((rows[:9], 3), ([*rows[:9], rows[9] | {"mask": [0, 0]}], 3), (rows, 1)):
+        path.write_text("\n".join(map(json.dumps, changed)))
+        assert main(["doctor", str(path)]) == code
+        assert ("too few scored completions" in capsys.readouterr().out) == (code == 3)
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "samples.jsonl").write_text("\n".join([json.dumps({"step": 1, "reward": 0.0, "kl": -5.0})] * 9))
+    assert main(["doctor", str(tmp_path)]) == 3
+
+
+def test_names_of_other_trainers_are_understood(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    names = {
+        "trl": "old_per_token_logps ref_per_token_logps sampling_per_token_logps completion_mask completion_ids",
+        "verl": "old_log_probs ref_log_prob rollout_log_probs response_mask responses",
+        "openrlhf": "action_log_probs base_action_log_probs rollout_log_probs action_mask token_ids",
+    }
+    lists = [[-1.0, -2.0], [-1.5, -2.0], [-0.5, -1.0], [1, 0], [7, 8]]
+    ours = ["logprobs", "ref_logprobs", "sampler_logprobs", "mask", "token_ids"]
+    for theirs in names.values():
+        path.write_text(json.dumps(dict(zip(theirs.split(), lists, strict=True)) | {"rewards": 1.0, "index": None}))
+        (row,) = read_rollouts(path).rows
+        assert [getattr(row, name) for name in ours] == lists
+
+
+def test_settings_hold_for_the_lines_below_and_those_in_a_row_for_that_row(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    own = GOOD | {"settings": {"top_k": 5, "eos_token_ids": 2}}
+    path.write_text("\n".join(map(json.dumps, [GOOD, own, {"settings": {"top_k": 9}}, GOOD, own])))
+    found = read_rollouts(path)
+    assert [row.settings.get("top_k") for row in found.rows] == [None, 5, 9, 5]
+    assert found.rows[1].settings["eos_token_ids"] == [2]
+    assert found.truncating() == ["top_k"]
+
+
+def test_one_eos_token_id_is_as_good_as_a_list(tmp_path):
+    (finding,) = audit(tmp_path, padded(rollouts()), eos_token_ids=END).findings
+    assert finding.cause == "padding is scored"
+
+
+def raw(rows: list[dict]) -> list[dict]:
+    """As an engine records by default: log-probs of all ids, whatever could be drawn."""
+    return [row | {"sampler_logprobs": row["logprobs"]} for row in rows]
+
+
+def test_log_probs_from_before_the_truncation_are_named(tmp_path):
+    (finding,) = audit(tmp_path, raw(rollouts(top_k=4)), top_k=4).findings
+    assert (finding.cause, finding.certainty) == ("log-probs were recorded before truncation", "shown")
+    (finding,) = audit(tmp_path, raw(rollouts(top_k=4, drift=0.0)), top_p=0.9).findings
+    assert (finding.cause, finding.certainty) == ("log-probs were recorded before truncation", "possible")
+
+
+def test_replayed_truncation_is_not_taken_for_one_that_was_ignored(tmp_path):
+    rows = rollouts(top_k=4, drift=0.0)
+    rows = [row | dict.fromkeys(("logprobs", "ref_logprobs"), row["sampler_logprobs"]) for row in rows]
+    assert not audit(tmp_path, rows, top_k=4).findings
+
+
+def test_separators_of_unicode_and_a_byte_order_mark_are_no_damage(tmp_path):
+    config, metrics, samples = healthy_run()
+    samples = [s | {"completion": "a\u2028b\u2029c\u0085d"} for s in samples]
+    expected = audit_run(tmp_path, config, metrics, samples)
+    text = "\n".join(json.dumps(s, ensure_ascii=False) for s in samples)
+    (tmp_path / "samples.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert diagnose(tmp_path) == expected
+    path = tmp_path / "rollouts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD | {"text": "a\u2028b"}, ensure_ascii=False).encode())
+    assert len(read_rollouts(path).rows) == 1
+
+
+def test_the_audit_of_a_run_holds_no_samples(tmp_path):
+    import tracemalloc
+
+    config, metrics, samples = healthy_run()
+    peaks = []
+    for times in (1, 40):
+        audit_run(tmp_path, config, metrics, [s | {"completion": "x" * 500} for s in samples] * times)
+        tracemalloc.start()
+        diagnose(tmp_path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (tmp_path / "samples.jsonl").stat().st_size > 9e6
+    assert peaks[1] < peaks[0] + 2e5
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    import statistics
+
+    g = random.Random(0)
+    parts = [[g.gauss(5.0, 2.0) for _ in range(n)] for n in (0, 1, 7, 30)]
+    total = Moments()
+    for part in parts:
+        moments = Moments()
+        for value in part:
+            moments.add(value)
+        total = total + moments
+    values = [value for part in parts for value in part]
+    expected = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+    assert total.mean_and_error() == pytest.approx(expected, rel=1e-12)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastkl.audit.doctor import Diagnosis, diagnose_run
+from fastkl.audit.doctor import Diagnosis, diagnose_record
 from fastkl.errors import UserError
 from fastkl.report.page.run_files import RunFiles
 
@@ -32,7 +32,7 @@ def kl_audit(runs: Sequence[RunFiles]) -> dict[str, Any] | None:
 
 def _diagnosis(run: RunFiles) -> Diagnosis | None:
     try:
-        return diagnose_run(run.folder)
+        return run.record and diagnose_record(str(run.folder), run.record)
     except UserError:
         return None  # the page does without this section
 

@@ -7,17 +7,17 @@ run at all is an error.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
+from fastkl.audit.doctor import read_config
+from fastkl.audit.json_lines import is_number, rows_of_steps
+from fastkl.audit.run_checks import RunRecord, SampleTotals
 from fastkl.errors import UserError
 from fastkl.report.metrics import Metric, reward_names
 
@@ -32,6 +32,7 @@ class RunFiles:
     steps: tuple[dict[str, Any], ...]  # the lines of metrics.jsonl
     first_samples: tuple[dict[str, Any], ...]  # the first step's lines of samples.jsonl
     last_samples: tuple[dict[str, Any], ...]
+    record: RunRecord | None  # for the audit; None where a line is damaged
 
     def series(self, key: str) -> list[float]:
         """The metric at every step, NaN where it is missing or not finite."""
@@ -93,7 +94,7 @@ def load_runs(folders: Sequence[Path]) -> list[RunFiles]:
     if not folders:
         raise UserError("report: no run folder given; name one or more, such as runs/alliteration.")
     folders = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
-    configs = [_read_config(folder) for folder in folders]
+    configs = [read_config(folder / "config.yaml") for folder in folders]
     labels = _labels(folders, configs)
     return [_load(folder, label, config) for folder, label, config in zip(folders, labels, configs, strict=True)]
 
@@ -102,49 +103,36 @@ def _load(folder: Path, label: str, config: dict[str, Any]) -> RunFiles:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"report: {folder} holds no metrics.jsonl; give the --output folder of a training run.")
-    rows = {row["step"]: row for row in _rows(path)}
+    damaged: list[str] = []
+    metrics = list(rows_of_steps(path, damaged))
+    rows = {row["step"]: row for row in metrics}
     if not rows:
         raise UserError(f"report: {path} holds no finished step yet; try again once the run has logged one.")
-    first, last = _samples_at_ends(folder / "samples.jsonl")
-    return RunFiles(folder, label, config, tuple(rows[step] for step in sorted(rows)), first, last)
+    first, last, totals = _read_samples(folder / "samples.jsonl", damaged)
+    record = None if damaged else RunRecord(config, metrics, totals)
+    return RunFiles(folder, label, config, tuple(rows[step] for step in sorted(rows)), first, last, record)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file that have a step; lines that are not whole are passed over."""
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                yield row
-
-
-def _samples_at_ends(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
-    """The samples of the first and of the last step, in one pass that holds no more than those."""
+def _read_samples(
+    path: Path, damaged: list[str]
+) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...], SampleTotals]:
+    """The samples of the first and of the last step, and what all add up to, in one pass that holds no more."""
     first: list[dict[str, Any]] = []
     last: list[dict[str, Any]] = []
-    for row in _rows(path) if path.is_file() else ():
+    totals = SampleTotals()
+    for row in rows_of_steps(path, damaged) if path.is_file() else ():
+        totals.add(row)
         if not first or row["step"] == first[0]["step"]:
             first.append(row)
         if last and row["step"] != last[0]["step"]:
             last = []
         last.append(row)
-    return tuple(first), tuple(last)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}  # the page does without its table of settings
-    return config if isinstance(config, dict) else {}
+    return tuple(first), tuple(last), totals
 
 
 def _labels(folders: Sequence[Path], configs: Sequence[dict[str, Any]]) -> list[str]:
     coefficients = [config.get("kl_coef") for config in configs]
-    if len(folders) > 1 and None not in coefficients and len(set(coefficients)) == len(folders):
+    if len(folders) > 1 and all(map(is_number, coefficients)) and len(set(coefficients)) == len(folders):
         return [f"β\u00a0=\u00a0{coefficient:g}" for coefficient in coefficients]
     if len({folder.name for folder in folders}) == len(folders):
         return [folder.name or str(folder) for folder in folders]
@@ -153,4 +141,4 @@ def _labels(folders: Sequence[Path], configs: Sequence[dict[str, Any]]) -> list[
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    return float(value) if is_number(value) else math.nan
