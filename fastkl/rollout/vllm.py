@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ class VllmGenerator:
     """vLLM in this process.
 
     model: folder or hub id; dtype: "float32" or "bfloat16"; max_model_len: prompt + completion, tokens. The engine's
-    start-up messages go to `log`. Raises UserError, naming the cause, when the engine does not start.
+    start-up messages go to `log`. Its sockets listen on the loopback interface, unless GLOO_SOCKET_IFNAME and
+    VLLM_HOST_IP say otherwise. Raises UserError, naming the cause, when the engine does not start.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utiliz
         options["enforce_eager"] = True  # compiling is slower on a CPU
         # a prompt processed in two parts needs its seed rewound, which CPU generators cannot do
         options["enable_chunked_prefill"] = False
-    with _random_state_kept():
+    with _random_state_kept(), _sockets_on_loopback():
         return LLM(
             model,
             dtype=dtype,
@@ -142,6 +144,25 @@ def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utiliz
             disable_log_stats=True,
             **options,
         )
+
+
+@contextlib.contextmanager
+def _sockets_on_loopback() -> Iterator[None]:
+    """Lets the process groups that start inside listen on the loopback interface alone.
+
+    They listen without authentication on the address that the host name resolves to, which is the network's on a
+    cluster's node. GLOO_SOCKET_IFNAME or VLLM_HOST_IP of the user's own are left as they are. Both are as before
+    afterwards, since later groups of this process may span machines.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    wanted = {"VLLM_HOST_IP": "127.0.0.1"} | ({"GLOO_SOCKET_IFNAME": loopback} if loopback else {})
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
