@@ -59,14 +59,13 @@ class VllmGenerator:
                     f"{str(failure).splitlines()[0][:160] if str(failure) else 'no message'}); details are in {log}. "
                     "Use --generator transformers."
                 ) from failure
-        self.arguments = vllm_arguments(sampling, self.llm.llm_engine.model_config.get_vocab_size())
-        check_parameters(vllm_parameters(self._params(seed=0)), VLLM)
+        check_parameters(vllm_parameters(self._params([0])[0]), VLLM)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See Generator. Each request has its own seed; with one seed for all, the samples of a prompt would be
         identical."""
         prompts = [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests]
-        params = [self._params(request.seed) for request in requests]
+        params = self._params([request.seed for request in requests])
         outputs = [out.outputs[0] for out in self.llm.generate(prompts, params, use_tqdm=False)]
         return [
             # flat log-probs hold the sampled token first at every position, then nothing: logprobs=0 asks for no others
@@ -78,10 +77,13 @@ class VllmGenerator:
         """See Generator: the weights are copied into the running engine."""
         push_weights(self.llm, policy)
 
-    def _params(self, seed: int) -> Any:
+    def _params(self, seeds: Sequence[int]) -> list[Any]:
+        """vLLM's parameters for requests with these seeds, by the sampling of now."""
         from vllm import SamplingParams
 
-        return SamplingParams(**self.arguments, seed=seed, logprobs=0, flat_logprobs=True, detokenize=False)
+        arguments = vllm_arguments(self.sampling, self.llm.llm_engine.model_config.get_vocab_size())
+        arguments |= {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
+        return [SamplingParams(**arguments, seed=seed) for seed in seeds]
 
     def close(self) -> None:
         """See Generator."""
