@@ -8,10 +8,16 @@ from collections.abc import Iterable
 
 from fastkl.kernels.errors import UserError
 
-__all__ = ["UserError", "nearest"]
+__all__ = ["UserError", "nearest", "printable"]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """ " Did you mean 'X'?" with the known name that is most like `name`; empty if none is similar."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def printable(text: str) -> str:
+    """Text safe for a terminal: control characters but the line break (escape codes, too) and those that change the
+    direction of text are blanks."""
+    return "".join(character if character.isprintable() or character == "\n" else " " for character in text)

@@ -25,7 +25,7 @@ class StepTotals:
 
     kl: Moments = field(default_factory=Moments)  # of the scored ones
     moved: bool = False  # whether one of them has a KL other than 0
-    tokens: int = 0  # of the scored ones
+    tokens: float = 0  # of the scored ones
     nats: float = 0.0  # their summed -log-probs
     abs_kl: float = 0.0  # summed
     max_abs_kl: float = 0.0

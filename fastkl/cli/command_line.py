@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fastkl.errors import UserError, nearest
+from fastkl.errors import UserError, nearest, printable
 
 EXTRAS = {  # which extra brings the packages that the commands import
     **dict.fromkeys(("cyclopts", "datasets", "docstring_parser", "jinja2", "markupsafe", "numpy", "rich"), "train"),
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(list(sys.argv[1:] if argv is None else argv))
     except UserError as mistake:
-        print(f"fastkl: {mistake}", file=sys.stderr)
+        print(f"fastkl: {printable(str(mistake))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as missing:
         extra = EXTRAS.get((missing.name or "").partition(".")[0])

@@ -22,7 +22,7 @@ import fastkl.score_files
 from fastkl.config.files import load_config, with_settings
 from fastkl.config.setting import Setting
 from fastkl.config.settings import TrainConfig, check_config, settings
-from fastkl.errors import UserError
+from fastkl.errors import UserError, printable
 from fastkl.sampling.params import replayed_names
 from fastkl.training.run_folder import check_run_folder, started_with
 
@@ -114,7 +114,7 @@ def train(*, config: ConfigFile = None, **given: Any) -> int:
     try:
         result = loop.train(run)
     except (loop.Diverged, StaleEngineError) as stop:
-        print(f"fastkl: {stop}", file=sys.stderr)
+        print(f"fastkl: {printable(str(stop))}", file=sys.stderr)
         return 1
     if result.saved_step < result.step:
         saved = f"step {result.saved_step}" if result.saved_step else "none"
@@ -221,7 +221,7 @@ def doctor(
     from fastkl.audit.doctor import diagnose
 
     diagnosis = diagnose(path)
-    print(diagnosis.text())
+    print(printable(diagnosis.text()))
     return diagnosis.exit_code
 
 

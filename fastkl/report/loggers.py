@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self
 
-from fastkl.errors import UserError
+from fastkl.errors import UserError, printable
 from fastkl.report.metrics import markdown as metrics_page
 
 MAX_WAITING_LINES = 20_000  # lines kept in memory while the disk refuses them; the oldest go first
@@ -183,9 +183,10 @@ def drop_later_steps(path: Path, last_step: int) -> None:
 def _step_of(line: bytes) -> float:
     """The line's step; infinity where it has none, so that a broken line is dropped."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 class Tracker(Protocol):
@@ -297,4 +298,4 @@ def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> st
 
 
 def _print_to_stderr(message: str) -> None:
-    print(f"fastkl: {message}", file=sys.stderr, flush=True)
+    print(f"fastkl: {printable(message)}", file=sys.stderr, flush=True)

@@ -25,6 +25,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from fastkl.errors import printable
 from fastkl.report import metrics as table
 from fastkl.report.metrics import STAGES
 from fastkl.report.numbers import duration, finite, number, percent
@@ -73,8 +74,7 @@ def stage_seconds(history: Sequence[Metrics]) -> dict[str, float]:
 
 def one_line(text: str) -> str:
     """Text safe for a terminal: line breaks shown as a sign, other control characters (escape codes too) as blanks."""
-    text = " ⏎ ".join(text.splitlines())
-    return "".join(character if character.isprintable() else " " for character in text)
+    return printable(" ⏎ ".join(text.splitlines()))
 
 
 class View:
@@ -130,7 +130,7 @@ class View:
     def note(self, message: str) -> None:
         """Print a message that stays, above the panel."""
         if self.is_live:
-            self._console.print(Text(message))
+            self._console.print(Text(printable(message)))
         else:
             self._print(message)
 
@@ -151,7 +151,7 @@ class View:
         stream = self._console.file
         encoding = getattr(stream, "encoding", None) or "utf-8"
         try:
-            print(line.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+            print(printable(line).encode(encoding, "replace").decode(encoding), file=stream, flush=True)
         except OSError:
             self._print = lambda line: None  # type: ignore[method-assign]
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from fastkl.errors import printable
 from fastkl.report.numbers import duration, percent
 from fastkl.report.terminal import can_redraw
 
@@ -56,6 +57,7 @@ class ScoreView:
 
     def note(self, message: str) -> None:
         """A message that stays."""
+        message = printable(message)
         if self.is_live:
             self._progress.console.print(Text(message))
         else:

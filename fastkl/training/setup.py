@@ -250,7 +250,7 @@ def fingerprints(config: TrainConfig, prompts: Sequence[Prompt], reference: nn.M
 def lost_lines(path: Path, last_step: int) -> str:
     """The steps up to `last_step` that have no line in metrics.jsonl, in words; empty if all have one."""
     logged = set()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             logged.add(json.loads(line)["step"])
     missing = [step for step in range(1, last_step + 1) if step not in logged]

@@ -217,6 +217,56 @@ def test_completions_prompts_and_settings_are_escaped(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "naïve 故事 🐻" in page and "{{ 7*7 }} &amp;amp;" in page
 
 
+def test_what_reorders_text_or_controls_a_terminal_is_shown_as_a_sign(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=2)
+    marks = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\x1b\x00\x07\x7f\x9b"
+    rewrite(run / "samples.jsonl", lambda row: row | {"completion": f"good{marks}live", "prompt": marks})
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"prompts": marks}))
+    page = write_report([run]).read_text()
+    assert not set(marks) & set(page) and "\u241b" in page and "good\ufffd" in page
+
+
+def test_texts_that_other_readers_would_split_are_whole(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=2)
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().split("\n") if line]
+    lines = [json.dumps(row | {"completion": "a\u2028b\u0085c"}, ensure_ascii=False) for row in rows]
+    (run / "samples.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    page = write_report([run]).read_text()
+    assert "a\u2028b" in page and "16 completions" in page and "damaged" not in page
+
+
+ODD = {
+    "a metric at the end of float64's range": ("metrics.jsonl", {"reward/raw": 1e308, "kl/mean": -1e308}),
+    "a metric that no float holds": ("metrics.jsonl", {"reward/raw": 10**400}),
+    "a sample that no float holds": ("samples.jsonl", {"reward": 10**400, "kl": 10**400}),
+    "a sample of other types": ("samples.jsonl", {"prompt": [{"role": "user"}], "num_tokens": "9", "reward": "x"}),
+    "settings of other types": ("config.yaml", {"kl_coef": [1], "top_p": "0.9", "steps": "many"}),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_values_cost_no_page(odd: str, tmp_path: Path) -> None:
+    name, values = ODD[odd]
+    runs = [fake_run(tmp_path / f"seed-{seed}", seed=seed, steps=3) for seed in (0, 1)]
+    if name == "config.yaml":
+        config = yaml.safe_load((runs[0] / name).read_text())
+        (runs[0] / name).write_text(yaml.safe_dump(config | values))
+    else:
+        lines = [json.loads(line) for line in (runs[0] / name).read_text().splitlines()]
+        lines[1] |= values
+        (runs[0] / name).write_text("\n".join(map(json.dumps, lines)))
+    for chosen in (runs[:1], runs):
+        assert "The numbers" in write_report(chosen).read_text()
+
+
+def test_settings_that_stand_for_endless_lists_are_left_out(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=2)
+    bomb = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(9))
+    (run / "config.yaml").write_text(bomb)
+    assert ">a8<" not in write_report([run]).read_text()
+
+
 def test_a_run_of_one_step_has_a_page(tmp_path: Path) -> None:
     page = write_report([fake_run(tmp_path / "run", steps=1)]).read_text()
     assert len(svg_parts(page, "Reward", "circle")) == 2  # a dot for the reward and one for the penalised

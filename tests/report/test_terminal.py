@@ -6,17 +6,21 @@ import io
 import itertools
 import random
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from fastkl.cli import main
+from fastkl.errors import UserError
 from fastkl.report import terminal as view_module
 from fastkl.report.numbers import duration, number, percent
 from fastkl.report.page.stories import pieces
 from fastkl.report.terminal import View, blocks, can_redraw, one_line, stage_seconds
 from fastkl.rewards.built_in import alliterating_runs, alliteration, reward_spans
+from fastkl.score_files.progress import ScoreView
 
 METRICS: dict[str, Any] = {
     "step": 3,
@@ -197,6 +201,27 @@ def test_a_reader_that_leaves_and_an_ascii_output_do_not_stop_a_run() -> None:
 
 def test_control_characters_never_reach_the_terminal() -> None:
     assert one_line("a\x1b]0;evil\x07b\tc\r\nd\u202ee") == "a ]0;evil b c ⏎ d e"
+
+
+def test_escape_codes_in_notes_and_errors_never_reach_the_terminal(tmp_path, monkeypatch, capsys) -> None:
+    evil, safe = "judge: \x1b]0;evil\x07 \x9b31m a\u202eb\nnext", "judge:  ]0;evil   31m a b\nnext"
+    for terminal in (False, True):
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=terminal, width=80, color_system=None)
+        with View("x", total_steps=1, console=console) as view:
+            view.note(evil)
+        assert safe in out.getvalue() and not {"\x07", "\x9b", "\u202e"} & set(out.getvalue())
+        out = io.StringIO()
+        with ScoreView(None, Console(file=out, force_terminal=terminal, width=80, color_system=None)) as scoring:
+            scoring.note(evil)
+        assert safe in out.getvalue() and not {"\x07", "\x9b", "\u202e"} & set(out.getvalue())
+
+    def fail(path: Path) -> None:
+        raise UserError(evil)
+
+    monkeypatch.setattr("fastkl.audit.doctor.diagnose", fail)
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"fastkl: {safe}\n"
 
 
 def test_sparkline_shows_bucket_means_from_lowest_to_highest() -> None:

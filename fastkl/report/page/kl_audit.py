@@ -32,7 +32,7 @@ def kl_audit(runs: Sequence[RunFiles]) -> dict[str, Any] | None:
 
 def _diagnosis(run: RunFiles) -> Diagnosis | None:
     try:
-        return run.record and diagnose_record(str(run.folder), run.record)
+        return None if run.record is None else diagnose_record(str(run.folder), run.record)
     except UserError:
         return None  # the page does without this section
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from fastkl.audit.json_lines import is_number
 from fastkl.report.numbers import number
 from fastkl.report.page.run_files import RunFiles
 from fastkl.rewards.built_in import Span, reward_spans
@@ -57,7 +58,7 @@ def story(sample: dict[str, Any], rank: str, reward_names: Sequence[str]) -> dic
     if len(rest) < 100:
         head, rest = completion, ""
     values = (("reward", "reward"), ("KL", "kl"), ("tokens", "num_tokens"))
-    numbers = [(name, _written(sample[key])) for name, key in values if isinstance(sample.get(key), int | float)]
+    numbers = [(name, _written(sample[key])) for name, key in values if is_number(sample.get(key))]
     return {
         "text": marked_text(prompt, head, reward_names) + ("…" if rest else ""),
         "rest": marked_text("", rest[:MOST_CHARACTERS], reward_names) + ("…" if len(rest) > MOST_CHARACTERS else ""),
@@ -79,7 +80,7 @@ def column(
     ranked = sorted(samples, key=_reward, reverse=True)
     places = {"highest": 0, "median": len(ranked) // 2, "lowest": len(ranked) - 1}
     chosen = {places[rank]: rank for rank in reversed(ranks)}  # with few samples one may hold several ranks
-    texts = {(sample.get("prompt"), sample.get("completion")) for sample in samples}
+    texts = {(str(sample.get("prompt")), str(sample.get("completion"))) for sample in samples}
     return {
         "title": title,
         "colour": colour,
@@ -93,7 +94,7 @@ def column(
 
 def _reward(sample: dict[str, Any]) -> float:
     reward = sample.get("reward")
-    return reward if isinstance(reward, int | float) and math.isfinite(reward) else -math.inf
+    return reward if is_number(reward) else -math.inf
 
 
 def first_and_last(run: RunFiles) -> list[dict[str, Any]]:

@@ -27,6 +27,14 @@ from fastkl.rewards.built_in import reward_spans
 ASSETS = Path(__file__).parent
 
 
+# What must not stand in the page, whatever a completion holds: control characters, and those that reorder the text
+# after them (Unicode's explicit directional formatting). They are shown as a sign.
+UNSAFE: dict[int, int | str] = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
+    **dict.fromkeys((*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd"),
+}
+
+
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """Write the page and return where it is.
 
@@ -69,7 +77,7 @@ def render(runs: Sequence[RunFiles]) -> str:
         audit=kl_audit(runs),
         settings=tables.settings(runs),
     )
-    return page.encode(errors="replace").decode()  # lone surrogates, which some tokenizers decode to
+    return page.translate(UNSAFE).encode(errors="replace").decode()  # lone surrogates, which some tokenizers decode to
 
 
 def _of_one(run: RunFiles) -> dict[str, Any]:
