@@ -21,6 +21,8 @@ from fastkl.audit.run_checks import RunRecord, SampleTotals
 from fastkl.errors import UserError
 from fastkl.report.metrics import Metric, reward_names
 
+LARGEST = 1e100  # what is beyond is a gap, like inf: sums of such numbers overflow, and so do axes
+
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
@@ -141,4 +143,4 @@ def _labels(folders: Sequence[Path], configs: Sequence[dict[str, Any]]) -> list[
 
 
 def _number(value: Any) -> float:
-    return float(value) if is_number(value) else math.nan
+    return float(value) if is_number(value) and abs(value) <= LARGEST else math.nan
