@@ -218,11 +218,11 @@ class AllTokens:
     """Stands where a cache would: the tokens themselves, i64 [rows, length]."""
 
     def __init__(self) -> None:
-        self.ids: torch.Tensor | None = None
+        self.ids = torch.empty(0, 0, dtype=torch.int64)
 
     def extended_by(self, ids: torch.Tensor) -> torch.Tensor:
         """All tokens, with these at the end."""
-        self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
+        self.ids = torch.cat([self.ids, ids], dim=1) if self.ids.numel() else ids
         return self.ids
 
     def reorder_cache(self, rows: torch.Tensor) -> None:

@@ -153,6 +153,7 @@ def chunked_model() -> torch.nn.Module:
     )  # fmt: skip
 
 
+@torch.no_grad()
 def test_a_window_that_stands_in_the_mask_alone_is_found_by_a_probe_that_is_longer_than_it():
     """On the short probe the packed row agrees; 20 tokens would be mis-scored by nats."""
     model = chunked_model()
