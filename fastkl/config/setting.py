@@ -45,9 +45,18 @@ class Setting:
     is_list: bool
     default: Any
     heading: str
-    choices: tuple[str, ...] = ()
-    own: bool = False  # besides the choices, a function of the user's: file.py:function
+    registry: Registry
     range: Range | None = None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What it may be, the entries that its registry has by now; none where anything of its type will do."""
+        return (*self.registry.besides, *self.registry.entries)
+
+    @property
+    def own(self) -> bool:
+        """Whether it may also be a function of the user's."""
+        return self.registry.own
 
     @property
     def option(self) -> str:
@@ -124,11 +133,9 @@ def table_of(config: type) -> dict[str, Setting]:
         registry = about.get(Registry, Registry({}))
         is_list = get_origin(hint) is tuple
         item = get_args(hint)[0] if is_list else hint
-        choices = get_args(item) if get_origin(item) is Literal else (*registry.besides, *registry.entries)
-        kind = str if get_origin(item) is Literal else item
-        found.append(
-            Setting(field.name, config, kind, is_list, field.default, heading, choices, registry.own, about.get(Range))
-        )
+        if get_origin(item) is Literal:
+            item, registry = str, Registry({}, besides=get_args(item))
+        found.append(Setting(field.name, config, item, is_list, field.default, heading, registry, about.get(Range)))
     headings = list(dict.fromkeys(setting.heading for setting in found if setting.name in own))
     return {setting.name: setting for setting in sorted(found, key=lambda setting: headings.index(setting.heading))}
 

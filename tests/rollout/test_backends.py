@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def mine(monkeypatch):
     """A backend that decodes as the built-in one does and counts its calls."""
+    settings()
     module = ModuleType("generator_of_a_test")
     module.calls = []
 
@@ -36,12 +37,11 @@ def mine(monkeypatch):
     module.start = lambda options: Mine(options.policy, options.tokenizer, options.sampling, dtype=options.dtype)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(GENERATORS, "mine", Backend(module.__name__))
-    settings.cache_clear()
-    yield module
-    settings.cache_clear()
+    return module
 
 
 def test_a_generator_in_the_registry_is_chosen_by_name_and_makes_a_runs_completions(mine, tmp_path):
+    assert "mine" in settings()["generator"].choices, "though the table of settings is older than the entry"
     assert choose_generator("mine", None, CPU) == ("mine", "asked for")
     with pytest.raises(UserError, match="generator: mine was asked for, but it dislikes GPUs"):
         choose_generator("mine", None, torch.device("cuda"))
