@@ -306,6 +306,7 @@ def test_the_checkpoints_own_settings_decide_whatever_has_become_of_config_yaml(
     prepare_run_folder(changed(output=str(tmp_path), resume=True, kl_coef=0.25))
 
 
+@pytest.mark.slow
 def test_a_second_process_in_the_same_folder_is_told_who_has_it(tmp_path):
     config = changed(output=str(tmp_path / "run"))
     lock = lock_run_folder(config)

@@ -55,6 +55,7 @@ def two_processes(tmp_path_factory) -> dict:
     return json.loads(output.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(SHARDED | WHOLE))
 def test_gradients_of_two_processes_equal_those_of_one_on_the_whole_batch(two_processes, case):
     found = two_processes[case]
@@ -136,6 +137,7 @@ def graphs():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_compiled_step_equals_the_plain_one_and_is_not_compiled_again(graphs, step):
     backend, made = graphs

@@ -110,6 +110,7 @@ def weighted(scores: Callable[[str], Tensor]) -> Tensor:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_and_gradients_are_those_of_the_models_own_logits(family, rows):
     policy, reference = make_model(family), make_model(family, seed=1).requires_grad_(False)
@@ -359,6 +360,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2_average_the_gradients_of_a_module_that_scores(tmp_path):
     """The module of the documentation, on two processes with half of the rows each, against one with all of them."""
     lines = integration.__doc__.splitlines()
@@ -374,6 +376,7 @@ def test_ddp_and_fsdp2_average_the_gradients_of_a_module_that_scores(tmp_path):
 # ------------------------------------------------------------------------------------------------------- documentation
 
 
+@pytest.mark.slow
 def test_the_loop_in_the_documentation_runs_and_trains(capsys):
     lines = integration.__doc__.splitlines()
     first = next(n for n, line in enumerate(lines) if line == "    import torch")

@@ -158,6 +158,7 @@ SAME = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SAME)
 def test_without_truncation_the_trained_weights_and_metrics_are_trls_own(case: str, folder: Path, tmp_path: Path):
     kind, settings, reuse = SAME[case]

@@ -86,6 +86,7 @@ def test_only_the_newest_are_kept(tmp_path):
     assert newest_checkpoint(tmp_path).step == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["_flush", "_fingerprint", "_checksum"])
 def test_a_failure_at_any_stage_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, stage):
     model, optimizer = trained()

@@ -44,6 +44,7 @@ def reward_file(tmp_path: Path, body: str) -> str:
     return f"{path}:reward"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_metrics_samples_a_report_and_a_model_that_loads(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -63,6 +64,7 @@ def test_a_run_leaves_metrics_samples_a_report_and_a_model_that_loads(tmp_path):
     assert model.config.vocab_size >= len(tokenizer)
 
 
+@pytest.mark.slow
 def test_penalised_reward_is_reward_minus_beta_times_the_cross_entropy_gap(tmp_path):
     config = small(tmp_path, kl_coef=0.7, lr=3e-3)
     loop.train(config)
@@ -83,6 +85,7 @@ def test_samples_without_a_reward_leave_their_group(tmp_path):
     assert rows(config)[0]["reward/raw"] == pytest.approx((1 + 2 + 3 + 5 + 6 + 7) / 6)
 
 
+@pytest.mark.slow
 def test_a_step_in_which_no_group_can_be_scored_is_counted_and_survived(tmp_path):
     reward = reward_file(tmp_path, "return [None] * (len(completions) - 1) + [1.0]")
     config = small(tmp_path, reward=(reward,), steps=2)
@@ -142,6 +145,7 @@ def test_learning_rate_warms_up_and_decays_to_zero_after_the_last_step():
     assert learning_rate(7, TrainConfig(steps=10, lr=2.0, lr_decay="constant")) == 2.0
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path):
     final = []
     for flag in (False, True):
@@ -195,6 +199,7 @@ def test_an_object_that_no_hook_would_ever_call_is_refused_before_anything_is_lo
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_a_thread_trains_as_in_the_main_thread(tmp_path):
     """Where Python allows no signal handlers."""
     here, there = small(tmp_path, output=str(tmp_path / "here")), small(tmp_path, output=str(tmp_path / "there"))
@@ -228,6 +233,7 @@ class Recording:
         self.calls.append("close")
 
 
+@pytest.mark.slow
 def test_weights_go_to_the_generator_after_every_update_and_the_last_one_too(tmp_path):
     run = set_up(small(tmp_path))
     recording = run.generator = Recording(run.generator, run.policy.model)
@@ -237,6 +243,7 @@ def test_weights_go_to_the_generator_after_every_update_and_the_last_one_too(tmp
     assert torch.equal(recording.at_sync[-1], next(result.policy.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("estimator", "warned"), [("k1", True), ("exact_full", False)])
 def test_a_run_says_once_that_mass_moves_where_a_sampled_penalty_charges_nothing(tmp_path, capsys, estimator, warned):
     """A policy whose weights are those of another model: it is far from its reference, on the support and off it."""

@@ -56,6 +56,7 @@ def course(naive: bool, seed: int, tolerant: bool = True) -> list[dict[str, list
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_trainers_estimate_is_never_below_zero_and_is_the_exact_kl_on_the_support(seed):
     steps, alarm = course(False, seed), KlAlarm()
