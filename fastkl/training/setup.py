@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,8 +37,9 @@ from fastkl.scoring.pack import pack
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training import checkpoint
 from fastkl.training.callbacks import check_callbacks
+from fastkl.training.resume import fingerprints, resume
 from fastkl.training.run_folder import has_checkpoint, lock_run_folder, prepare_run_folder
-from fastkl.training.state import Run, Snapshot, StepLimits
+from fastkl.training.state import Run, StepLimits
 from fastkl.types import Completion, Prompt, RolloutBatch
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -84,9 +83,10 @@ def check_inputs(config: TrainConfig) -> Inputs:
     check_vocabulary(models.vocabulary(model_config), prompts, sampling)
     generator, reason = choose_generator(config.generator, model_config, device)
     lock = lock_run_folder(config)
-    folder = prepare_run_folder(config)
-    saved = config.resume and has_checkpoint(folder)
-    resumed = checkpoint.newest_checkpoint(folder / "checkpoints") if saved else None
+    with closed_on_failure(lock):
+        folder = prepare_run_folder(config)
+        saved = config.resume and has_checkpoint(folder)
+        resumed = checkpoint.newest_checkpoint(folder / "checkpoints") if saved else None
     return Inputs(
         device, source, model_config, tokenizer, rewards, prompts, sampling, generator, reason, folder, lock, resumed
     )
@@ -107,8 +107,14 @@ def check_vocabulary(vocab: int | None, prompts: Iterable[Prompt], sampling: Sam
 
 def set_up(config: TrainConfig, *, callbacks: Iterable[object] = ()) -> Run:
     """Checks everything, loads everything, and resumes if asked. Raises UserError for a user's mistake."""
-    callbacks = check_callbacks(callbacks)
+    checked = check_callbacks(callbacks)
     inputs = check_inputs(config)
+    with closed_on_failure(inputs.lock):
+        return load(config, inputs, checked)
+
+
+def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> Run:
+    """The run that these inputs describe: models checked and loaded, generator started, state resumed."""
     device, resumed = inputs.device, inputs.resumed
     if device.type == "cpu":
         keep_freed_memory()
@@ -163,6 +169,16 @@ def set_up(config: TrainConfig, *, callbacks: Iterable[object] = ()) -> Run:
     return run
 
 
+@contextlib.contextmanager
+def closed_on_failure(lock: TextIO) -> Iterator[None]:
+    """A run that does not come about leaves its folder to the next one, in this process, too."""
+    try:
+        yield
+    except BaseException:
+        lock.close()
+        raise
+
+
 def objective_of(config: TrainConfig, sampling: Sampling) -> Objective:
     """What the steps optimise; its coefficient is the controller's, step by step."""
     return Objective(
@@ -198,64 +214,6 @@ def start_generator(inputs: Inputs, config: TrainConfig, policy: nn.Module, dtyp
 def max_sequence_tokens(inputs: Inputs, config: TrainConfig) -> int:
     """Tokens of the longest prompt with its completion."""
     return max(len(prompt.token_ids) for prompt in inputs.prompts) + config.max_new_tokens
-
-
-def resume(run: Run, saved: checkpoint.Checkpoint) -> None:
-    """Continues where `saved` ended: optimizer, random states, prompt position, counters."""
-    checkpoint.restore_training_state(saved, run.policy.model, run.optimizer)
-    state = saved.manifest["state"]
-    checkpoint.set_aside_newer(saved)
-    run.prompts.load_state(state["prompts"])
-    run.controller.coef = state.get("kl_coef", run.config.kl_coef)
-    if run.config.reference_every:
-        checkpoint.restore_reference(saved, run.reference.model)
-    run.saved_step = saved.step
-    run.completed = Snapshot(
-        saved.step, state["prompts"], state["skipped_steps"], state["tokens_generated"], run.controller.coef
-    )
-    run.view.note(
-        f"continuing after step {saved.step} from {saved.folder}" + (f" ({saved.note})" if saved.note else "")
-    )
-    if changed := [name for name, value in state.get("inputs", {}).items() if run.inputs.get(name, value) != value]:
-        run.view.note(
-            f"changed since the run was started: {', '.join(changed)}; training goes on with what is there now"
-        )
-    if lost := lost_lines(run.folder / "metrics.jsonl", saved.step):
-        run.view.note(f"metrics.jsonl lacks the lines of {lost}; training itself goes on from where it was.")
-
-
-def fingerprints(config: TrainConfig, prompts: Sequence[Prompt], reference: nn.Module) -> dict[str, str]:
-    """Hashes of what a run reads from outside: a resumed run says which of them have changed.
-
-    Of the reference the first numbers of every tensor: another training changes them all.
-    """
-
-    def digest(pieces: Iterable[bytes]) -> str:
-        hashed = hashlib.blake2b(digest_size=16)
-        for piece in pieces:
-            hashed.update(piece)
-        return hashed.hexdigest()
-
-    found = {
-        "prompts": digest(repr((prompt.token_ids, dict(prompt.columns))).encode() for prompt in prompts),
-        "reference": digest(p.detach().flatten()[:256].cpu().numpy().tobytes() for p in reference.parameters()),
-    }
-    for name in config.reward:
-        file = Path(name.rpartition(":")[0]).expanduser()
-        if file.suffix == ".py" and file.is_file():
-            found[f"reward {name}"] = digest([file.read_bytes()])
-    return found
-
-
-def lost_lines(path: Path, last_step: int) -> str:
-    """The steps up to `last_step` that have no line in metrics.jsonl, in words; empty if all have one."""
-    logged = set()
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            logged.add(json.loads(line)["step"])
-    missing = [step for step in range(1, last_step + 1) if step not in logged]
-    more = f" and {len(missing) - 5} more steps" if len(missing) > 5 else ""
-    return f"step {', '.join(map(str, missing[:5]))}{more}" if missing else ""
 
 
 def check_same_shape(policy: nn.Module, reference: nn.Module, resumed: checkpoint.Checkpoint | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 import fastkl
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
+from fastkl.storyteller import model_path
 from fastkl.training import checkpoint, loop
 from fastkl.training.loop import Diverged, run_steps
 from fastkl.training.schedule import learning_rate
@@ -256,3 +258,19 @@ def test_a_run_says_once_that_mass_moves_where_a_sampled_penalty_charges_nothing
     assert capsys.readouterr().out.count("lie on ids that cannot be drawn") == int(warned)
     assert all(row["kl/off_support"] > 2.0 for row in rows(config))
     assert all(row["kl/off_support"] <= row["kl/exact"] + 1e-3 for row in rows(config))
+
+
+def test_a_run_that_does_not_come_about_leaves_its_folder_to_the_next_in_the_same_process(tmp_path):
+    """As in a notebook, which keeps the failed call's frames, and with them whatever they hold."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(model_path(), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    failures = []
+    for _ in range(2):
+        with pytest.raises(UserError, match="lacks model.layers.1") as refused:
+            loop.train(small(tmp_path, model=str(folder)))
+        failures.append(refused)
+    assert failures[0].tb, "the control: the first call's frames are still there"

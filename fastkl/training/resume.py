@@ -1,0 +1,74 @@
+"""Resuming: a run goes on where its checkpoint was taken, and says what is no longer as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from fastkl.config.settings import TrainConfig
+from fastkl.training import checkpoint
+from fastkl.training.state import Run, Snapshot
+from fastkl.types import Prompt
+
+
+def resume(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Continues where `saved` ended: optimizer, random states, prompt position, counters."""
+    checkpoint.restore_training_state(saved, run.policy.model, run.optimizer)
+    state = saved.manifest["state"]
+    checkpoint.set_aside_newer(saved)
+    run.prompts.load_state(state["prompts"])
+    run.controller.coef = state.get("kl_coef", run.config.kl_coef)
+    if run.config.reference_every:
+        checkpoint.restore_reference(saved, run.reference.model)
+    run.saved_step = saved.step
+    run.completed = Snapshot(
+        saved.step, state["prompts"], state["skipped_steps"], state["tokens_generated"], run.controller.coef
+    )
+    run.view.note(
+        f"continuing after step {saved.step} from {saved.folder}" + (f" ({saved.note})" if saved.note else "")
+    )
+    if changed := [name for name, value in state.get("inputs", {}).items() if run.inputs.get(name, value) != value]:
+        run.view.note(
+            f"changed since the run was started: {', '.join(changed)}; training goes on with what is there now"
+        )
+    if lost := lost_lines(run.folder / "metrics.jsonl", saved.step):
+        run.view.note(f"metrics.jsonl lacks the lines of {lost}; training itself goes on from where it was.")
+
+
+def fingerprints(config: TrainConfig, prompts: Sequence[Prompt], reference: nn.Module) -> dict[str, str]:
+    """Hashes of what a run reads from outside: a resumed run says which of them have changed.
+
+    Of the reference the first numbers of every tensor: another training changes them all.
+    """
+
+    def digest(pieces: Iterable[bytes]) -> str:
+        hashed = hashlib.blake2b(digest_size=16)
+        for piece in pieces:
+            hashed.update(piece)
+        return hashed.hexdigest()
+
+    found = {
+        "prompts": digest(repr((prompt.token_ids, dict(prompt.columns))).encode() for prompt in prompts),
+        "reference": digest(p.detach().flatten()[:256].cpu().numpy().tobytes() for p in reference.parameters()),
+    }
+    for name in config.reward:
+        file = Path(name.rpartition(":")[0]).expanduser()
+        if file.suffix == ".py" and file.is_file():
+            found[f"reward {name}"] = digest([file.read_bytes()])
+    return found
+
+
+def lost_lines(path: Path, last_step: int) -> str:
+    """The steps up to `last_step` that have no line in metrics.jsonl, in words; empty if all have one."""
+    logged = set()
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            logged.add(json.loads(line)["step"])
+    missing = [step for step in range(1, last_step + 1) if step not in logged]
+    more = f" and {len(missing) - 5} more steps" if len(missing) > 5 else ""
+    return f"step {', '.join(map(str, missing[:5]))}{more}" if missing else ""
