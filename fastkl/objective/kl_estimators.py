@@ -80,7 +80,7 @@ def off_support_kl(scores: TokenScores) -> Tensor:
     log pi(S) is what the sampled id's log-prob gains by being renormalised on S.
     """
     if scores.kl_support is None or scores.policy_logprobs_support is None:
-        return full_kl(scores) * 0.0
+        return full_kl(scores).new_zeros(len(scores.policy_logprobs))
     mass = (scores.policy_logprobs - scores.policy_logprobs_support).exp()
     return full_kl(scores) - mass * scores.kl_support
 

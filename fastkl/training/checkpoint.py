@@ -15,7 +15,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,7 @@ def save_checkpoint(
         }
         manifest["checksum"] = _checksum(manifest)
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _as_umask_asks(_files_in(scratch))
         for path in (*_files_in(scratch), *(p for p in scratch.rglob("*") if p.is_dir()), scratch):
             _flush(path)
     except BaseException:
@@ -265,13 +266,16 @@ def check_savable(root: Path, policy: Any, tokenizer: Any) -> str | None:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """All files, those in folders of the tokenizer's too, with the mode that the umask asks for."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """All files, those in folders of the tokenizer's too."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _as_umask_asks(files: Iterable[Path]) -> None:
+    """Gives files the mode of any other new file; safetensors keeps its own from everybody else."""
     umask = os.umask(0o077)
     os.umask(umask)
-    for path in files:  # safetensors keeps its files from everybody else
+    for path in files:
         path.chmod(0o666 & ~umask)
-    return files
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
