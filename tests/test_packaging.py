@@ -40,6 +40,7 @@ def test_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
     assert packed == expected
 
 
+@pytest.mark.slow
 def test_wheel_scores_outside_the_checkout(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
@@ -97,6 +98,7 @@ def test_a_module_called_kernels_stays_free_for_others(tmp_path):
     assert python(code, cwd=tmp_path) == "None"
 
 
+@pytest.mark.slow
 def test_transformers_imports_from_the_root_of_a_checkout_where_a_folder_kernels_lies(tmp_path):
     pytest.importorskip("transformers")
     code = "import transformers.integrations.hub_kernels\nprint(transformers.LlamaForCausalLM.__name__)"

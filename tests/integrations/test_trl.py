@@ -190,6 +190,7 @@ def test_a_mixture_of_experts_keeps_its_auxiliary_loss(reuse: bool | None, folde
         torch.testing.assert_close(weights(ours)[name], p, rtol=1e-4, atol=1e-4 * moved + 1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_rloo_runs_two_forwards_where_trl_runs_three(folder: Path, tmp_path: Path):
     own = make_trainer("rloo", folder / "llama", tmp_path, max_steps=2)
     counts = count_trunk_forwards(own)
@@ -203,6 +204,7 @@ def test_rloo_runs_two_forwards_where_trl_runs_three(folder: Path, tmp_path: Pat
         assert counts == {"policy": expected, "reference": 2}
 
 
+@pytest.mark.slow
 def test_under_bfloat16_autocast_the_scores_are_trls_up_to_its_rounding(folder: Path, tmp_path: Path):
     for kind in ("rloo", "grpo"):
         found = []
@@ -234,6 +236,7 @@ def test_evaluation_gives_trls_own_metrics(folder: Path, tmp_path: Path):
             assert found[1][name] == pytest.approx(found[0][name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_lora_policy_is_scored_against_itself_without_the_adapter(folder: Path, tmp_path: Path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     for kind in ("rloo", "grpo"):

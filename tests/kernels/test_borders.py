@@ -156,6 +156,7 @@ def test_the_reference_gets_no_gradient():
     assert ref_hidden.grad is None and ref_weight.grad is None
 
 
+@pytest.mark.slow
 def test_the_operators_load_neither_the_compiler_nor_transformers():
     code = (
         "import sys, torch\nfrom fastkl.kernels.operators import linear_token_scores, token_scores\n"
@@ -183,6 +184,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_chunk_not_of_all_logits():
     """All logits of one model would be 268 MB; a chunk of 256 rows is 8 MB."""
     out = subprocess.run([sys.executable, "-c", MEMORY_PROBE], capture_output=True, text=True, check=True)

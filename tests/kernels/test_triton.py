@@ -30,6 +30,7 @@ def interpreter_needs_an_older_numpy() -> bool:
     return numpy >= [2, 5] and "int(self.handle.data)" in inspect.getsource(interpreter)
 
 
+@pytest.mark.slow
 def test_kernels_match_float64_under_the_interpreter():
     if interpreter_needs_an_older_numpy():
         pytest.skip("this Triton's interpreter does not run with NumPy 2.5 or newer")
@@ -45,12 +46,14 @@ def resources() -> list[dict]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_no_kernel_spills_registers_on_any_architecture(resources):
     assert len(resources) > 30
     spills = {(r["name"], r["architecture"]): r["spilled_bytes"] for r in resources if r["spilled_bytes"]}
     assert spills == {}
 
 
+@pytest.mark.slow
 def test_shared_memory_stays_within_the_chips_limit(resources):
     limits = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
     assert {r["architecture"] for r in resources} == set(limits)
@@ -58,6 +61,7 @@ def test_shared_memory_stays_within_the_chips_limit(resources):
         assert r["shared_bytes"] <= limits[r["architecture"]], r
 
 
+@pytest.mark.slow
 def test_row_kernels_leave_room_for_twelve_warps(resources):
     """65536 registers per multiprocessor / (12 warps x 32 threads) = 170 per thread."""
     for r in resources:
@@ -65,6 +69,7 @@ def test_row_kernels_leave_room_for_twelve_warps(resources):
             assert r["registers"] <= 170, r
 
 
+@pytest.mark.slow
 def test_the_matrix_kernels_use_the_newest_tensor_core_instructions(resources):
     newest = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     linear = [r for r in resources if r["name"].startswith("linear")]
@@ -73,6 +78,7 @@ def test_the_matrix_kernels_use_the_newest_tensor_core_instructions(resources):
         assert r["tensor_cores"] == newest[r["architecture"]], r
 
 
+@pytest.mark.slow
 def test_scoring_needs_neither_triton_nor_a_gpu():
     code = (
         "import sys; sys.modules['triton'] = None; sys.modules['vllm'] = None; sys.modules['transformers'] = None\n"

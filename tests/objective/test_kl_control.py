@@ -176,6 +176,7 @@ loop.train(steered(Path({folder!r})))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_with_a_target_and_a_moving_reference_equals_an_uninterrupted_one(tmp_path):
     """And on the way: the coefficient is the controller's, and the reference is the moving average of the policies."""
     whole, killed = steered(tmp_path / "whole"), steered(tmp_path / "killed")

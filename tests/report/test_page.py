@@ -472,6 +472,7 @@ def open_in_chromium(path: Path, profile: Path) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_chromium_draws_every_chart_without_errors_or_sideways_scrolling(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / f"kl_coef-{kl}", kl_coef=kl, steps=25) for kl in (0.0, 0.05, 0.2, 1.0)]
     one, several = write_report(runs[:1]).read_text(), write_report(runs).read_text()

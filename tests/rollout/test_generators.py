@@ -145,6 +145,7 @@ def engine(tmp_path_factory):
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_vllm_records_the_trainers_logprobs_before_and_after_a_sync(engine):
     for seed in (0, 1, 2):
         model = tied_model(seed)
@@ -201,6 +202,7 @@ def test_vllm_completions_end_at_the_stop_token_or_at_the_limit(engine):
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_auto_takes_vllm_where_it_can_run_the_model_and_says_why_not_elsewhere():
     cpu = torch.device("cpu")
     suitable, unsuitable = tied_model().config, toy_model().config

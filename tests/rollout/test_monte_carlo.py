@@ -164,6 +164,7 @@ def vllm_generator(policy, folder) -> VllmGenerator:
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.slow
 def test_mean_k1_of_the_transformers_generator_is_the_exact_kl_on_the_support(settings):
     policy, reference, s = model(0), model(1), sampling(settings)
     check(measure(transformers_generator(policy, s), policy, reference, s, TOKENS["transformers"]), s)
@@ -178,6 +179,7 @@ def engine(tmp_path_factory):
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.slow
 def test_mean_k1_of_vllm_is_the_exact_kl_on_the_support_and_its_logprobs_are_the_trainers(engine, settings):
     policy, reference, s = model(0), model(1), sampling(settings)
     engine.sampling = s

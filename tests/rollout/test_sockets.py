@@ -66,12 +66,14 @@ def listening_addresses(folder: Path, address: str, mode: str) -> set[str]:
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_the_engine_listens_on_the_loopback_alone_where_the_host_name_is_the_networks(tmp_path):
     address = network_address()
     assert listening_addresses(tmp_path, address, "guarded") == {"127.0.0.1"}
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 def test_without_the_guard_it_would_listen_on_the_network(tmp_path):
     """The control."""
     address = network_address()

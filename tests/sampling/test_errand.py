@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fastkl
 
 PACKAGE = Path(fastkl.__file__).parent
@@ -71,6 +73,7 @@ def replaced(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+@pytest.mark.slow
 def test_a_new_sampling_parameter_is_a_field_and_its_replay(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "fastkl", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     folder = tmp_path / "fastkl" / "sampling"

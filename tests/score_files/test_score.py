@@ -347,6 +347,7 @@ def resumable(models, tmp_path, monkeypatch):
     return path, output, output.read_bytes(), go_on
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_byte_continues_to_the_same_bytes(resumable):
     path, output, whole, go_on = resumable
     ends = [n + 1 for n, byte in enumerate(whole) if byte == ord("\n")]

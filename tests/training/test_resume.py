@@ -68,6 +68,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.slow
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
     output = tmp_path / "run"
     options = ["--steps", "1000", "--save-every", "0", "--lr-decay", "constant"]
@@ -89,6 +90,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number
     assert f"--output {output}" in text
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_ends_with_1_and_says_which_step_is_saved(tmp_path):
     """For real: no file of the run may grow beyond three megabytes, and the model is larger."""
     output = tmp_path / "run"
@@ -129,6 +131,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("hook", ["register_step_pre_hook", "register_step_post_hook"])
+@pytest.mark.slow
 def test_two_signals_in_the_middle_of_an_update_leave_a_checkpoint_that_is_the_step_it_names(tmp_path, hook):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finished(whole, "transformers")
@@ -147,6 +150,7 @@ def test_two_signals_in_the_middle_of_an_update_leave_a_checkpoint_that_is_the_s
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_anew_on_resume(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finished(whole, "transformers")
@@ -161,6 +165,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew_on_resume(tmp_path
     assert metrics(killed) == metrics(whole)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_names_prompts_and_rewards_that_have_changed(tmp_path):
     prompts, rewards = tmp_path / "prompts.jsonl", tmp_path / "rewards.py"
     prompts.write_text('{"prompt": "Once upon a time"}\n')
