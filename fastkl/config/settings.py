@@ -33,6 +33,9 @@ class TrainConfig(SamplingSettings):
     """Reward functions: a built-in name, package.module:function, or file.py:function."""
     reward_weights: tuple[float, ...] = ()
     """One weight per reward function; none weighs each 1."""
+    reward_timeout: Annotated[float, AT_LEAST_0] = 600.0
+    """Seconds that a reward function may take for a step's completions; a later one ends the run, with its completed
+    steps saved. 0 waits as long as it takes."""
 
     kl_coef: Annotated[float, Heading("The objective"), AT_LEAST_0] = 0.2
     """beta: the reward lost per nat of KL(policy, reference)."""

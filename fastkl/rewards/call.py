@@ -7,22 +7,20 @@ A reward function has TRL's signature, so that one written for TRL works unchang
 The arguments are lists with one entry per completion: texts (for chat prompts the messages, and completions as
 [{"role": "assistant", "content": ...}]), token ids, and the data set's other columns. A function gets the arguments it
 names, all of them if it takes **kwargs; beside the lists there are `trainer_state`, whose global_step is the step, and
-`log_metric(name, value)`. None means that the function does not apply to that completion. Async functions run
-concurrently. Where functions come from is load.py's business.
+`log_metric(name, value)`. None means that the function does not apply to that completion. Where functions come from is
+load.py's business, and how they are waited for that of waiting.py.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
-import threading
 import traceback
 from collections import defaultdict
 from collections.abc import Awaitable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +30,7 @@ import torch
 from fastkl.errors import UserError
 from fastkl.plugins import summary
 from fastkl.rewards.load import RewardFunction
+from fastkl.rewards.waiting import Call, TookTooLong, run_all
 from fastkl.types import Completion, Prompt
 
 
@@ -53,20 +52,23 @@ def compute_rewards(
     completions: Sequence[Sequence[Completion]],
     *,
     step: int,
+    timeout: float = 0.0,
 ) -> Rewards:
     """Calls every function once on all B * K completions and adds up what applies.
 
-    rewards: from `load_rewards`. prompts: [B]. completions: [B][K]. Raises UserError, with function, step and
-    completion, if a function raises or returns anything but one finite number or None per completion.
+    rewards: from `load_rewards`. prompts: [B]. completions: [B][K]. timeout: seconds that a function may take; 0: any.
+    Raises UserError, with function, step and completion, if a function raises, takes too long, or returns anything but
+    one finite number or None per completion.
     """
     logged: dict[str, list[float]] = defaultdict(list)
     arguments = _arguments(prompts, completions, step, logged)
-    results = [_call(reward, arguments, step) for reward in rewards]
-    if waiting := {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}:
-        for i, result in zip(waiting, _await_all(list(waiting.values())), strict=True):
-            results[i] = result
+    calls = [Call(reward.name, partial(_call, reward, arguments, step), _is_async(reward)) for reward in rewards]
+    try:
+        results = run_all(calls, timeout)
+    except TookTooLong as late:
+        raise _late(late, timeout, step) from None
     flat = arguments["completions"]
-    values = [_checked(reward, result, flat, step) for reward, result in zip(rewards, results, strict=True)]
+    values = [_checked(reward, result.value, flat, step) for reward, result in zip(rewards, results, strict=True)]
     means = {}
     for reward, column in zip(rewards, values, strict=True):
         if applicable := [value for value in column if value is not None]:
@@ -158,24 +160,21 @@ def _accepted(reward: RewardFunction, arguments: dict[str, Any]) -> dict[str, An
 async def _guarded(result: Awaitable[Any], reward: RewardFunction, completions: list[Any], step: int) -> Any:
     try:
         return await result
-    except Exception as failure:
+    except (Exception, SystemExit) as failure:
         raise _failed(reward, failure, completions, step) from failure
 
 
-def _await_all(waiting: list[Awaitable[Any]]) -> list[Any]:
-    """Runs them concurrently in the event loop that lives as long as the process, so that clients can be kept open."""
-
-    async def gathered() -> list[Any]:
-        return await asyncio.gather(*waiting)
-
-    return asyncio.run_coroutine_threadsafe(gathered(), _event_loop()).result()
+def _is_async(reward: RewardFunction) -> bool:
+    """Whether calling the function does nothing yet but give something to wait for."""
+    function = reward.function
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="fastkl-async-rewards", daemon=True).start()
-    return loop
+def _late(late: TookTooLong, timeout: float, step: int) -> UserError:
+    return UserError(
+        f"reward: {late.name} had not returned after {timeout:g} s at step {step}; mend it, or give it longer with "
+        f"--reward-timeout.{f' {late.aftermath}' if late.aftermath else ''}"
+    )
 
 
 def _checked(reward: RewardFunction, result: Any, completions: list[Any], step: int) -> list[float | None]:

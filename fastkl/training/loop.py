@@ -65,7 +65,7 @@ def run_steps(run: Run) -> TrainResult:
             with watch("generate"):
                 completions = grouped(run.generator.generate(requests), config.num_samples)
             with watch("reward"):
-                rewards = compute_rewards(run.rewards, prompts, completions, step=step)
+                rewards = compute_rewards(run.rewards, prompts, completions, step=step, timeout=config.reward_timeout)
             valid = scorable(completions, rewards.valid, config.truncated)
             total = rewards.total.masked_fill(~valid, 0.0)
             batch = RolloutBatch(prompts, completions, total, valid, policy_version=step - 1)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +46,7 @@ def rows(config: TrainConfig, name: str = "metrics") -> list[dict]:
 
 def reward_file(tmp_path: Path, body: str) -> str:
     path = tmp_path / "rewards.py"
-    path.write_text(f"import os\n\ndef reward(prompts, completions, **columns):\n    {body}\n")
+    path.write_text(f"import os\n\ndef reward(prompts, completions, trainer_state, **columns):\n    {body}\n")
     return f"{path}:reward"
 
 
@@ -274,3 +278,39 @@ def test_a_run_that_does_not_come_about_leaves_its_folder_to_the_next_in_the_sam
             loop.train(small(tmp_path, model=str(folder)))
         failures.append(refused)
     assert failures[0].tb, "the control: the first call's frames are still there"
+
+
+HANGS_AT_STEP_2 = (
+    "import time\n    if trainer_state.global_step == 2: time.sleep(100)\n    return [0.0, 1.0, 2.0, 3.0] * 2"
+)
+
+
+def test_a_reward_that_hangs_ends_the_run_in_one_sentence_with_its_state_saved(tmp_path):
+    reward = reward_file(tmp_path, HANGS_AT_STEP_2)
+    config = small(tmp_path, reward=(reward,), reward_timeout=0.5, save_every=0)
+    with pytest.raises(UserError, match=r"reward: reward had not returned after 0.5 s at step 2; .*--reward-timeout"):
+        loop.train(config)
+    assert checkpoint.newest_checkpoint(Path(config.output) / "checkpoints").step == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_heard_while_a_reward_hangs_and_the_second_one_ends_the_run(tmp_path):
+    reward = reward_file(tmp_path, HANGS_AT_STEP_2)
+    config = small(tmp_path, save_every=0)
+    options = ["--generator", "transformers", "--steps", "3", "--prompts-per-step", "2", "--num-samples", "4"]
+    options += ["--max-new-tokens", "8", "--report-to", "none", "--save-every", "0", "--reward-timeout", "0"]
+    command = [sys.executable, "-m", "fastkl", "train", "--output", config.output, "--reward", reward, *options]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        while not (Path(config.output) / "metrics.jsonl").is_file() or not rows(config):
+            assert run.poll() is None, run.stdout.read()
+            time.sleep(0.2)
+        time.sleep(1.0)  # step 2 has begun to hang
+        run.send_signal(signal.SIGINT)
+        said = next(line for line in run.stdout if "SIGINT" in line)
+        assert "a second signal ends it at once" in said
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130
+    finally:
+        run.kill()
+    assert checkpoint.newest_checkpoint(Path(config.output) / "checkpoints").step == 1
