@@ -15,7 +15,7 @@ stands beside the operators in kernels/reference.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,14 @@ class RolloutBatch:
     rewards: torch.Tensor  # f32 [B, K], CPU; 0 where not valid
     valid: torch.Tensor  # bool [B, K], CPU; False: the reward does not apply, the sample has left its group
     policy_version: int  # weight version that sampled the completions
+
+
+@dataclass(frozen=True, slots=True)
+class RewardNotes:
+    """What the reward functions left in a step beside their rewards."""
+
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of log_extra, each [B * K]
+    seconds: Mapping[str, float] = field(default_factory=dict)  # wall time by function
 
 
 @dataclass(frozen=True, slots=True)

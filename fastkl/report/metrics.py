@@ -71,8 +71,15 @@ class Metric:
             return {self.key: self.name} if self.key in keys else {}
         start, end = CAPITALS.split(self.key)
         own = {metric.key for metric in METRICS}
-        members = [key for key in keys if key.startswith(start) and key.endswith(end) and key not in own]
+        closer = [other for other in METRICS if other.is_family and len(other.key) > len(self.key)]
+        members = [key for key in keys if self.may_hold(key) and key not in own]
+        members = [key for key in members if not any(other.may_hold(key) for other in closer)]
         return {key: key[len(start) : len(key) - len(end)] for key in members}
+
+    def may_hold(self, key: str) -> bool:
+        """Whether a family's `key` has the form of its own."""
+        start, end = CAPITALS.split(self.key)
+        return key.startswith(start) and key.endswith(end)
 
 
 CAPITALS = re.compile("[A-Z]+")
@@ -184,6 +191,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("time/STAGE_s", "Time of stage STAGE", "One of " + ", ".join(STAGES) + ".", "seconds",
            "time that the step spent in the stage", lambda s: dict.fromkeys(STAGES, 0.0) | dict(s.seconds),
            chart="Where the time goes", whole="time/step_s"),
+    Metric("time/reward/NAME", "Time of reward function NAME", "From its call to its last answer.", "seconds",
+           "wall time; functions that wait overlap, so that together they may take less",
+           lambda s: s.report.reward_notes.seconds),
     Metric("time/step_s", "Step time", "All stages of the step.", "seconds",
            "sum of the stages' times", lambda s: s.step_seconds,
            label="step", plain="  {value:.1f} s"),

@@ -6,9 +6,9 @@ A reward function has TRL's signature, so that one written for TRL works unchang
 
 The arguments are lists with one entry per completion: texts (for chat prompts the messages, and completions as
 [{"role": "assistant", "content": ...}]), token ids, and the data set's other columns. A function gets the arguments it
-names, all of them if it takes **kwargs; beside the lists there are `trainer_state`, whose global_step is the step, and
-`log_metric(name, value)`. None means that the function does not apply to that completion. Where functions come from is
-load.py's business, and how they are waited for that of waiting.py.
+names, all of them if it takes **kwargs; beside the lists there are `trainer_state` (global_step is the step, max_steps
+the last), `log_metric(name, value)` and `log_extra(column, values)`. None means that the function does not apply to
+that completion. Where functions come from is load.py's business, and how they are waited for that of waiting.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from fastkl.errors import UserError
 from fastkl.plugins import summary
 from fastkl.rewards.load import RewardFunction
 from fastkl.rewards.waiting import Call, TookTooLong, run_all
-from fastkl.types import Completion, Prompt
+from fastkl.types import Completion, Prompt, RewardNotes
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +40,20 @@ class Rewards:
     total: torch.Tensor  # f32 [B, K], the weighted sum of the functions that apply; 0 where not valid
     valid: torch.Tensor  # bool [B, K]; False where no function applies
     by_function: dict[str, float]  # mean over the completions that a function applies to; and what log_metric got
+    notes: RewardNotes
 
 
-STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric")
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """What of transformers' TrainerState there is here."""
+
+    global_step: int
+    max_steps: int
+    is_local_process_zero: bool = True
+    is_world_process_zero: bool = True
+
+
+STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 
 
 def compute_rewards(
@@ -52,17 +62,22 @@ def compute_rewards(
     completions: Sequence[Sequence[Completion]],
     *,
     step: int,
+    max_steps: int = 0,
     timeout: float = 0.0,
 ) -> Rewards:
     """Calls every function once on all B * K completions and adds up what applies.
 
-    rewards: from `load_rewards`. prompts: [B]. completions: [B][K]. timeout: seconds that a function may take; 0: any.
-    Raises UserError, with function, step and completion, if a function raises, takes too long, or returns anything but
-    one finite number or None per completion.
+    rewards: from `load_rewards`. prompts: [B]. completions: [B][K]. max_steps: of the run, for functions that ask.
+    timeout: seconds that a function may take; 0: any. Raises UserError, with function, step and completion, if a
+    function raises, takes too long, or returns anything but one finite number or None per completion.
     """
     logged: dict[str, list[float]] = defaultdict(list)
-    arguments = _arguments(prompts, completions, step, logged)
-    calls = [Call(reward.name, partial(_call, reward, arguments, step), _is_async(reward)) for reward in rewards]
+    extra: dict[str, dict[str, list[Any]]] = {reward.name: defaultdict(list) for reward in rewards}
+    arguments = _arguments(prompts, completions, TrainerState(step, max_steps), logged)
+    calls = [
+        Call(reward.name, partial(_call, reward, arguments | _log_extra(extra[reward.name]), step), _is_async(reward))
+        for reward in rewards
+    ]
     try:
         results = run_all(calls, timeout)
     except TookTooLong as late:
@@ -84,7 +99,33 @@ def compute_rewards(
         _in_float32(torch.tensor(total, dtype=torch.float64).view(shape), step),
         torch.tensor(valid).view(shape),
         {name: fmean(numbers) for name, numbers in logged.items()} | means,
+        RewardNotes(
+            _columns(extra, len(flat), step),
+            {reward.name: result.seconds for reward, result in zip(rewards, results, strict=True)},
+        ),
     )
+
+
+def _log_extra(columns: dict[str, list[Any]]) -> dict[str, Any]:
+    """TRL's `log_extra` for one function: values of several calls follow one another."""
+    return {"log_extra": lambda column, values: columns[column].extend(values)}
+
+
+def _columns(extra: dict[str, dict[str, list[Any]]], num_completions: int, step: int) -> dict[str, list[Any]]:
+    """What the functions gave to log_extra, by column; a name that two of them use has the second function's before it.
+
+    UserError unless there is one value per completion.
+    """
+    found: dict[str, list[Any]] = {}
+    for name, columns in extra.items():
+        for column, values in columns.items():
+            if len(values) != num_completions:
+                raise UserError(
+                    f"reward: {name} at step {step} gave log_extra({column!r}) {len(values)} values for "
+                    f"{num_completions} completions; give one for each."
+                )
+            found[f"{name}/{column}" if column in found else column] = values
+    return found
 
 
 def _in_float32(total: torch.Tensor, step: int) -> torch.Tensor:
@@ -107,9 +148,12 @@ def _in_float32(total: torch.Tensor, step: int) -> torch.Tensor:
 
 
 def _arguments(
-    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], step: int, logged: dict[str, list[float]]
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    state: TrainerState,
+    logged: dict[str, list[float]],
 ) -> dict[str, Any]:
-    """Everything that a reward function may ask for, by keyword."""
+    """Everything that all reward functions may ask for, by keyword."""
     pairs = [(prompt, completion) for prompt, group in zip(prompts, completions, strict=True) for completion in group]
     columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     return {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in columns} | {
@@ -119,7 +163,7 @@ def _arguments(
             for prompt, completion in pairs
         ],
         "completion_ids": [list(completion.token_ids) for _, completion in pairs],
-        "trainer_state": SimpleNamespace(global_step=step),
+        "trainer_state": state,
         "log_metric": lambda name, value: logged[name].append(float(value)),
     }
 

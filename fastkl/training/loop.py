@@ -65,7 +65,10 @@ def run_steps(run: Run) -> TrainResult:
             with watch("generate"):
                 completions = grouped(run.generator.generate(requests), config.num_samples)
             with watch("reward"):
-                rewards = compute_rewards(run.rewards, prompts, completions, step=step, timeout=config.reward_timeout)
+                rewards = compute_rewards(
+                    run.rewards, prompts, completions,
+                    step=step, max_steps=config.steps, timeout=config.reward_timeout,
+                )  # fmt: skip
             valid = scorable(completions, rewards.valid, config.truncated)
             total = rewards.total.masked_fill(~valid, 0.0)
             batch = RolloutBatch(prompts, completions, total, valid, policy_version=step - 1)
@@ -77,7 +80,8 @@ def run_steps(run: Run) -> TrainResult:
             with watch("sync"):
                 run.generator.sync(run.policy.model)
             skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
-            run.record(StepReport(step, batch, rewards.by_function, objective.penalty.coef, outcome), watch)
+            by_function, coef = rewards.by_function, objective.penalty.coef
+            run.record(StepReport(step, batch, by_function, coef, outcome, rewards.notes), watch)
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(diagnosis(config, step))
             if stop.requested:

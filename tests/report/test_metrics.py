@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import io
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from fastkl.report.numbers import percent
 from fastkl.report.page.write import write_report
 from fastkl.report.step_metrics import FinishedStep, StepReport
 from fastkl.report.terminal import View
+from fastkl.types import RewardNotes
 
 ROOT = Path(__file__).parents[2]
 SECONDS = {"generate": 1.5, "update": 2.0}
@@ -132,6 +135,20 @@ def test_a_family_finds_its_members_but_not_the_entries_of_the_table() -> None:
     assert metrics.reward_names(keys) == ["brevity", "a/b"]
     (stage,) = [metric for metric in METRICS if metric.whole]
     assert stage.labels(keys) == {"time/score_s": "score"}
+    keys += ["time/reward/brevity", "time/reward/in_s"]  # the second looks like a stage's
+    (functions,) = [metric for metric in METRICS if metric.key == "time/reward/NAME"]
+    assert functions.labels(keys) == {"time/reward/brevity": "brevity", "time/reward/in_s": "in_s"}
+    assert stage.labels(keys) == {"time/score_s": "score"} and metrics.reward_names(keys) == ["brevity", "a/b"]
+
+
+def test_what_reward_functions_leave_beside_their_rewards_is_written(report) -> None:
+    num_completions = report.batch.rewards.numel()
+    parsed = [None, math.nan, torch.tensor(2.5), *([["3"]] * (num_completions - 3))]
+    notes = RewardNotes({"parsed": parsed}, {"judge": 1.5})
+    noted = dataclasses.replace(report, reward_notes=notes)
+    assert [sample["extra"]["parsed"] for sample in noted.samples()][:4] == [None, None, 2.5, "['3']"]
+    assert all("extra" not in sample for sample in report.samples())
+    assert metrics_of(FinishedStep(noted, 1e-3, SECONDS))["time/reward/judge"] == 1.5
 
 
 def test_shares_are_written_in_percent_without_a_unit_in_the_heading() -> None:

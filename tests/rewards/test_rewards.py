@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 import time
 
@@ -23,8 +24,9 @@ def rollouts(texts: list[list[str]], raw="p ", columns=None) -> tuple[list[Promp
     return prompts, [[Completion((5, len(t)), (-1.0, -1.0), "stop", t) for t in group] for group in texts]
 
 
-def rewards_of(function, texts: list[list[str]], **options):
-    return compute_rewards([RewardFunction("f", function)], *rollouts(texts, **options), step=3)
+def rewards_of(function, texts: list[list[str]], *, max_steps=0, **options):
+    rewards = [RewardFunction("f", function)]
+    return compute_rewards(rewards, *rollouts(texts, **options), step=3, max_steps=max_steps)
 
 
 @pytest.mark.parametrize(
@@ -58,12 +60,12 @@ def test_function_gets_all_lists_in_trls_form():
 
     def reward(prompts, completions, completion_ids, answer, trainer_state, **kwargs):
         seen.update(kwargs, prompts=prompts, completions=completions, ids=completion_ids, answer=answer)
-        seen["step"] = trainer_state.global_step
+        seen["step"], seen["last"] = trainer_state.global_step, trainer_state.max_steps
         return [1.0, 2.0, 3.0, 4.0]
 
     columns = [{"answer": "x", "level": 1}, {"answer": "y"}]
-    result = rewards_of(reward, [["a", "bb"], ["ccc", ""]], columns=columns)
-    assert seen.pop("log_metric")
+    result = rewards_of(reward, [["a", "bb"], ["ccc", ""]], columns=columns, max_steps=9)
+    assert seen.pop("log_metric") and seen.pop("log_extra")
     assert seen == {
         "prompts": ["p "] * 4,
         "completions": ["a", "bb", "ccc", ""],
@@ -71,6 +73,7 @@ def test_function_gets_all_lists_in_trls_form():
         "answer": ["x", "x", "y", "y"],
         "level": [1, 1, None, None],
         "step": 3,
+        "last": 9,
     }
     assert result.total.tolist() == [[1.0, 2.0], [3.0, 4.0]] and result.total.dtype == torch.float32
     assert result.valid.all() and result.by_function == {"f": 2.5}
@@ -140,6 +143,78 @@ def test_what_log_metric_gets_is_averaged():
         return [0.0] * len(completions)
 
     assert rewards_of(reward, [["a", "bbb"]]).by_function == {"f": 0.0, "length": 2.0}
+
+
+def test_what_log_extra_gets_stands_beside_each_completion():
+    def one(completions, log_extra):
+        log_extra("upper", [text.upper() for text in completions])
+        for text in completions:
+            log_extra("length", [len(text)])
+        return [0.0] * len(completions)
+
+    async def two(completions, **kwargs):
+        kwargs["log_extra"]("length", torch.tensor([1.5, float("nan")]))
+        return [0.0] * len(completions)
+
+    functions = [RewardFunction("one", one), RewardFunction("two", two)]
+    notes = compute_rewards(functions, *rollouts([["a", "bbb"]]), step=1).notes
+    upper, length, other = notes.columns.values()
+    assert list(notes.columns) == ["upper", "length", "two/length"]
+    assert (upper, length, float(other[0])) == (["A", "BBB"], [1, 3], 1.5)
+
+
+def test_log_extra_wants_one_value_per_completion():
+    def f(completions, log_extra):
+        log_extra("parsed", ["x"])
+        return [0.0] * len(completions)
+
+    with pytest.raises(UserError, match=r"f at step 3 gave log_extra\('parsed'\) 1 values for 2 completions"):
+        rewards_of(f, [["a", "b"]])
+
+
+def test_the_wall_time_of_each_function_is_noted():
+    def slow(completions):
+        time.sleep(0.2)
+        return [0.0] * len(completions)
+
+    async def waits(completions):
+        await asyncio.sleep(0.1)
+        return [0.0] * len(completions)
+
+    quick = RewardFunction("quick", lambda completions: [0.0] * len(completions))
+    functions = [RewardFunction("waits", waits), RewardFunction("slow", slow), quick]
+    seconds = compute_rewards(functions, *rollouts([["a", "b"]]), step=1).notes.seconds
+    assert list(seconds) == ["waits", "slow", "quick"]
+    assert 0.1 <= seconds["waits"] < 0.18 and 0.2 <= seconds["slow"] < 0.28 and seconds["quick"] < 0.05
+
+
+THOUGHTS = ["<think>\nIt is 3.\n</think>\nThe answer is $\\boxed{3}$.", "\\boxed{\\frac{6}{2}}", "$\\boxed{4}$", "none"]
+
+
+@pytest.mark.slow
+def test_trls_own_rewards_run_unchanged(tmp_path, monkeypatch):
+    (tmp_path / "made.py").write_text(
+        "from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment\n"
+        "overlong = get_soft_overlong_punishment(max_completion_len=4, soft_punish_cache=2)\n"
+        "repetition = get_repetition_penalty_reward(ngram_size=1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = [f"trl.rewards:{name}" for name in ("think_format_reward", "accuracy_reward", "reasoning_accuracy_reward")]
+    functions = load_rewards([*own, "made.py:overlong", "made.py:repetition"], None)
+    chat = [{"role": "user", "content": "1 + 2?"}]
+    prompts, completions = rollouts([THOUGHTS], raw=chat, columns=[{"solution": "$3$"}])
+    longer = [dataclasses.replace(c, token_ids=(7,) * (2 + k)) for k, c in enumerate(completions[0])]
+    for timeout in (0.0, 60.0):
+        result = compute_rewards(functions, prompts, [longer], step=1, timeout=timeout)
+        assert result.by_function == {
+            "think_format_reward": 0.25,
+            "accuracy_reward": 0.5,
+            "reasoning_accuracy_reward": 0.25,
+            "soft_overlong_punishment_reward": (0 - 1 / 2 - 1 - 1) / 4,
+            "repetition_penalty_reward": -(1 / 2 + 2 / 3 + 3 / 4 + 4 / 5) / 4,
+        }
+        assert result.notes.columns["gold_parsed"] == ["[3, '3']"] * 4
+        assert result.notes.columns["reasoning_accuracy_reward/solution"] == ["$3$"] * 4
 
 
 def test_tensors_and_numpy_numbers_are_rewards():
