@@ -82,6 +82,7 @@ class PackedBatch:
     rewards: torch.Tensor  # f32 [G, K]
     valid: torch.Tensor  # bool [G, K]
     lengths: tuple[int, ...]  # the sequences' lengths as Python ints (no device round trip); len s
+    prompt_lengths: tuple[int, ...] = ()  # tokens of each group's prompt, len G; () where groups share none
 
     @property
     def completion_lengths(self) -> torch.Tensor:

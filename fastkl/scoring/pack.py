@@ -46,13 +46,22 @@ def split_groups(group_tokens: Sequence[int], micro_batch_tokens: int) -> list[l
 
 
 def pack(
-    batch: RolloutBatch, groups: Sequence[int], micro_batch_tokens: int, device: torch.device
+    batch: RolloutBatch,
+    groups: Sequence[int],
+    micro_batch_tokens: int,
+    device: torch.device,
+    *,
+    prompts_once: bool = False,
 ) -> list[tuple[list[int], PackedBatch]]:
-    """Packs the named groups of `batch`; returns (group indices, PackedBatch) per micro-batch, tensors on `device`."""
+    """Packs the named groups of `batch`; returns (group indices, PackedBatch) per micro-batch, tensors on `device`.
+
+    prompts_once: micro_batch_tokens counts a group's prompt once, for a layout that computes it once.
+    """
 
     def tokens_of(g: int) -> int:
         prompt = len(batch.prompts[g].token_ids)
-        return sum(prompt + len(c.token_ids) for c, ok in zip(batch.completions[g], batch.valid[g], strict=True) if ok)
+        completions = [len(c.token_ids) for c, ok in zip(batch.completions[g], batch.valid[g], strict=True) if ok]
+        return sum(completions) + prompt * (1 if prompts_once else len(completions))
 
     runs = split_groups([tokens_of(g) for g in groups], micro_batch_tokens)
     members = [[groups[i] for i in run] for run in runs]
@@ -97,6 +106,7 @@ def _pack_groups(batch: RolloutBatch, groups: Sequence[int], device: torch.devic
         rewards=batch.rewards[list(groups)].to(device),
         valid=batch.valid[list(groups)].to(device),
         lengths=tuple(lengths),
+        prompt_lengths=tuple(len(batch.prompts[g].token_ids) for g in groups),
     )
 
 

@@ -40,7 +40,7 @@ class Scored(NamedTuple):
 
 
 class ScoredModel(nn.Module):
-    """model: a causal language model of transformers; layout: "packed" or "padded", as `choose_layout` found it.
+    """model: a causal language model of transformers; layout: what `choose_layout` found for it.
 
     dtype: of the backbone's matrix products, under autocast unless it is float32; head and scores are float32.
     """

@@ -110,7 +110,8 @@ def update(
     normalizer = float(batch.valid[groups].sum())  # of the whole step: micro-batches add up to it
     parts = []
     with policy.scoring(), reference.scoring():
-        for members, micro in pack(batch, groups, limits.micro_batch_tokens, policy.device):
+        once = policy.layout == "shared"
+        for members, micro in pack(batch, groups, limits.micro_batch_tokens, policy.device, prompts_once=once):
             with watch("score"), torch.no_grad():
                 ref_hidden = reference.hidden(micro)
             with watch("update"):

@@ -16,7 +16,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from fastkl.scoring import backbone
+from fastkl.scoring import attention, backbone
+from fastkl.scoring.models import without_dropout
 from fastkl.scoring.pack import pack
 from fastkl.types import Completion, RolloutBatch
 
@@ -45,16 +46,26 @@ def separate_hidden_states(model, batch) -> torch.Tensor:
     return torch.cat(states)
 
 
+def toy_gpt2() -> torch.nn.Module:
+    """float64 throughout, unlike Llama."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=23, n_embd=16, n_layer=2, n_head=2, n_positions=64))
+    return without_dropout(model.double())
+
+
 def equal_lengths_batch():
     completions = tuple(Completion((4, 5, i), (0.0,) * 3, "length", "") for i in range(4))
     return RolloutBatch((prompt(1, 2),), (completions,), torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), 0)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 @pytest.mark.parametrize("make_batch", [toy_batch, lambda model: equal_lengths_batch()], ids=["ragged", "equal"])
-def test_batched_forward_and_gradient_equal_separate_forwards(layout, make_batch):
-    model = toy_model()
-    batch = make_batch(model)
+@pytest.mark.parametrize("make_model", [toy_model, lambda: toy_gpt2()], ids=["llama", "gpt2"])
+def test_batched_forward_and_gradient_equal_separate_forwards(layout, make_batch, make_model):
+    """Llama's norms round to float32, so the sum of a shared prompt's gradients is rounded once, not K times."""
+    model = make_model()
+    batch = make_batch(toy_model())
+    tolerance = 1e-5 if layout == "shared" and make_model is toy_model else 1e-11
     with backbone.scoring(model, layout):
         hidden = backbone.hidden_states(model, only_micro_batch(batch), layout)
     expected = separate_hidden_states(model, batch)
@@ -64,16 +75,17 @@ def test_batched_forward_and_gradient_equal_separate_forwards(layout, make_batch
         torch.autograd.grad((h * weights).sum(), list(model.base_model.parameters())) for h in (hidden, expected)
     ]
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
-def test_gradient_checkpointing_changes_no_gradient_and_generation_still_caches():
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_gradient_checkpointing_changes_no_gradient_and_generation_still_caches(layout):
     model = toy_model()
     micro = only_micro_batch(toy_batch(model))
 
     def gradient() -> torch.Tensor:
-        with backbone.scoring(model, "packed"):
-            loss = backbone.hidden_states(model, micro, "packed").square().sum()
+        with backbone.scoring(model, layout):
+            loss = backbone.hidden_states(model, micro, layout).square().sum()
             return torch.autograd.grad(loss, model.base_model.embed_tokens.weight)[0]
 
     plain = gradient()
@@ -83,24 +95,26 @@ def test_gradient_checkpointing_changes_no_gradient_and_generation_still_caches(
     assert model(input_ids=torch.tensor([[1, 2]]), use_cache=True).past_key_values.get_seq_length() == 2
 
 
-def test_choose_layout_takes_the_packed_row_for_llama_and_leaves_the_models_own_attention_in_place():
+def test_choose_layout_computes_prompts_once_for_llama_and_leaves_the_models_own_attention_in_place():
     model = toy_model()
     layout, reason = backbone.choose_layout(model, only_micro_batch(toy_batch(model)))
-    assert layout == "packed"
+    assert layout == "shared"
     assert "agrees" in reason
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_sliding_windows_are_respected():
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+@pytest.mark.parametrize("window", [2, 3, 7])
+def test_sliding_windows_are_respected(layout, window):
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=3, initializer_range=0.5,
+        num_key_value_heads=2, sliding_window=window, initializer_range=0.5,
     )  # fmt: skip
     model = MistralForCausalLM(config).double().eval()
     batch = toy_batch(toy_model(), max_new_tokens=9)
-    with backbone.scoring(model, "packed"):
-        hidden = backbone.packed_hidden_states(model, only_micro_batch(batch))
+    with backbone.scoring(model, layout):
+        hidden = backbone.hidden_states(model, only_micro_batch(batch), layout)
     torch.testing.assert_close(hidden, separate_hidden_states(model, batch), rtol=0, atol=1e-10)
 
 
@@ -109,7 +123,7 @@ def test_a_layout_that_leaks_between_sequences_is_never_chosen(family):
     """GPT-Neo ignores attention implementations from outside: its packed row would attend across sequences."""
     torch.manual_seed(0)
     if family == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=23, n_embd=16, n_layer=2, n_head=2, n_positions=64))
+        model = toy_gpt2()
     else:
         model = GPTNeoForCausalLM(
             GPTNeoConfig(
@@ -161,8 +175,10 @@ def test_a_window_that_stands_in_the_mask_alone_is_found_by_a_probe_that_is_long
     assert max(short.lengths) < 16
     assert backbone._difference(model, short, "packed") < 1e-5
     assert backbone._difference(model, backbone.long_probe(model, 16), "packed") > 0.05
+    assert backbone._difference(model, backbone.long_probe(model, 16), "shared") > 0.05
     layout, reason = backbone.choose_layout(model, short)
-    assert layout == "padded" and "packed differs from separate forwards" in reason
+    assert layout == "padded"
+    assert all(f"{packed} differs from separate forwards" in reason for packed in ("shared", "packed"))
     assert backbone._difference(model, backbone.long_probe(model, 16), "padded") < 1e-5
 
 
@@ -172,15 +188,16 @@ def test_a_window_longer_than_every_sequence_costs_no_probe():
     seen = []
     model.model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
     layout, reason = backbone.choose_layout(model, short, max_tokens=16)
-    assert layout == "packed" and "window" not in reason
-    assert max(length for rows, length in seen if length != len(short.input_ids)) == max(short.lengths)
+    assert layout == "shared" and "window" not in reason
+    rows = len(short.input_ids), len(backbone.shared_row(short).source)
+    assert max(length for _, length in seen if length not in rows) == max(short.lengths)
 
 
 def test_a_window_that_attention_is_told_of_stays_packed_and_one_too_long_to_be_tried_does_not(monkeypatch):
     model = model_with_span("mistral", sliding_window=16)
     short = only_micro_batch(toy_batch(toy_model()))
     layout, reason = backbone.choose_layout(model, short)
-    assert layout == "packed" and "beyond the window of 16 tokens" in reason
+    assert layout == "shared" and "beyond the window of 16 tokens" in reason
     monkeypatch.setattr(backbone, "LONGEST_PROBE", 16)
     layout, reason = backbone.choose_layout(model, short)
     assert layout == "padded" and "cannot be tried beyond the window of 16 tokens" in reason
@@ -210,24 +227,48 @@ def test_the_packed_row_without_its_attention_would_leak():
     assert (leaking - separate_hidden_states(model, batch)).abs().max() > 0.1
 
 
+def test_a_prompt_is_computed_once_and_the_last_token_of_a_sequence_not_at_all():
+    model = toy_model()
+    batch = toy_batch(model)
+    micro, seen = only_micro_batch(batch), []
+    model.model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    with backbone.scoring(model, "shared"):
+        backbone.hidden_states(model, micro, "shared")
+    needed = sum(
+        len(p.token_ids) + sum(len(c.token_ids) - 1 for c, ok in zip(group, valid, strict=True) if ok)
+        for p, group, valid in zip(batch.prompts, batch.completions, batch.valid.tolist(), strict=True)
+    )
+    assert seen == [(1, needed)] and needed < len(micro.input_ids)
+
+
+def test_a_completion_that_sees_its_neighbours_would_be_noticed(monkeypatch):
+    """The control: without the mask, a completion's tokens see those behind them."""
+    model = toy_model()
+    micro = only_micro_batch(toy_batch(model))
+    monkeypatch.setattr(attention, "seen_by", lambda before, width, *_: torch.ones(width, before + width).bool())
+    layout, reason = backbone.choose_layout(model, micro)
+    assert layout == "packed" and "shared differs from separate forwards by" in reason
+
+
 def test_half_precision_attention_is_checked_by_itself(monkeypatch):
     """It may be another kernel than that of float32."""
     model = toy_model(dtype=torch.float32)
     micro = only_micro_batch(toy_batch(model))
-    right = backbone._padded_attention
+    right = attention.packed_attention
 
-    def wrong_in_half_precision(query, key, value, *rest):
-        out = right(query, key, value, *rest)
-        return out.roll(1, 0) if value.dtype == torch.bfloat16 else out
+    def wrong_in_half_precision(module, query, key, value, *rest, **options):
+        out, _ = right(module, query, key, value, *rest, **options)
+        return out.roll(1, 1) if value.dtype == torch.bfloat16 else out, None
 
-    assert backbone.choose_layout(model, micro, torch.bfloat16)[0] == "packed"
-    monkeypatch.setattr(backbone, "_padded_attention", wrong_in_half_precision)
-    assert backbone.choose_layout(model, micro)[0] == "packed"
+    assert backbone.choose_layout(model, micro, torch.bfloat16)[0] == "shared"
+    monkeypatch.setattr(attention, "packed_attention", wrong_in_half_precision)
+    assert backbone.choose_layout(model, micro)[0] == "shared"
     layout, reason = backbone.choose_layout(model, micro, torch.bfloat16)
     assert layout == "padded" and "packed differs from separate forwards by" in reason
 
 
-def test_attention_on_a_cpu_is_computed_in_float32_under_autocast(monkeypatch):
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_attention_on_a_cpu_is_computed_in_float32_under_autocast(monkeypatch, layout):
     """The bfloat16 backward of PyTorch's CPU kernel takes three times as long."""
     seen = set()
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -240,6 +281,6 @@ def test_attention_on_a_cpu_is_computed_in_float32_under_autocast(monkeypatch):
     model = toy_model(dtype=torch.float32)
     micro = only_micro_batch(toy_batch(model))
     seen.clear()
-    with backbone.scoring(model, "packed"), torch.autocast("cpu", torch.bfloat16):
-        backbone.hidden_states(model, micro, "packed")
+    with backbone.scoring(model, layout), torch.autocast("cpu", torch.bfloat16):
+        backbone.hidden_states(model, micro, layout)
     assert seen == {(torch.float32, False)}

@@ -61,6 +61,17 @@ def test_micro_batches_hold_the_same_tokens_as_the_one_big_batch():
     assert torch.equal(torch.cat([micro.input_ids for _, micro in parts]), whole.input_ids)
 
 
+def test_a_prompt_that_is_computed_once_is_counted_once():
+    batch = toy_batch(toy_model())
+    sizes = [
+        sum(len(c.token_ids) for c, ok in zip(group, valid, strict=True) if ok) + len(p.token_ids)
+        for p, group, valid in zip(batch.prompts, batch.completions, batch.valid.tolist(), strict=True)
+    ]
+    assert [g for g, _ in pack(batch, [0, 1, 2], sum(sizes), CPU, prompts_once=True)] == [[0, 1, 2]]
+    assert len(pack(batch, [0, 1, 2], sum(sizes), CPU)) > 1
+    assert [g for g, _ in pack(batch, [0, 1, 2], sum(sizes) - 1, CPU, prompts_once=True)] == [[0, 1], [2]]
+
+
 def test_a_group_without_enough_valid_samples_is_not_scorable():
     valid = torch.tensor([[True, True], [True, False], [False, False]])
     assert scorable_groups(valid, 2) == [0]
