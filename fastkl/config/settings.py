@@ -30,7 +30,9 @@ class TrainConfig(SamplingSettings):
     """One prompt as text, or a file (.jsonl, .json, .parquet, .csv), data set folder or hub id with a `prompt` column
     (texts or chat messages); "text:" or "hub:" in front says which is meant."""
     reward: tuple[str, ...] = ("alliteration",)
-    """Reward functions: a built-in name, package.module:function, or file.py:function."""
+    """Reward functions: a built-in name (alliteration, starts_with_a), one with its options (regex?pattern=TEXT,
+    length?target=N, soft_overlong?max_tokens=N&cache=N, math_verify?answer=COLUMN), package.module:function, or
+    file.py:function."""
     reward_weights: tuple[float, ...] = ()
     """One weight per reward function; none weighs each 1."""
     reward_timeout: Annotated[float, AT_LEAST_0] = 600.0

@@ -17,7 +17,7 @@ import inspect
 import math
 import traceback
 from collections import defaultdict
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -180,6 +180,12 @@ def _call(reward: RewardFunction, arguments: dict[str, Any], step: int) -> Any:
         torch.set_grad_enabled(grad_enabled)
         torch.set_default_dtype(dtype)
     return _guarded(result, reward, arguments["completions"], step) if inspect.isawaitable(result) else result
+
+
+def check_columns(rewards: Iterable[RewardFunction], columns: Iterable[str]) -> None:
+    """UserError for a function that needs more than the standard arguments and the prompts' columns."""
+    for reward in rewards:
+        _accepted(reward, dict.fromkeys((*columns, *STANDARD_ARGUMENTS)))
 
 
 def _accepted(reward: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Reward functions by name: the built-in ones and the user's own, each under the name that metrics use."""
+"""Reward functions by name: the built-in ones, those made from options, and the user's own, each under the name that
+metrics use."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 from fastkl.plugins import find_function
 from fastkl.rewards.built_in import BUILT_IN
+from fastkl.rewards.with_options import MAKERS, make
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,20 @@ def load_rewards(
     taken = list(taken)
     loaded = []
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
-        function = BUILT_IN[name] if name in BUILT_IN else find_function("reward", name, BUILT_IN)
+        function = find_reward(name)
         label = getattr(function, "__name__", type(function).__name__)
         taken.append(label)
         count = taken.count(label)
         loaded.append(RewardFunction(f"{label}-{count}" if count > 1 else label, function, float(weight)))
     return tuple(loaded)
+
+
+def find_reward(name: str) -> Callable[..., Any]:
+    """The function that one of `--reward`'s names means. UserError where there is none."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if name.partition("?")[0] in MAKERS:
+        return make(name)
+    if "?" in name and ":" not in name:
+        name = name.partition("?")[0]
+    return find_function("reward", name, [*BUILT_IN, *MAKERS])

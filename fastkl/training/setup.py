@@ -26,6 +26,7 @@ from fastkl.objective.rloo import Objective
 from fastkl.report.loggers import RunLog, check_report_to
 from fastkl.report.metrics import taken_reward_names
 from fastkl.report.terminal import View
+from fastkl.rewards.call import check_columns
 from fastkl.rewards.load import RewardFunction, load_rewards
 from fastkl.rollout.agreement import AGREEMENT_NATS
 from fastkl.rollout.generator import GENERATORS, Generator, choose_generator
@@ -79,6 +80,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     source = models.resolve_model(config.model)
     model_config, tokenizer = models.load_config(source), models.load_tokenizer(source)
     prompts = load_prompts(config.prompts, tokenizer, max_prompt_tokens=room_for_prompt(config, model_config))
+    check_columns(rewards, dict.fromkeys(name for prompt in prompts for name in prompt.columns))
     sampling = Sampling.of(config, models.stop_token_ids(model_config, source, tokenizer))
     check_vocabulary(models.vocabulary(model_config), prompts, sampling)
     generator, reason = choose_generator(config.generator, model_config, device)
