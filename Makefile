@@ -32,7 +32,7 @@ help:
 	@sed -n 's/^# \(make .*\)/  \1/p' Makefile
 
 train: setup
-	@exec "$(BIN)/fastkl" train $(ARGS)
+	@FASTKL_STARTED_BY=make exec "$(BIN)/fastkl" train $(ARGS)
 
 test: lint
 	@"$(BIN)/python" -m pytest $(ARGS)

@@ -135,24 +135,32 @@ def merged(given: dict[str, Any], config: Path | None) -> TrainConfig:
 
 
 @command(
-    "--kl-coef X ... [OPTION ...]",
-    "fastkl sweep --kl-coef 0 0.1 0.3 --output runs/sweep",
+    "--vary NAME VALUE ... [OPTION ...]",
+    "fastkl sweep --vary kl_coef 0 0.2 --vary seed 0 1 2 --output runs/sweep",
     options=[name for name in settings() if name != "kl_coef"],
     defaults=SWEEP,
 )
 def sweep(
-    *, kl_coef: Annotated[tuple[str, ...], about("X ...", "Values of beta.")], config: ConfigFile = None, **given: Any
+    *,
+    vary: Annotated[tuple[str, ...], about("NAME VALUE ...", "A setting and its values; may be repeated.")] = (),
+    kl_coef: Annotated[tuple[str, ...], about("X ...", "Short for --vary kl_coef X ...")] = (),
+    config: ConfigFile = None,
+    **given: Any,
 ) -> int:
-    """Train once for each of several KL coefficients, and compare.
+    """Train once for each combination of some settings' values, and compare.
 
-    Each run has its folder, OUTPUT/kl_coef-VALUE, and OUTPUT/report.html compares
-    them. Options are those of `fastkl train`. A sweep that was stopped goes on
-    with the same command and --resume.
+    Each run has its folder, OUTPUT/NAME-VALUE, and OUTPUT/report.html compares
+    them; of runs that differ in the seed alone it shows mean and spread. Items of
+    a list are joined by commas: --vary reward alliteration alliteration,judges:tone
+    Options are those of `fastkl train`. A sweep that was stopped goes on with the
+    same command and --resume.
     """
-    from fastkl.training.sweep import sweep
+    from fastkl.training.sweep import EXAMPLE, parse_varied, sweep
 
-    run = with_settings(load_config(config, SWEEP) if config else SWEEP, given)
-    return sweep(run, [settings()["kl_coef"].converted(value) for value in kl_coef])
+    varied = parse_varied([*vary, *(["kl_coef", *kl_coef] if kl_coef else [])])
+    if not varied:
+        raise UserError(f"sweep: name what to vary. Example: {EXAMPLE}")
+    return sweep(with_settings(load_config(config, SWEEP) if config else SWEEP, given), varied)
 
 
 @command(
@@ -223,6 +231,28 @@ def doctor(
     diagnosis = diagnose(path)
     print(printable(diagnosis.text()))
     return diagnosis.exit_code
+
+
+@command("RUN --output DIR [OPTION ...]", "fastkl export runs/alliteration --output models/alliterating")
+def export(
+    run: Annotated[Path, about(None, "Run folder.", name="RUN")],
+    /,
+    *,
+    output: Annotated[Path, about("DIR", "The new folder.")],
+    step: Annotated[str, about("N|best", "Which checkpoint. [the newest]")] = "",
+    push_to_hub: Annotated[str, about("ID", "Upload it to the hub, too; a new repository is private.")] = "",
+) -> int:
+    """Write a run's model as a folder of its own.
+
+    It holds what from_pretrained loads (model, tokenizer, a model card), and
+    nothing of the trainer's state.
+    """
+    from fastkl.training.export import export, push
+
+    print(export(run.expanduser(), output.expanduser(), step))
+    if push_to_hub:
+        print(push(output.expanduser(), push_to_hub))
+    return 0
 
 
 @command("[OPTION ...]", "fastkl bench --budget 60")

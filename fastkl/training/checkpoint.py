@@ -93,8 +93,7 @@ def save_checkpoint(
         manifest["checksum"] = _checksum(manifest)
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _as_umask_asks(_files_in(scratch))
-        for path in (*_files_in(scratch), *(p for p in scratch.rglob("*") if p.is_dir()), scratch):
-            _flush(path)
+        flush_folder(scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -132,6 +131,20 @@ def newest_checkpoint(root: Path) -> Checkpoint:
         skipped = [str(complaint).partition("; ")[0].removeprefix("resume: ") for complaint in complaints]
         return replace(found, note="; ".join(skipped))
     raise complaints[0]
+
+
+def find_checkpoint(run: Path, step: str = "") -> Checkpoint:
+    """The run's checkpoint of `step`: a number, "best", or empty for the newest that is whole. UserError otherwise."""
+    root = run / "checkpoints"
+    there = [folder.name.removeprefix("step-") for folder in list_checkpoints(root)]
+    there += ["best"] if (root / "best").is_dir() else []
+    if not there:
+        raise UserError(f"{str(run)!r} holds no checkpoint; name the --output folder of a training run.")
+    if not step:
+        return newest_checkpoint(root)
+    if step not in there:
+        raise UserError(f"step: {str(run)!r} has no checkpoint {step!r}; it has {', '.join(there)}.")
+    return open_checkpoint(root / ("best" if step == "best" else f"step-{step}"))
 
 
 def set_aside_newer(checkpoint: Checkpoint) -> None:
@@ -287,6 +300,12 @@ def _fingerprint(path: Path) -> list[Any]:
     """[bytes, hash] of a file."""
     with open(path, "rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "blake2b").hexdigest()[:32]]
+
+
+def flush_folder(folder: Path) -> None:
+    """Asks the system to write everything in a folder to the disk before going on."""
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
 
 
 def _flush(path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
@@ -13,10 +14,23 @@ from typing import TextIO
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
 
+STARTED_BY = "FASTKL_STARTED_BY"
+"""The environment variable that the Makefile sets."""
+
 MAY_CHANGE_ON_RESUME = (
     *("output", "resume", "steps", "save_every", "keep_checkpoints", "sample_every", "report_to", "device"),
     *("micro_batch_tokens", "gradient_checkpointing", "gpu_memory_utilization"),
 )
+
+
+def command_with(options: str) -> str:
+    """The command to type, for someone who may have started this through make."""
+    return f'make train ARGS="{options}"' if os.environ.get(STARTED_BY) == "make" else f"fastkl train {options}"
+
+
+def way_on(output: str | Path) -> str:
+    """What to type to go on with the run in `output`."""
+    return command_with(f"--output {shlex.quote(str(output))} --resume")
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -39,8 +53,8 @@ def check_run_folder(config: TrainConfig) -> None:
     if not config.resume:
         if holds_run(folder):
             raise UserError(
-                f"output: {str(folder)!r} holds another run; continue it with --resume, or choose another name, for "
-                f"example --output {unused_name(folder)}."
+                f"output: {str(folder)!r} holds another run; continue it with `{way_on(config.output)}`, or choose "
+                f"another name, for example `{command_with(f'--output {shlex.quote(str(unused_name(folder)))}')}`."
             )
         return
     if not holds_run(folder) and not (folder / "config.yaml").is_file():

@@ -55,7 +55,7 @@ def model_folder(tmp_path_factory) -> Path:
 # ------------------------------------------------------------------------------------------------ help and exit codes
 
 
-COMMANDS = ("train", "sweep", "score", "report", "doctor", "bench", "storyteller")
+COMMANDS = ("train", "sweep", "score", "report", "doctor", "export", "bench", "storyteller")
 
 
 @pytest.mark.parametrize("arguments", ["[]", "['train', '--help']", "['train', '--kl-coef', '-1']"])
@@ -250,7 +250,16 @@ def test_a_run_folder_that_was_moved_is_resumed_where_it_is(trained, tmp_path, m
         ("train --model ./nowhere", ["model: there is no model folder './nowhere'"]),
         ("train --model used", ["model: the folder 'used'", "no config.json"]),
         ("train --report-to tensorbord", ["report_to: unknown 'tensorbord'", "Did you mean 'tensorboard'"]),
-        ("sweep", ["--kl-coef needs a value"]),
+        ("sweep", ["name what to vary", "--vary lr 1e-6"]),
+        ("sweep --vary", ["name what to vary"]),
+        ("sweep --vary 1e-6 lr", ["there is no setting '1e-6'"]),
+        ("sweep --vary sead 0 1", ["there is no setting 'sead'", "Did you mean 'seed'"]),
+        ("sweep --vary seed 0 --vary seed 1", ["seed is given twice"]),
+        ("sweep --vary seed 0 --vary lr", ["lr has no values"]),
+        ("sweep --vary output a b", ["output cannot be varied"]),
+        ("sweep --vary seed 0.5", ["seed: '0.5' is not a whole number"]),
+        ("sweep --vary gradient_checkpointing maybe", ["gradient_checkpointing: 'maybe' is not true or false"]),
+        ("sweep --vary kl_estimator k1 k3", ["kl_estimator: k3 in the reward is refused"]),
         ("sweep --kl-coef 0 x", ["kl_coef: 'x' is not a number"]),
         ("sweep --kl-coef 0 -1", ["kl_coef: -1.0 is out of range"]),
         ("sweep --kl-coef 0 1 0.0", ["0 1 0 names a value twice"]),
@@ -272,6 +281,17 @@ def test_bad_input_is_refused_on_one_line(capsys, tmp_path, monkeypatch, argumen
     message = refused(capsys, *arguments.split())
     assert all(word in message for word in words), message
     assert sorted(path for path in Path().rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_a_run_started_through_make_is_told_what_to_type_there(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTKL_STARTED_BY", "make")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "metrics.jsonl").write_text('{"step": 1}\n')
+    message = refused(capsys, "train", "--output", str(tmp_path / "used"))
+    assert f'continue it with `make train ARGS="--output {tmp_path / "used"} --resume"`' in message
+    assert f'make train ARGS="--output {tmp_path / "used-2"}"' in message
+    makefile = (Path(fastkl.__file__).parents[1] / "Makefile").read_text()
+    assert 'FASTKL_STARTED_BY=make exec "$(BIN)/fastkl" train $(ARGS)' in makefile
 
 
 def test_names_of_other_trainers_are_answered_with_options_that_exist_and_are_no_options_themselves():
@@ -373,9 +393,25 @@ def test_sweep_runs_every_value_and_compares(stand_in, capsys):
     assert output.splitlines()[-1] == f"sweep: {(stand_in / 's' / 'report.html', list(map(str, folders)))}"
 
 
+def test_sweep_runs_the_product_of_any_settings_in_folders_of_their_own(stand_in, capsys):
+    words = ["--vary", "kl-coef", "0", "1", "--vary", "reward", "alliteration", "alliteration,starts_with_a"]
+    words += ["--vary", "gradient_checkpointing", "true", "--seed", "7", "--steps", "3"]
+    code, output, _ = run(capsys, "sweep", *words, "--output", str(stand_in / "s"))
+    assert code == 0
+    found = [load_config(path) for path in sorted((stand_in / "s").glob("*/config.yaml"))]
+    both = ("alliteration", "starts_with_a")
+    assert {(c.kl_coef, c.reward) for c in found} == {(k, r) for k in (0.0, 1.0) for r in (both[:1], both)}
+    assert len(found) == 4 and all((c.seed, c.steps, c.gradient_checkpointing) == (7, 3, True) for c in found)
+    assert [Path(c.output).name for c in found][:2] == [
+        "kl_coef-0-reward-alliteration,starts_with_a-gradient_checkpointing-true",
+        "kl_coef-0-reward-alliteration-gradient_checkpointing-true",
+    ]
+    assert "run 4 of 4, --kl-coef 1 --reward alliteration,starts_with_a --gradient-checkpointing true ->" in output
+
+
 def test_sweep_stops_at_a_failed_run_and_resumes_there(stand_in, capsys):
     config = TrainConfig(output=str(stand_in / "s"), steps=7)
-    assert sweep.sweep(config, [1.0, 2.0, 4.0]) == 1
+    assert sweep.sweep(config, {"kl_coef": [1.0, 2.0, 4.0]}) == 1
     assert "stopped at run 2 of 3, --kl-coef 2. Go on with the same command and --resume." in capsys.readouterr().err
     (stand_in / "child.py").write_text(CHILD.replace("== 2", "== 99"))
     same_command = f"sweep --kl-coef 1 2 4 --steps 7 --resume --output {stand_in / 's'}"
@@ -399,7 +435,7 @@ def test_sweep_hands_a_signal_on_and_stops(stand_in, capsys):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=terminate_once_it_runs, daemon=True).start()
-    assert sweep.sweep(TrainConfig(output=str(stand_in / "s"), steps=7), [3.0, 1.0]) == 130
+    assert sweep.sweep(TrainConfig(output=str(stand_in / "s"), steps=7), {"kl_coef": [3.0, 1.0]}) == 130
     assert [call[0] for call in calls(stand_in / "s")] == [3.0]
     assert (stand_in / "s" / "kl_coef-3" / "checkpoints" / "step-7").is_dir()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
