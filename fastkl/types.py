@@ -57,10 +57,11 @@ class RolloutBatch:
 
 @dataclass(frozen=True, slots=True)
 class RewardNotes:
-    """What the reward functions left in a step beside their rewards."""
+    """What the reward functions left in a step beside their sum."""
 
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of log_extra, each [B * K]
     seconds: Mapping[str, float] = field(default_factory=dict)  # wall time by function
+    values: Mapping[str, Sequence[float | None]] = field(default_factory=dict)  # each function's rewards [B * K]
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,7 @@ def terminal(run: Path) -> None:
     for row in metrics:
         view.step(row)
     last = [sample for sample in samples if sample["step"] == metrics[-1]["step"]]
-    best = max(last, key=lambda sample: sample["reward"] or 0.0)
-    view.sample(best["prompt"], best["completion"], best["reward"])
+    view.samples(last)
     console.print(view._render())
     svg = console.export_svg(title="fastkl train")
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # the reader's own fonts: a picture asks no network

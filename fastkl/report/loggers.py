@@ -21,12 +21,13 @@ from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self
 
 from fastkl.errors import UserError, printable
+from fastkl.report.conversation import prompt_text
 from fastkl.report.metrics import markdown as metrics_page
 
 MAX_WAITING_LINES = 20_000  # lines kept in memory while the disk refuses them; the oldest go first
 
 
-TEXT_SAMPLES = 4  # completions per step sent to TensorBoard, W&B and trackio; samples.jsonl has them all
+TEXT_SAMPLES = 8  # completions per step sent to TensorBoard, W&B and trackio; samples.jsonl has them all
 
 
 Metrics = dict[str, float | int]
@@ -82,7 +83,7 @@ class RunLog:
         for name in list(self._trackers):
             if name == "tensorboard" and self._reported & {"metrics.jsonl", "samples.jsonl"}:
                 continue  # it would fail on the same full disk, in its own thread and with a traceback
-            if not self._attempt(name, self._trackers[name].log, metrics, samples[:TEXT_SAMPLES]):
+            if not self._attempt(name, self._trackers[name].log, metrics, spread(samples, TEXT_SAMPLES)):
                 del self._trackers[name]  # its connection or file is broken; the JSON files go on
 
     def flush(self) -> None:
@@ -154,16 +155,22 @@ class _JsonLines:
             os.fsync(file.fileno())
 
 
-def to_json(row: dict[str, Any]) -> str:
-    """One line of strict JSON: numbers that are not finite become null, characters stay readable."""
-    plain = {key: _plain_number(value) for key, value in row.items()}
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False).encode(errors="replace").decode()
+def to_json(row: Any) -> str:
+    """One line of strict JSON: numbers that are not finite become null, what JSON does not know (a date, an image in a
+    data set's column) its text; characters stay readable."""
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False).encode(errors="replace").decode()
 
 
-def _plain_number(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # a tensor's or an array's single number
         value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)
 
 
 def drop_later_steps(path: Path, last_step: int) -> None:
@@ -211,7 +218,7 @@ class _TensorBoard:
             if key != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(key, value, step)
         if samples:
-            self._writer.add_text("samples", _markdown_table(_TEXT_COLUMNS, _text_rows(samples)), step)
+            self._writer.add_text("samples", _markdown_table(*_text_table(samples)), step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -227,7 +234,8 @@ class _RunTracker:
     def log(self, metrics: Metrics, samples: Sequence[Sample]) -> None:
         data: dict[str, Any] = {key: value for key, value in metrics.items() if key != "step"}
         if samples:
-            data["samples"] = self._module.Table(columns=list(_TEXT_COLUMNS), data=_text_rows(samples))
+            columns, rows = _text_table(samples)
+            data["samples"] = self._module.Table(columns=columns, data=rows)
         self._run.log(data, step=metrics["step"])
 
     def close(self) -> None:
@@ -263,9 +271,6 @@ TRACKERS: dict[str, tuple[str, Callable[..., Tracker]]] = {
 }
 
 
-_TEXT_COLUMNS = ("prompt", "completion", "reward", "kl")
-
-
 def _import_tracker(name: str) -> ModuleType:
     try:
         return importlib.import_module(TRACKERS[name][0])
@@ -282,8 +287,35 @@ def _start_tracker(name: str, folder: Path, config: dict[str, Any], resume_step:
         raise UserError(f"report_to: {name} did not start ({error}); mend that or leave it out.") from error
 
 
-def _text_rows(samples: Sequence[Sample]) -> list[list[Any]]:
-    return [[sample.get(column) for column in _TEXT_COLUMNS] for sample in samples]
+def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """At most `most` of a step's samples, evenly spaced: with several prompts, of several prompts."""
+    return [samples[i * len(samples) // most] for i in range(most)] if len(samples) > most else list(samples)
+
+
+def _text_table(samples: Sequence[Sample]) -> tuple[list[str], list[list[Any]]]:
+    """Column names and rows: prompt (chat messages as roles), completion, the data set's columns, the reward, that of
+    each function where there are several, the KL."""
+    data = list(dict.fromkeys(name for sample in samples for name in sample.get("columns", {})))
+    functions = list(dict.fromkeys(name for sample in samples for name in sample.get("rewards", {})))
+    functions = functions if len(functions) > 1 else []
+    names = ["prompt", "completion", *data, "reward", *(f"reward/{name}" for name in functions), "kl"]
+    return names, [
+        [
+            prompt_text(sample),
+            sample.get("completion"),
+            *(_cell(sample.get("columns", {}).get(name)) for name in data),
+            sample.get("reward"),
+            *(sample.get("rewards", {}).get(name) for name in functions),
+            sample.get("kl"),
+        ]
+        for sample in samples
+    ]
+
+
+def _cell(value: Any) -> Any:
+    """A data set's value as a cell of a table: a number or a text."""
+    value = _plain(value)
+    return to_json(value) if isinstance(value, dict | list) else value
 
 
 def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -35,7 +35,8 @@ class Metric:
     write: Callable[[float], str] = number
     panel: bool = False  # a row of the terminal's panel, a column of the page's table, a chart of a comparison
     card: bool = False  # a card on top of the page, a column of a comparison
-    plain: str = ""  # its part of the terminal's plain lines, made of {text} (as `write` writes it) or {value}
+    plain: str = ""  # its part of the terminal's plain lines, of {text} (as `write` writes it), {value} or {label}
+    brief: str = ""  # its part of the panel's lines of small numbers, made of the same
     chart: str = ""  # heading of the chart on a run's page; metrics with the same heading share it
     from_zero: bool = False  # its axis reaches 0
     band: str = ""  # key of the standard deviation that is drawn around it
@@ -92,7 +93,6 @@ CAPTIONS = {  # of charts that several metrics share
     "Reward": "Mean per completion; the band is one standard deviation.",
     "KL from the original": "Summed over a completion: estimated from the samples (k1), and exact.",
     "Cross entropies": "Of the completions, under both models; the area between is the KL per token.",
-    "Diversity and grammar": "Different word pairs among all; well-formed sentences among all.",
     "Where the time goes": "Each stage's share of the time.",
 }
 
@@ -112,7 +112,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward/NAME", "Reward function NAME", "Each function's own mean, before weights.", "mean per completion",
            "mean over the completions that the function applies to; also what it gives to log_metric",
            lambda s: s.report.reward_by_function,
-           chart="Reward functions"),
+           chart="Reward functions", plain="  {label} {text}", brief="{label} {text}"),
     Metric("kl/mean", "KL from the original", "Summed over a completion.", "nats per completion",
            "mean_i sum_t (log pi(y_it) - log q(y_it))", lambda s: s.mean["logprob"] - s.mean["ref_logprob"],
            label="KL", panel=True, card=True, plain="  kl {text}", chart="KL from the original", from_zero=True,
@@ -153,20 +153,20 @@ METRICS: tuple[Metric, ...] = (
            "distinct pairs of adjacent words / all pairs, over the step's completions (Li et al. 2016)",
            lambda s: s.distinct_2,
            label="distinct-2", write=percent, panel=True, card=True, plain="  distinct-2 {text}",
-           chart="Diversity and grammar", change=True),
+           chart="Diversity", change=True),
     Metric("grammar/well_formed", "Well formed", "Share of all sentences.", "of sentences",
            "sentences of the storyteller's grammar / all sentences; models that speak its language only",
            lambda s: s.well_formed,
            label="well formed", write=percent, panel=True, card=True, plain="  well-formed {text}",
-           chart="Diversity and grammar"),
+           chart="Grammar"),
     Metric("completion/mean_length", "Length", "Mean length of a completion.", "tokens",
            "mean_i T_i over all completions", lambda s: float(s.lengths.mean()),
-           label="length", chart="Length", from_zero=True),
+           label="length", plain="  length {text}", brief="length {text}", chart="Length", from_zero=True),
     Metric("completion/truncated_share", "Cut completions", "Completions cut at max_new_tokens among all.",
            "of completions",
            "completions without an end-of-sequence token / all completions",
            lambda s: sum(c.finish_reason == "length" for c in s.completions) / len(s.completions),
-           write=percent),
+           label="cut", write=percent, plain="  cut {text}", brief="cut {text}", chart="Cut at the length limit"),
     Metric("groups/skipped", "Prompts left out", "Prompts with too few scorable samples for an advantage.", "prompts",
            "number of prompts without a scored sample", lambda s: int((~s.scored.any(dim=1)).sum())),
     Metric("groups/no_signal", "Prompts without a signal", "Prompts whose samples all have the same reward.", "prompts",
@@ -179,8 +179,10 @@ METRICS: tuple[Metric, ...] = (
            "-(1 / normalizer) sum_i A_i sum_t log pi(y_it), plus the KL where it is in the loss",
            lambda s: s.total.loss),
     Metric("grad_norm", "Gradient norm", "Before it is clipped.", "",
-           "norm of the gradient of all parameters", lambda s: s.report.outcome.grad_norm),
-    Metric("lr", "Learning rate", "By --warmup-steps and --lr-decay.", "", "the optimizer's", lambda s: s.lr),
+           "norm of the gradient of all parameters", lambda s: s.report.outcome.grad_norm,
+           plain="  gradient {text}", brief="gradient {text}"),
+    Metric("lr", "Learning rate", "By --warmup-steps and --lr-decay.", "", "the optimizer's", lambda s: s.lr,
+           plain="  lr {text}", brief="lr {text}"),
     Metric("tokens/generated", "Tokens generated", "Tokens of all completions so far.", "tokens",
            "sum of T_i since the run began", lambda s: s.tokens_generated),
     Metric("throughput/tokens_per_second", "Speed", "Completion tokens over the whole step's time.",
@@ -197,6 +199,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("time/step_s", "Step time", "All stages of the step.", "seconds",
            "sum of the stages' times", lambda s: s.step_seconds,
            label="step", plain="  {value:.1f} s"),
+    Metric("memory/peak_rss_gb", "Memory", "Largest resident size so far, of the run's processes added up.", "GB",
+           "sum over this process and its children of VmHWM / 10^9",
+           lambda s: in_gigabytes(s.peak_rss_bytes), label="memory", brief="memory {text} GB"),
+    Metric("memory/peak_gpu_gb", "GPU memory", "Largest sum of the trainer's tensors on the GPU so far.", "GB",
+           "torch.cuda.max_memory_allocated() / 10^9, where there is a GPU; without an engine of its own process",
+           lambda s: in_gigabytes(s.peak_gpu_bytes), label="GPU memory", brief="GPU {text} GB"),
     Metric("mismatch/mean_abs_logprob", "Generator against trainer",
            "Mean gap between their log-probs of the same tokens.", "nats per token",
            "(1 / N) sum_it abs(log e(y_it) - log pi(y_it))", lambda s: s.total.mean_gap,
@@ -212,6 +220,25 @@ METRICS: tuple[Metric, ...] = (
     Metric("policy_version", "Policy version", "Version of the weights that sampled the completions.", "",
            "step - 1", lambda s: s.report.batch.policy_version),
 )  # fmt: skip
+
+
+def written(form: Literal["plain", "brief"], step: Mapping[str, Value]) -> list[str]:
+    """The parts of a step's plain line, or of the panel's lines of small numbers, for what the step has. A family of
+    one is left out: with a single reward function, it repeats the reward."""
+    parts = []
+    for metric in METRICS:
+        labels = metric.labels(step)
+        if not (pattern := getattr(metric, form)) or (metric.is_family and len(labels) < 2):
+            continue
+        for key, label in labels.items():
+            if (value := step.get(key)) is not None:
+                parts.append(pattern.format(text=metric.write(value), value=value, label=label))
+    return parts
+
+
+def in_gigabytes(size_bytes: int | None) -> float | None:
+    """10^9 bytes; None stays None."""
+    return None if size_bytes is None else size_bytes / 1e9
 
 
 def metrics_of(step: FinishedStep) -> dict[str, float | int]:
@@ -254,7 +281,7 @@ the report page show some of them. This page is made from the table in `fastkl/r
 Notation: sample i of the step has the completion y_i1 ... y_iT_i; r_i is its reward, beta the KL coefficient. pi is the
 policy, q the reference, e the generator's record; log pi(y) and log q(y) are those on the ids that could be sampled.
 Means run over the scored samples and N is the number of their tokens. Logarithms are natural. A value that is not
-finite is written as null. Two runs with equal settings may differ in `time/` and `throughput/` only.
+finite is written as null. Two runs with equal settings may differ in `time/`, `throughput/` and `memory/` only.
 """
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from fastkl.types import SAMPLE_SUMS, Breakdown, Completion, RewardNotes, RolloutBatch, StepOutcome
+from fastkl.types import SAMPLE_SUMS, Breakdown, Completion, Prompt, RewardNotes, RolloutBatch, StepOutcome
+
+COLUMN_CHARACTERS = 2000  # of a data set's column in samples.jsonl, which repeats it for every completion
 
 
 def distinct_2(texts: Sequence[str]) -> float:
@@ -36,6 +38,20 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | None) else str(value)
 
 
+def about_prompt(prompt: Prompt) -> dict[str, Any]:
+    """What samples.jsonl says of a prompt: its row in the prompt file, its text, its messages where it is a chat, and
+    the data set's other columns, such as the expected answer."""
+    chat = {} if isinstance(prompt.raw, str) else {"messages": prompt.raw}
+    columns = {name: bounded(value) for name, value in prompt.columns.items()}
+    return {"row": prompt.row, "prompt": prompt.text, **chat, **({"columns": columns} if columns else {})}
+
+
+def bounded(value: Any) -> Any:
+    """The value; the beginning of its text where that is longer than COLUMN_CHARACTERS."""
+    text = value if isinstance(value, str) else str(value)
+    return value if len(text) <= COLUMN_CHARACTERS else f"{text[:COLUMN_CHARACTERS]}…"
+
+
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """What one step did."""
@@ -55,12 +71,14 @@ class StepReport:
                 valid = bool(self.batch.valid[b, k])
                 row = dict(zip(SAMPLE_SUMS, self.outcome.total.sums[b, k].tolist(), strict=True))
                 num_tokens = len(completion.token_ids)
+                place = b * len(group) + k
                 records.append(
                     {
                         "step": self.step,
-                        "prompt": prompt.text,
+                        **about_prompt(prompt),
                         "completion": completion.text,
                         "reward": float(self.batch.rewards[b, k]) if valid else None,
+                        "rewards": {name: values[place] for name, values in self.reward_notes.values.items()},
                         "penalized_reward": row["reward_penalized"],
                         "kl": row["logprob"] - row["ref_logprob"],
                         "lm_cross_entropy": -row["logprob"] / max(1, num_tokens),
@@ -68,7 +86,7 @@ class StepReport:
                         "num_tokens": num_tokens,
                         "finish_reason": completion.finish_reason,
                     }
-                    | self.extra(b * len(group) + k)
+                    | self.extra(place)
                 )
         return records
 
@@ -89,6 +107,8 @@ class FinishedStep:
     skipped_steps: int = 0  # so far, as are the tokens
     tokens_generated: int = 0
     kl_alarm: bool = False
+    peak_rss_bytes: int | None = None  # so far; None where it was not measured
+    peak_gpu_bytes: int | None = None
 
     @property
     def total(self) -> Breakdown:

@@ -1,7 +1,8 @@
 """What a person sees while a run trains: a live panel on a terminal, one compact line per step anywhere else.
 
 In: the metrics dict of each step, a sample completion now and then, notes. Out: text on standard output.
-Plain lines are used when standard output is not a terminal that can redraw, and when CI or NO_COLOR is set.
+Plain lines are used when standard output is not a terminal that can redraw, and when CI is set; NO_COLOR takes the
+colours away and leaves the panel.
 What is shown of a step, and how it is written: metrics.py. Left out: files (loggers.py) and pictures (page/).
 """
 
@@ -10,13 +11,17 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import termios
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from statistics import fmean
 from types import TracebackType
-from typing import Self
+from typing import IO, Any, Self
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -26,6 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastkl.errors import printable
+from fastkl.report import conversation
 from fastkl.report import metrics as table
 from fastkl.report.metrics import STAGES
 from fastkl.report.numbers import duration, finite, number, percent
@@ -38,6 +44,15 @@ BARS = "▁▂▃▄▅▆▇"  # no full block: rows would touch
 
 
 WIDE_COLUMNS = 120  # from here on, the sample stands beside the numbers
+
+
+ROOMY_HEIGHT = 30  # from here on, blank lines part the panel's blocks
+
+
+PLAIN_CHARACTERS = 2000  # of a sample in plain lines
+
+
+PROMPT_SHARE = 0.3  # of the room for a sample: the end of its prompt; the completion has the rest
 
 
 REFRESHES_PER_SECOND = 1  # pace of the clock; redrawing more often would take time from training
@@ -85,12 +100,12 @@ class View:
     """
 
     def __init__(self, title: str, *, total_steps: int, first_step: int = 1, console: Console | None = None) -> None:
-        self.title, self.total_steps, self.first_step = title, total_steps, first_step
+        self.title, self.total_steps, self.first_step = one_line(title), total_steps, first_step
         self._console = console or Console()
         self._history: list[Metrics] = []
         self._step_ends: list[float] = []  # seconds on the monotonic clock; the first entry is the start
-        self._sample: tuple[str, str, str] | None = None  # prompt, completion, reward
-        self._sample_step = 0
+        self._sample: Sample | None = None
+        self._closing: list[str] = []
         self._live = Live(
             get_renderable=self._render,
             console=self._console,
@@ -98,11 +113,13 @@ class View:
             vertical_overflow="crop",
         )
         self.is_live = can_redraw(self._console)
+        self._open = ExitStack()
 
     def __enter__(self) -> Self:
         self._step_ends = [time.monotonic()]
         if self.is_live:
-            self._live.start()
+            self._open.enter_context(keys_unechoed(self._console.file))
+            self._open.enter_context(self._live)
         else:
             self._print(f"{self.title}: steps {self.first_step} to {self.total_steps}")
         return self
@@ -110,8 +127,13 @@ class View:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.is_live:
-            self._live.stop()
+        self._open.close()
+        for line in self._closing:
+            self._print(line)
+
+    def recall(self, earlier: Iterable[Metrics]) -> None:
+        """Takes in the steps of a resumed run that earlier processes have run, in order."""
+        self._history += [step for step in earlier if isinstance(step.get("step"), int)]
 
     def step(self, metrics: Metrics) -> None:
         """Show one finished step's metrics (keys of metrics.jsonl; those that are missing are not shown)."""
@@ -120,12 +142,17 @@ class View:
         if not self.is_live:
             self._print(self._plain_line(metrics))
 
-    def sample(self, prompt: str, completion: str, reward: float) -> None:
-        """Show one completion and its reward, with what earned it marked where the reward function is a known one."""
-        self._sample = (one_line(prompt), one_line(completion), f"reward {number(reward)}")
-        self._sample_step = self._last_step()
+    def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Show the completion with the highest reward of a step's records of samples.jsonl, if any has a reward."""
+        scored = [sample for sample in samples if sample["reward"] is not None]
+        if not scored:
+            return
+        best = max(scored, key=lambda sample: float(sample["reward"]))
+        alike = len(samples) > 1 and all(sample["reward"] == best["reward"] for sample in scored)
+        self._sample = Sample(best, self._last_step(), "one" if alike else "best", len(samples))
         if not self.is_live:
-            self._print(f"  sample (reward {number(reward)}): {one_line(prompt + completion)}")
+            text = self._sample.text(PLAIN_CHARACTERS).plain.replace("\n", " ")
+            self._print(f"  {self._sample.about}: {text}")
 
     def note(self, message: str) -> None:
         """Print a message that stays, above the panel."""
@@ -134,13 +161,15 @@ class View:
         else:
             self._print(message)
 
+    def close_with(self, message: str) -> None:
+        """Print a message when the display ends, below everything."""
+        self._closing.append(message)
+
     def seconds_left(self) -> float | None:
-        """Estimate from the last steps; None before the first one. The first step warms up, so it only counts alone."""
+        """Estimate from the last steps. The first of them warms up, so there is none before the second."""
         taken = [end - start for start, end in zip(self._step_ends, self._step_ends[1:], strict=False)]
-        if not taken:
-            return None
-        recent = taken[1:][-20:] or taken
-        return fmean(recent) * max(0, self.total_steps - self._last_step())
+        steps = max(0, self.total_steps - self._last_step())
+        return fmean(taken[1:][-20:]) * steps if taken[1:] else 0.0 if not steps else None
 
     def _last_step(self) -> int:
         return int(self._history[-1]["step"] or 0) if self._history else self.first_step - 1
@@ -157,31 +186,36 @@ class View:
 
     def _plain_line(self, metrics: Metrics) -> str:
         line = f"step {metrics['step']:>{len(str(self.total_steps))}}/{self.total_steps}"
-        for metric in table.METRICS:
-            value = metrics.get(metric.key)
-            if metric.plain and value is not None:
-                line += metric.plain.format(text=metric.write(value), value=value)
-        return f"{line}  left {duration(self.seconds_left() or 0)}"
+        line += "".join(table.written("plain", metrics))
+        left = self.seconds_left()
+        return line if left is None else f"{line}  left {duration(left)}"
 
     # The live panel, from top to bottom
 
     def _render(self) -> RenderableType:
-        width = self._console.width
-        numbers = Group(self._progress(), Text(), self._numbers(width), Text(), *self._stages(width))
+        width, height = self._console.width, self._console.height
+        gap = [Text()] if height >= ROOMY_HEIGHT else []
+        numbers = Group(self._progress(), *gap, self._numbers(width), *self._brief(), *gap, *self._stages(width))
         body: RenderableType = numbers
         if self._sample and width >= WIDE_COLUMNS:
             body = Table.grid(expand=True, padding=(0, 2))
             body.add_column(ratio=3)
             body.add_column(ratio=2)
-            body.add_row(numbers, self._story(max_characters=2000))
+            lines_left = height - self._closing_rows(width) - 4  # borders, heading, the cursor's own line
+            body.add_row(numbers, self._story(max_characters=max(2, lines_left) * (width * 2 // 5 - 6)))
         elif self._sample:
-            lines_left = max(2, self._console.height - 12 - sum(metric.panel for metric in table.METRICS))
-            story = self._story(max_characters=min(6, lines_left) * (width - 6))
-            body = Group(numbers, Text(), Rule(style="dim", characters="╌"), story)
+            options = self._console.options.update(width=width - 4, height=None)
+            above = len(self._console.render_lines(numbers, options)) + 2 * len(gap)
+            lines_left = height - above - self._closing_rows(width) - 5  # borders, rule, heading, the cursor's own line
+            story = self._story(max_characters=max(1, min(12, lines_left)) * (width - 6))
+            body = Group(numbers, *gap, Rule(style="dim", characters="╌"), story)
         title = Text.assemble(("fastkl ", "bold"), (self.title, "dim"), overflow="ellipsis", no_wrap=True)
         return Panel(
             body, title=title, title_align="left", border_style="bright_black", box=box.ROUNDED, padding=(0, 1)
         )
+
+    def _closing_rows(self, width: int) -> int:
+        return sum(max(1, math.ceil(cell_len(line) / width)) for line in self._closing)
 
     def _progress(self) -> RenderableType:
         left = self.seconds_left()
@@ -191,7 +225,8 @@ class View:
         line.add_column(no_wrap=True)
         line.add_column(ratio=1)
         line.add_column(no_wrap=True)
-        time_left = "first step" if left is None else f"{duration(left)} left" if left else "done"
+        warming = "first step" if len(self._step_ends) < 2 else "time left after the next step"
+        time_left = warming if left is None else f"{duration(left)} left" if left else "done"
         line.add_row(
             Text(f"step {self._last_step()}/{self.total_steps}", "bold"),
             bar,
@@ -222,12 +257,17 @@ class View:
             now, first = metric.write(series[-1]), metric.write(series[0])
             history = Text(blocks(series, spark_width), colour)
             rows.add_row(metric.name, Text(now, f"bold {colour}"), first, metric.unit, history)
-        if not self._history:
+        if len(self._step_ends) < 2:
             rows.add_row(Text("sampling the first completions …", "dim italic"))
         return rows
 
+    def _brief(self) -> list[Text]:
+        """The small numbers of the last step, one after another."""
+        parts = table.written("brief", self._history[-1]) if self._history else []
+        return [Text(" · ".join(map(one_line, parts)), "dim")] if parts else []
+
     def _stages(self, width: int) -> list[Text]:
-        """The stacked bar of time per stage over the last ten steps, and its legend."""
+        """The stacked bar of time per stage over the last ten steps, and its legend; without colours the legend."""
         seconds = stage_seconds(self._history[-10:])
         total = sum(seconds.values())
         if not total:
@@ -239,28 +279,81 @@ class View:
             bar.append("━" * (round(position) - drawn), STAGE_COLOURS[name])
             drawn = round(position)
             if share >= 0.005:
-                legend.append("■ ", STAGE_COLOURS[name]).append(f"{name} {percent(share)}  ")
-        return [bar, legend]
+                swatch = "" if self._console.no_color else "■ "
+                legend.append(swatch, STAGE_COLOURS[name]).append(f"{name} {percent(share)}  ")
+        return [legend] if self._console.no_color else [bar, legend]
 
     def _story(self, max_characters: int) -> Text:
-        prompt, completion, reward = self._sample or ("", "", "")
-        names = table.reward_names(self._history[-1] if self._history else ())
-        text = prompt + completion
-        story = Text.assemble((text, ""), overflow="fold")
-        story.stylize("dim", 0, len(prompt))
-        for start, end in reward_spans(names, text):
-            story.stylize("not dim bold yellow", start, end)
-        story.truncate(max_characters, overflow="ellipsis")
-        return Text.assemble((f"a completion of step {self._sample_step}, ", "dim"), (reward, "green"), "\n", story)
+        if self._sample is None:
+            return Text()
+        return Text.assemble((self._sample.about, "dim"), "\n", self._sample.text(max_characters))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A completion on display."""
+
+    record: Mapping[str, Any]  # its record of samples.jsonl
+    step: int
+    rank: str  # "best", or "one" where all of the step have the same reward
+    among: int
+
+    @property
+    def about(self) -> str:
+        """Which one it is, and what it earned."""
+        given = {name: value for name, value in (self.record.get("rewards") or {}).items() if value is not None}
+        parts = ", ".join(f"{one_line(str(name))} {number(value)}" for name, value in given.items())
+        each = f" ({parts})" if len(given) > 1 else ""
+        cut = ", cut at the length limit" if self.record.get("finish_reason") == "length" else ""
+        which = f"{self.rank} of {self.among}" if self.among > 1 else "the completion"
+        return f"step {self.step}, {which}, reward {number(self.record['reward'])}{each}{cut}"
+
+    def text(self, max_characters: int) -> Text:
+        """The end of the prompt, dim, and the completion, with what earned its reward marked where that is known."""
+        role, prompt = conversation.prompt_turns(self.record)[-1]
+        completion = one_line(conversation.completion_text(self.record))
+        room = max(int(max_characters * PROMPT_SHARE), max_characters - len(completion) - 40)
+        shown = Text(overflow="fold").append((f"{role}: " if role else "") + ending(one_line(prompt), room), "dim")
+        if not conversation.continues(self.record):
+            shown.append(f"\n{conversation.ANSWERS}: ", "dim")
+        begin = len(shown)
+        shown.append(completion)
+        chat, names = conversation.is_chat(self.record), list(self.record.get("rewards") or ())
+        whole = completion if chat else shown.plain
+        for start, end in reward_spans(names, whole):
+            shown.stylize("not dim bold yellow", *(at + begin * chat for at in (start, end)))
+        shown.truncate(max_characters, overflow="ellipsis")
+        return shown
+
+
+def ending(text: str, most: int) -> str:
+    """The text; the end of one that is longer than `most` characters."""
+    return text if len(text) <= most else f"…{text[len(text) - most + 1 :]}"
+
+
+@contextmanager
+def keys_unechoed(stream: IO[str]) -> Iterator[None]:
+    """While it lasts, the terminal does not write ^C into the panel. Nothing for what is no terminal of ours."""
+    with ExitStack() as stack:
+        with suppress(OSError, ValueError, termios.error):
+            file = stream.fileno()
+            before = termios.tcgetattr(file)
+            if os.tcgetpgrp(file) == os.getpgrp():  # a background process must not touch it
+                quiet = termios.tcgetattr(file)
+                quiet[3] &= ~termios.ECHOCTL
+                termios.tcsetattr(file, termios.TCSADRAIN, quiet)
+                stack.callback(restore_keys, file, before)
+        yield
+
+
+def restore_keys(file: int, settings: list[Any]) -> None:
+    """Sets the terminal as it was, unless it has gone or we are in the background by now."""
+    with suppress(OSError, termios.error):
+        if os.tcgetpgrp(file) == os.getpgrp():
+            termios.tcsetattr(file, termios.TCSADRAIN, settings)
 
 
 def can_redraw(console: Console) -> bool:
-    """Whether a live panel suits this output: a Unicode terminal that can move its cursor, unless CI or NO_COLOR is
-    set."""
-    asked_for_plain = any(os.environ.get(name, "") not in ("", "0", "false") for name in ("CI", "NO_COLOR"))
-    return (
-        console.is_terminal
-        and not console.is_dumb_terminal
-        and console.encoding.startswith("utf")
-        and not asked_for_plain
-    )
+    """Whether a live panel suits this output: a Unicode terminal that can move its cursor, unless CI is set."""
+    in_ci = os.environ.get("CI", "") not in ("", "0", "false")
+    return console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf") and not in_ci

@@ -102,6 +102,7 @@ def compute_rewards(
         RewardNotes(
             _columns(extra, len(flat), step),
             {reward.name: result.seconds for reward, result in zip(rewards, results, strict=True)},
+            {reward.name: column for reward, column in zip(rewards, values, strict=True)},
         ),
     )
 

@@ -161,6 +161,7 @@ def saved_on_failure(run: Run) -> Iterator[None]:
         yield
     except BaseException:
         run.save()
+        run.say_what_is_left()
         raise
 
 

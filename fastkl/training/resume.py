@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fastkl.audit.json_lines import rows_of_steps
 from fastkl.config.settings import TrainConfig
 from fastkl.training import checkpoint
 from fastkl.training.state import Run, Snapshot
@@ -36,6 +37,7 @@ def resume(run: Run, saved: checkpoint.Checkpoint) -> None:
         run.view.note(
             f"changed since the run was started: {', '.join(changed)}; training goes on with what is there now"
         )
+    run.view.recall(rows_of_steps(run.folder / "metrics.jsonl", []))
     if lost := lost_lines(run.folder / "metrics.jsonl", saved.step):
         run.view.note(f"metrics.jsonl lacks the lines of {lost}; training itself goes on from where it was.")
 

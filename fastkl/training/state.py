@@ -28,6 +28,8 @@ from fastkl.scoring import models
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training import checkpoint
 from fastkl.training.callbacks import notify
+from fastkl.training.memory import peak_gpu_bytes, peak_rss_bytes
+from fastkl.training.run_folder import way_on
 from fastkl.training.stopwatch import Stopwatch
 from fastkl.types import Breakdown, RolloutBatch, StepOutcome
 
@@ -135,6 +137,8 @@ class Run:
                 skipped_steps=self.completed.skipped_steps,
                 tokens_generated=self.completed.tokens_generated,
                 kl_alarm=warning is not None,
+                peak_rss_bytes=peak_rss_bytes(),
+                peak_gpu_bytes=peak_gpu_bytes(),
             )
         )
         if warning and not self.alarm_rang:
@@ -145,8 +149,7 @@ class Run:
         self.log.log(metrics, samples)
         self.view.step(metrics)
         if self.config.sample_every and report.step % self.config.sample_every == 0:
-            best = max(samples, key=lambda sample: sample["reward"] or 0.0)
-            self.view.sample(best["prompt"], best["completion"], best["reward"] or 0.0)
+            self.view.samples(samples)
         notify(self.callbacks, "on_step_end", metrics, samples)
 
     def warn_off_support(self, total: Breakdown) -> None:
@@ -200,16 +203,21 @@ class Run:
         if self.lock is not None:
             self.lock.close()
 
+    def say_what_is_left(self) -> None:
+        """The last words: which step the run ends at, where its model is, how to go on."""
+        last, steps = self.completed.step, self.config.steps
+        where = self.folder / "checkpoints" / f"step-{self.saved_step}" if self.saved_step else "none is saved"
+        self.view.close_with(f"Step {last} of {steps}. Model: {where}")
+        if last < steps:
+            self.view.close_with(f"Go on with: {way_on(self.config.output)}")
+
     def finish(self, *, stopped: bool = False) -> TrainResult:
         """Saves, writes the report, and says where everything is."""
         self.save()
         last = self.completed.step
         try:
-            self.view.note(f"Step {last} of {self.config.steps}. Report: {write_report([self.folder])}")
+            self.view.close_with(f"Report: {self.folder / write_report([self.folder]).name}")
         except Exception as failure:  # a page is not worth a finished run
-            self.view.note(f"Step {last} of {self.config.steps}. No report ({models.first_line(failure)}).")
-        if self.saved_step:
-            self.view.note(f"Model: {self.folder / 'checkpoints' / f'step-{self.saved_step}'}")
-        if last < self.config.steps:
-            self.view.note(f"Go on with: fastkl train --output {self.config.output} --resume")
+            self.view.close_with(f"No report ({models.first_line(failure)}).")
+        self.say_what_is_left()
         return TrainResult(self.folder, self.last_metrics, self.policy.model, last, self.saved_step, stopped)

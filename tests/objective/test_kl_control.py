@@ -150,7 +150,7 @@ def steered(folder: Path, **options) -> TrainConfig:
 
 def metrics(config: TrainConfig) -> list[dict]:
     rows = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/", "memory/"))} for row in rows]
 
 
 def weights(config: TrainConfig, step: int, name: str) -> dict[str, torch.Tensor]:

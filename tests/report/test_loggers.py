@@ -211,6 +211,42 @@ def test_wandb_and_trackio_get_metrics_a_table_and_the_same_run_on_resume(
     assert fake.finished == 2
 
 
+def test_trackers_get_completions_of_several_prompts_with_roles_answers_and_each_reward(tmp_path, monkeypatch) -> None:
+    fake = FakeTracker("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    samples = [
+        {
+            "prompt": f"<|im_start|>user\n{b}<|im_end|>",
+            "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"What is {b}?"}],
+            "columns": {"answer": b, "parts": [b, math.nan]},
+            "completion": f"{b}, sample {k}",
+            "reward": 1.0 * b,
+            "rewards": {"correct": 1.0 * b, "format": None},
+            "kl": 0.5,
+        }
+        for b in range(4)
+        for k in range(6)
+    ]
+    with RunLog(tmp_path, ("wandb",), {}, None) as log:
+        log.log({"step": 1}, samples)
+    columns, rows = fake.logged[0][0]["samples"]
+    names = ["prompt", "completion", "answer", "parts", "reward", "reward/correct", "reward/format", "kl"]
+    assert columns == names and len(rows) == loggers.TEXT_SAMPLES == 8
+    assert [row[1] for row in rows] == [f"{b}, sample {k}" for b in range(4) for k in (0, 3)]
+    last = ["system: Be brief.\n\nuser: What is 3?", "3, sample 3", 3, "[3, null]", 3.0, 3.0, None, 0.5]
+    assert rows[-1] == last
+
+
+def test_whatever_a_data_set_holds_becomes_json(tmp_path: Path) -> None:
+    import datetime
+
+    columns = {"day": datetime.date(2026, 1, 2), "deep": {"x": [math.inf, (1, b"\x00")]}, 3: None}
+    with RunLog(tmp_path, (), {}, None) as log:
+        log.log({"step": 1}, [sample() | {"columns": columns}])
+    (row,) = read_lines(tmp_path / "samples.jsonl")
+    assert row["columns"] == {"day": "2026-01-02", "deep": {"x": [None, [1, "b'\\x00'"]]}, "3": None}
+
+
 def test_a_tracker_that_breaks_is_dropped_and_the_files_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeTracker("wandb")
     monkeypatch.setitem(sys.modules, "wandb", fake)

@@ -9,6 +9,8 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from fastkl.report.numbers import percent
 from fastkl.report.page.write import write_report
 from fastkl.report.step_metrics import FinishedStep, StepReport
 from fastkl.report.terminal import View
+from fastkl.training.memory import peak_rss_bytes
 from fastkl.types import RewardNotes
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +71,36 @@ def test_one_entry_is_all_that_a_new_metric_takes(report, tmp_path: Path, monkey
     assert "| `completion/longest` | **Longest completion.** Tokens of the longest. | tokens | max_i T_i |" in (
         metrics.markdown()
     )
+
+
+def test_a_sample_holds_its_row_the_data_sets_columns_its_messages_and_each_reward(report) -> None:
+    chat = [{"role": "user", "content": "What is 3 + 4?"}]
+    prompts = [
+        dataclasses.replace(prompt, row=row, raw=chat if row == 11 else "p", columns={"answer": str(row) * 1500})
+        for row, prompt in enumerate(report.batch.prompts, start=11)
+    ]
+    shape = report.batch.rewards.shape
+    values = {"right": [float(i) for i in range(shape.numel())], "short": [None] * shape.numel()}
+    batch = dataclasses.replace(report.batch, prompts=tuple(prompts))
+    samples = dataclasses.replace(report, batch=batch, reward_notes=RewardNotes(values=values)).samples()
+    for b, k in itertools.product(range(shape[0]), range(shape[1])):
+        sample = samples[b * shape[1] + k]
+        assert sample["row"] == 11 + b and sample["rewards"] == {"right": float(b * shape[1] + k), "short": None}
+        assert sample["columns"] == {"answer": (str(11 + b) * 1500)[:2000] + "…"}
+        assert ("messages" in sample) == (b == 0)
+    assert samples[0]["messages"] == chat and "columns" not in report.samples()[0]
+
+
+def test_peak_memory_counts_the_processes_that_a_run_has_started() -> None:
+    before = peak_rss_bytes()
+    assert before > 50e6
+    hold = "x = bytearray(300 << 20); x[::4096] = b'1' * len(x[::4096]); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        with_child = peak_rss_bytes()
+        child.stdin.close()
+    assert 300 << 20 < with_child - before < 400 << 20
+    assert peak_rss_bytes() - before < 20 << 20
 
 
 def test_the_documentation_is_the_table() -> None:

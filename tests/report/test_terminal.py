@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ METRICS: dict[str, Any] = {
     "entropy": 1.3,
     "diversity/distinct_2": 0.61,
     "grammar/well_formed": 0.97,
+    "completion/mean_length": 63.5,
+    "completion/truncated_share": 0.12,
+    "grad_norm": 1.25,
+    "lr": 1e-4,
     "throughput/tokens_per_second": 3123.0,
     "time/generate_s": 1.0,
     "time/reward_s": 0.0,
@@ -39,6 +44,7 @@ METRICS: dict[str, Any] = {
     "time/update_s": 2.0,
     "time/sync_s": 0.1,
     "time/step_s": 4.0,
+    "memory/peak_rss_gb": 2.5,
 }
 TEXT = " there was a big brown bear. It sat by the silver sea."
 
@@ -65,13 +71,19 @@ def terminal(width: int, height: int = 24) -> Console:
     return Console(width=width, height=height, force_terminal=True, file=io.TextIOWrapper(io.BytesIO(), "utf-8"))
 
 
+def story(reward: float | None, **more: Any) -> dict[str, Any]:
+    """A record of samples.jsonl."""
+    record = {"prompt": "Once upon a time", "completion": TEXT, "reward": reward, "rewards": {"alliteration": reward}}
+    return record | {"finish_reason": "stop"} | more
+
+
 def panel(width: int, height: int = 24, steps: int = 3) -> list[str]:
     """The live panel's lines, without styles, after some steps and a sample."""
     shown = View("storyteller → alliteration", total_steps=40, console=terminal(width, height))
     shown._step_ends = [0.0]
     for step in range(1, steps + 1):
         shown.step(METRICS | {"step": step, "reward/raw": 5.25 * step / steps})
-    shown.sample("Once upon a time", TEXT, 5.0)
+    shown.samples([story(1.0), story(5.0), story(None)])
     plain = Console(width=width, height=height, file=io.StringIO())
     plain.print(shown._render())
     return plain.file.getvalue().splitlines()
@@ -95,9 +107,11 @@ def test_panel_fits_every_width_and_shows_every_number(width: int) -> None:
         "3,123",
         "generate 25 %",
         "other 10 %",
+        "length 63.5 · cut 12 % · gradient 1.25 · lr 1.0e-4",
+        "2.50 GB",
     ):
         assert piece in text, piece
-    assert "Once upon a time there was a big" in text and "a completion of step 3, reward 5.00" in text
+    assert "Once upon a time there was a big" in text and "step 3, best of 3, reward 5.00" in text
 
 
 def test_panel_before_the_first_step_says_what_is_going_on() -> None:
@@ -130,7 +144,7 @@ def test_time_left_comes_from_the_steps_after_the_first(monkeypatch: pytest.Monk
         assert shown.seconds_left() is None
         clock.pass_(60)  # the first step warms up
         shown.step(METRICS | {"step": 21})
-        assert shown.seconds_left() == pytest.approx(60 * 9)
+        assert shown.seconds_left() is None
         for step in (22, 23):
             clock.pass_(4)
             shown.step(METRICS | {"step": step})
@@ -143,27 +157,89 @@ def test_plain_line_says_it_all_on_one_line(
     clock = Clock(monkeypatch)
     with View("story", total_steps=40) as shown:
         clock.pass_(4)
-        shown.step(METRICS)
-        shown.sample("Once upon a time", "\nthere \x1b[31mwas", 5.0)
+        shown.step(METRICS | {"step": 2})
+        clock.pass_(4)
+        shown.step(METRICS | {"reward/brevity": -0.5})
+        evil = story(5.0, completion="\nthere \x1b[31mwas", rewards={"alliteration": 5.0, "brev\x1b[1mity": 0.25})
+        shown.samples([evil | {"finish_reason": "length"}, story(4.0)])
         shown.note("saved step-3")
         shown.step({"step": 4, "reward/raw": 6.0})
     assert capsys.readouterr().out.splitlines() == [
         "story: steps 1 to 40",
-        "step  3/40  reward 5.25  kl 3.50  ce 1.31/1.42  distinct-2 61 %  well-formed 97 %"
-        "  3,123 tok/s  4.0 s  left 2:28",
-        "  sample (reward 5.00): Once upon a time ⏎ there  [31mwas",
+        "step  2/40  reward 5.25  kl 3.50  ce 1.31/1.42  distinct-2 61 %  well-formed 97 %"
+        "  length 63.5  cut 12 %  gradient 1.25  lr 1.0e-4  3,123 tok/s  4.0 s",
+        "step  3/40  reward 5.25  alliteration 5.25  brevity -0.50  kl 3.50  ce 1.31/1.42  distinct-2 61 %"
+        "  well-formed 97 %  length 63.5  cut 12 %  gradient 1.25  lr 1.0e-4  3,123 tok/s  4.0 s  left 2:28",
+        "  step 3, best of 2, reward 5.00 (alliteration 5.00, brev [1mity 0.25), cut at the length limit: "
+        "Once upon a time ⏎ there  [31mwas",
         "saved step-3",
-        "step  4/40  reward 6.00  left 0:00",
+        "step  4/40  reward 6.00  left 1:12",
     ]
 
 
-@pytest.mark.parametrize(("name", "value", "redraws"), [("CI", "1", False), ("NO_COLOR", "1", False), ("CI", "", True)])
-def test_ci_and_no_color_ask_for_plain_lines(
+@pytest.mark.parametrize(("name", "value", "redraws"), [("CI", "1", False), ("NO_COLOR", "1", True), ("CI", "", True)])
+def test_ci_asks_for_plain_lines_and_no_color_does_not(
     name: str, value: str, redraws: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
     assert can_redraw(terminal(80)) is redraws
     assert can_redraw(Console(file=io.StringIO())) is False
+
+
+def test_the_sample_is_called_the_best_only_where_it_is() -> None:
+    shown = View("run", total_steps=4, console=Console(file=io.StringIO(), width=200))
+    shown.step({"step": 1})
+
+    def about(*rewards: float | None) -> str:
+        shown.samples([story(reward) for reward in rewards])
+        return shown._sample.about if shown._sample else ""
+
+    assert about(None, None) == ""
+    assert about(-2.0, None, -1.0) == "step 1, best of 3, reward -1.00"
+    assert about(0.0, 0.0) == "step 1, one of 2, reward 0.00"
+    assert about(3.0) == "step 1, the completion, reward 3.00"
+    shown.samples([story(None)])
+    assert shown._sample.about == "step 1, the completion, reward 3.00"  # a step without rewards leaves the last one
+
+
+def test_of_a_chat_the_last_question_and_the_answer_are_shown_by_their_roles() -> None:
+    question = "A riddle. " * 300 + "What is 3 + 4?"
+    messages = [{"role": "system", "content": "Be \x1b[5mbrief."}, {"role": "user", "content": question}]
+    rendered = f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
+    chat = story(1.0, prompt=rendered, messages=messages, completion="A big, bold 7.")
+    shown = View("run", total_steps=4, console=terminal(80))
+    shown.step({"step": 1})
+    shown.samples([chat])
+    text = shown._story(300).plain
+    assert "<|im_start|>" not in text and "system" not in text
+    assert text.splitlines()[1].startswith("user: …") and text.splitlines()[1].endswith("What is 3 + 4?")
+    assert text.splitlines()[2] == "assistant: A big, bold 7."
+    marked = [shown._story(300).plain[s.start : s.end] for s in shown._story(300).spans if "yellow" in str(s.style)]
+    assert marked == ["big, bold"]
+    begun = story(1.0, messages=[*messages, {"role": "assistant", "content": "The sum"}], completion=" is 7.")
+    shown.samples([begun])
+    assert shown._story(300).plain.splitlines()[1:] == ["assistant: The sum is 7."]
+
+
+def test_a_resumed_run_shows_the_history_of_the_whole_run() -> None:
+    shown = View("run", total_steps=40, first_step=3, console=terminal(100))
+    shown.recall([{"step": step, "reward/raw": float(step), "time/step_s": 4.0} for step in (1, 2)])
+    shown._step_ends = [0.0]
+    plain = Console(width=100, file=io.StringIO())
+    plain.print(shown._render())
+    before = plain.file.getvalue()
+    assert "step 2/40" in before and re.search(r"reward +2\.00 +1\.00", before) and "first completions" in before
+    shown.step({"step": 3, "reward/raw": 9.0})
+    plain.print(shown._render())
+    assert re.search(r"reward +9\.00 +1\.00 .*▁▂▇", plain.file.getvalue())
+
+
+def test_without_colours_the_bar_of_times_gives_way_to_its_legend() -> None:
+    console = Console(width=80, height=24, force_terminal=True, file=io.StringIO(), no_color=True)
+    shown = View("run", total_steps=40, console=console)
+    shown.step(METRICS)
+    (legend,) = shown._stages(80)
+    assert "generate 25 %" in legend.plain and "■" not in legend.plain
 
 
 def test_dumb_and_ascii_terminals_get_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,9 +349,9 @@ def test_marked_runs_hold_exactly_the_alliterating_pairs() -> None:
 def test_the_sample_is_marked_where_it_earned_its_reward() -> None:
     shown = View("run", total_steps=4, console=Console(file=io.StringIO()))
     shown.step(METRICS)
-    shown.sample("Once upon a time", TEXT, 5.0)
-    story = shown._story(500)
-    marked = [story.plain[span.start : span.end] for span in story.spans if "yellow" in str(span.style)]
+    shown.samples([story(5.0)])
+    text = shown._story(500)
+    marked = [text.plain[span.start : span.end] for span in text.spans if "yellow" in str(span.style)]
     assert marked == ["time there", "big brown bear.", "silver sea."]
 
 

@@ -1,11 +1,12 @@
 """The completions that the report shows: which ones, and how their text is marked.
 
-In: a step's lines of samples.jsonl. Out: columns of stories for page.html. They are not hand-picked: those with the
-highest, the median and the lowest reward of the step. All text is escaped here.
+In: a step's lines of samples.jsonl. Out: columns of stories (completions with their prompts) for page.html. They are
+not hand-picked: those with the highest, the median and the lowest reward of the step. All text is escaped here.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from fastkl.audit.json_lines import is_number
+from fastkl.report import conversation
 from fastkl.report.numbers import number
 from fastkl.report.page.run_files import RunFiles
 from fastkl.rewards.built_in import Span, reward_spans
@@ -23,7 +25,10 @@ SHOWN_CHARACTERS = 900  # the rest unfolds
 MOST_CHARACTERS = 6000
 
 
-PROMPT_CHARACTERS = 300  # the end of a longer prompt
+PROMPT_CHARACTERS = 300  # the end of a longer prompt, of each message of a chat
+
+
+COLUMN_CHARACTERS = 200  # of a data set's column, such as the expected answer
 
 
 def pieces(text: str, spans: Iterable[Span]) -> list[tuple[str, bool]]:
@@ -50,23 +55,57 @@ def marked_text(prompt: str, completion: str, reward_names: Sequence[str]) -> Ma
 
 
 def story(sample: dict[str, Any], rank: str, reward_names: Sequence[str]) -> dict[str, Any]:
-    """One completion for the page; a long one is folded after SHOWN_CHARACTERS."""
-    prompt, completion = str(sample.get("prompt") or ""), str(sample.get("completion") or "")
-    if len(prompt) > PROMPT_CHARACTERS:
-        prompt = "… " + prompt[-PROMPT_CHARACTERS:]
+    """One completion for the page, with its prompt; a long one is folded after SHOWN_CHARACTERS."""
+    completion = conversation.completion_text(sample)
     head, rest = completion[:SHOWN_CHARACTERS], completion[SHOWN_CHARACTERS:]
     if len(rest) < 100:
         head, rest = completion, ""
-    values = (("reward", "reward"), ("KL", "kl"), ("tokens", "num_tokens"))
-    numbers = [(name, _written(sample[key])) for name, key in values if is_number(sample.get(key))]
     return {
-        "text": marked_text(prompt, head, reward_names) + ("…" if rest else ""),
+        "turns": turns(sample, head, reward_names, more=bool(rest)),
         "rest": marked_text("", rest[:MOST_CHARACTERS], reward_names) + ("…" if len(rest) > MOST_CHARACTERS else ""),
         "rest_title": f"the rest ({len(rest):,} characters)",
         "rank": rank,
-        "numbers": numbers,
+        "columns": columns_of(sample),
+        "numbers": numbers_of(sample),
         "cut": sample.get("finish_reason") == "length",
     }
+
+
+def turns(sample: dict[str, Any], completion: str, reward_names: Sequence[str], *, more: bool) -> list[dict[str, Any]]:
+    """The messages of the prompt and the completion, each with its role; a plain text and what continues it are one."""
+    *before, (role, last) = [(role, _end_of(text)) for role, text in conversation.prompt_turns(sample)]
+    if not conversation.continues(sample):
+        before, role, last = [*before, (role, last)], conversation.ANSWERS, ""
+    if conversation.is_chat(sample):  # whose reward functions see the completion alone
+        said = Markup('<span class="prompt">{}</span>').format(last) if last else Markup("")
+        said += marked_text("", completion, reward_names)
+    else:
+        said = marked_text(last, completion, reward_names)
+    asked = [{"role": role, "text": Markup('<span class="prompt">{}</span>').format(text)} for role, text in before]
+    return [*asked, {"role": role, "text": said + ("…" if more else "")}]
+
+
+def _end_of(prompt: str) -> str:
+    return prompt if len(prompt) <= PROMPT_CHARACTERS else f"… {prompt[-PROMPT_CHARACTERS:]}"
+
+
+def numbers_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
+    """Reward, that of each function where there are several, KL and length, with their names."""
+    given = sample.get("rewards")
+    each = list(given.items()) if isinstance(given, dict) and len(given) > 1 else []
+    values = [("reward", sample.get("reward")), *each, ("KL", sample.get("kl")), ("tokens", sample.get("num_tokens"))]
+    return [(str(name), _written(value)) for name, value in values if is_number(value)]
+
+
+def columns_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
+    """The row in the prompt file, and what the data set says of it, where it says something."""
+    columns = sample.get("columns")
+    if not isinstance(columns, dict):
+        return []
+    row = [("row", sample["row"])] if is_number(sample.get("row")) else []
+    texts = [(str(name), value if isinstance(value, str) else json.dumps(value)) for name, value in columns.items()]
+    cut = [(name, text if len(text) <= COLUMN_CHARACTERS else f"{text[:COLUMN_CHARACTERS]}…") for name, text in texts]
+    return [*((name, str(value)) for name, value in row), *cut]
 
 
 def _written(value: float) -> str:

@@ -90,7 +90,7 @@ def _of_one(run: RunFiles) -> dict[str, Any]:
         "frontier": one_run.frontier(run),
         "charts": one_run.charts(run),
         "columns": stories.first_and_last(run),
-        "stories_title": "First and last stories",
+        "stories_title": "Completions of the first and the last step",
         "stories_intro": _stories_intro([run]),
         "numbers": [tables.number_table(run, "The numbers as a table")],
     }
@@ -106,7 +106,7 @@ def _of_several(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "frontier": several_runs.frontier(runs),
         "charts": several_runs.charts(runs),
         "columns": stories.last_of_each(runs),
-        "stories_title": "Last stories of each run",
+        "stories_title": "Completions of each run's last step",
         "stories_intro": _stories_intro(runs),
         "numbers": [tables.number_table(run, f"The numbers of {run.label} as a table") for run in runs],
     }
@@ -114,6 +114,6 @@ def _of_several(runs: Sequence[RunFiles]) -> dict[str, Any]:
 
 def _stories_intro(runs: Sequence[RunFiles]) -> str:
     marked = any(reward_spans(run.reward_names, "an apple") for run in runs)
-    return "Picked by the rank of their reward only; the prompt is grey." + (
+    return "Completions, picked by the rank of their reward only; the prompt is grey." + (
         " What earned the reward is marked." if marked else ""
     )
