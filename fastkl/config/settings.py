@@ -28,9 +28,13 @@ class TrainConfig(SamplingSettings):
     """Policy and reference: "storyteller" (embedded), a local folder, or a hub id; safetensors, no remote code."""
     prompts: str = "Once upon a time"
     """One prompt as text, or a file (.jsonl, .json, .parquet, .csv), data set folder or hub id with a `prompt` column
-    (texts or chat messages); "text:" or "hub:" in front says which is meant."""
+    (texts or chat messages); "text:" or "hub:" in front says which is meant. "gym:chain_sum?size=2000&max_terms=2":
+    questions of reasoning-gym (one user message where the tokenizer has a chat template), for the reward gym."""
+    system_prompt: str = ""
+    """The system message that every prompt begins with, unless it has one of its own; a text becomes the user message
+    after it. Empty for none."""
     reward: tuple[str, ...] = ("alliteration",)
-    """Reward functions: a built-in name (alliteration, starts_with_a), one with its options (regex?pattern=TEXT,
+    """Reward functions: a built-in name (alliteration, starts_with_a, gym), one with its options (regex?pattern=TEXT,
     length?target=N, soft_overlong?max_tokens=N&cache=N, math_verify?answer=COLUMN), package.module:function, or
     file.py:function."""
     reward_weights: tuple[float, ...] = ()

@@ -4,6 +4,7 @@
 
     text:ANYTHING            the text itself
     hub:ORG/NAME             a data set on the Hugging Face hub
+    gym:TASK?KEY=VALUE&...   questions of reasoning-gym, made here; their columns are what the reward `gym` needs
     a path that exists       a .jsonl, .json, .parquet or .csv file, or a folder of such, or of `save_to_disk`
     a name that looks like a path (ends like such a file, or begins with / ./ ../ or ~) and does not exist: an error
     ORG/NAME                 two words around one slash, without spaces: a data set on the hub
@@ -11,6 +12,9 @@
 
 A data set has a column `prompt`, of texts or of chat messages; its other columns go to the reward functions. The split
 is "train", or the only one there is. Nothing is executed: no loading scripts, no pickle.
+
+A text becomes one user message where a system prompt precedes it, and where it is a question of reasoning-gym and the
+tokenizer has a chat template.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastkl import gym
 from fastkl.errors import UserError
 from fastkl.types import Prompt
 
@@ -34,15 +39,23 @@ TOKENIZER_BATCH = 1024  # prompts tokenised at a time
 Row = tuple[str, int, Mapping[str, Any]]  # where it stands (for messages), its number from 1, its columns
 
 
-def load_prompts(source: str, tokenizer: Any, *, max_prompt_tokens: int) -> list[Prompt]:
+def load_prompts(source: str, tokenizer: Any, *, max_prompt_tokens: int, system_prompt: str = "") -> list[Prompt]:
     """Reads `source` (see above) and tokenises it. UserError on bad input, with the line or row.
 
     Texts are tokenised with the tokenizer's own special tokens; chat messages go through its chat template.
-    max_prompt_tokens: what the model's context leaves for a prompt.
+    max_prompt_tokens: what the model's context leaves for a prompt. system_prompt: the first message of every prompt
+    that has no system message of its own; empty for none.
     """
     rows = list(read_rows(source))
     if not rows:
         raise UserError(f"prompts: {source!r} holds no prompts; give at least one.")
+    if system_prompt:
+        check_system_prompt(system_prompt, tokenizer)
+    if system_prompt or (source.startswith("gym:") and has_template(tokenizer)):
+        rows = [
+            (where, number, {**columns, "prompt": as_chat(columns["prompt"], system_prompt)})
+            for where, number, columns in rows
+        ]
     prompts = []
     for start in range(0, len(rows), TOKENIZER_BATCH):
         prompts += _prompts(rows[start : start + TOKENIZER_BATCH], tokenizer)
@@ -98,12 +111,44 @@ class PromptSource:
         random.Random(f"prompts, seed {self._seed}, epoch {epoch}").shuffle(self._order)
 
 
+def as_chat(prompt: str | list[dict[str, str]], system_prompt: str) -> list[dict[str, str]]:
+    """The prompt as messages: a text is the user's, and the system prompt comes first unless there is one already."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not system_prompt or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def check_system_prompt(text: str, tokenizer: Any) -> None:
+    """UserError where the tokenizer's chat template is missing, refuses system messages, or leaves them out."""
+    remedy = "put the instruction into the prompts, or use a model whose template takes one."
+    if not has_template(tokenizer):
+        raise UserError(f"system_prompt: the model's tokenizer has no chat template to put it in; {remedy}")
+    user = [{"role": "user", "content": "?"}]
+    try:
+        with_it, without = (
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            for messages in (as_chat(user, text), user)
+        )
+    except Exception as failure:  # templates are programs and may raise anything
+        raise UserError(f"system_prompt: the model's chat template refuses it ({failure}); {remedy}") from failure
+    if with_it == without:
+        raise UserError(f"system_prompt: the model's chat template leaves it out; {remedy}")
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether chat messages can be rendered."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
 def read_rows(source: str) -> Iterator[Row]:
     """The rows of `source`, each with a checked `prompt`. UserError for what cannot be read."""
     if source.startswith("text:"):
         return iter([("the text", 1, {"prompt": source.removeprefix("text:")})])
     if source.startswith("hub:"):
         return _checked(_from_hub(source.removeprefix("hub:")))
+    if source.startswith("gym:"):
+        return _from_gym(source.removeprefix("gym:"))
     path = Path(source).expanduser()
     if _exists(path):
         return _checked(_from_path(path))
@@ -171,6 +216,13 @@ def _from_folder(path: Path) -> Iterator[Row]:
         f"prompts: the folder {str(path)!r} holds no data set ({', '.join(SUFFIXES)} files, or what save_to_disk "
         f"writes); if it is the prompt itself, write text:{path}"
     )
+
+
+def _from_gym(address: str) -> Iterator[Row]:
+    """The entries of a task (see fastkl/gym.py), with what its scorer needs: question, answer, metadata, task."""
+    for number, entry in enumerate(gym.entries(address), start=1):
+        columns = {name: entry[name] for name in ("question", "answer", "metadata")}
+        yield f"question {number} of 'gym:{address}'", number, {"prompt": entry["question"], **columns, "task": address}
 
 
 def _from_hub(name: str) -> Iterator[Row]:
@@ -256,7 +308,7 @@ def as_beginning(token_ids: Sequence[int], text: str, tokenizer: Any) -> Sequenc
 def rendered(messages: list[dict[str, str]], where: str, tokenizer: Any) -> str:
     """The chat rendered as the model's text, up to where the assistant's answer begins (or continues, if the last
     message is its own)."""
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer):
         raise UserError(
             f"prompts: {where} holds chat messages, but the model's tokenizer has no chat template; use texts."
         )

@@ -1,4 +1,4 @@
-"""The built-in reward functions, each with the highlighter that shows which characters of a text earned it."""
+"""The built-in reward functions; where a text shows what earned it, with the highlighter that marks its characters."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
+from fastkl.rewards.gym import gym
+
 Span = tuple[int, int]  # characters [start, end)
 Reward = Callable[..., list[float]]
 Highlighter = Callable[[str], list[Span]]  # prompt + completion -> spans in reading order
 
 
-BUILT_IN: dict[str, Reward] = {}
+BUILT_IN: dict[str, Reward] = {"gym": gym}
 HIGHLIGHTERS: dict[str, Highlighter] = {}
 
 

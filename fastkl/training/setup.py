@@ -79,7 +79,12 @@ def check_inputs(config: TrainConfig) -> Inputs:
     models.quiet_transformers()
     source = models.resolve_model(config.model)
     model_config, tokenizer = models.load_config(source), models.load_tokenizer(source)
-    prompts = load_prompts(config.prompts, tokenizer, max_prompt_tokens=room_for_prompt(config, model_config))
+    prompts = load_prompts(
+        config.prompts,
+        tokenizer,
+        max_prompt_tokens=room_for_prompt(config, model_config),
+        system_prompt=config.system_prompt,
+    )
     check_columns(rewards, dict.fromkeys(name for prompt in prompts for name in prompt.columns))
     sampling = Sampling.of(config, models.stop_token_ids(model_config, source, tokenizer))
     check_vocabulary(models.vocabulary(model_config), prompts, sampling)

@@ -231,3 +231,46 @@ def test_a_position_in_other_prompts_is_refused():
     source = PromptSource(numbered(5), seed=3)
     with pytest.raises(UserError, match="there were 4 when the run was saved and are 5 now"):
         source.load_state(PromptSource(numbered(4), seed=3).state())
+
+
+# ------------------------------------------------------------------------------------------------------ system prompts
+
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+def with_system(source, tokenizer, text="be brief") -> list[Prompt]:
+    return load_prompts(str(source), tokenizer, max_prompt_tokens=100, system_prompt=text)
+
+
+def test_system_prompt_begins_every_prompt_that_has_none_and_makes_messages_of_texts(tokenizer, tmp_path):
+    own = [{"role": "system", "content": "one"}, *CHAT]
+    prompts = with_system(jsonl(tmp_path / "p.jsonl", [{"prompt": p} for p in ("two", CHAT, own)]), tokenizer)
+    user = {"role": "user", "content": "two"}
+    assert [p.raw for p in prompts] == [[SYSTEM, user], [SYSTEM, *CHAT], own]
+    assert prompts[0].text == "<s> system : be brief user : two assistant :"
+    assert prompts[2].text == "<s> system : one user : tell a story assistant :"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('System role not supported') }}", "refuses it .System role not supported."),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leaves it out"),
+    ],
+)
+def test_system_prompt_that_the_template_cannot_take_is_refused(tokenizer, monkeypatch, template, words):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match=f"^system_prompt: the model's .*{words}.*put the instruction into the prompts"):
+        with_system("two", tokenizer)
+
+
+def test_gym_questions_are_one_user_message_where_there_is_a_template(tokenizer, monkeypatch):
+    pytest.importorskip("reasoning_gym")
+    source = "gym:chain_sum?size=2&seed=1"
+    chats = load(source, tokenizer)
+    question = chats[0].columns["question"]
+    assert chats[0].raw == [{"role": "user", "content": question}]
+    assert with_system(source, tokenizer)[0].raw == [SYSTEM, {"role": "user", "content": question}]
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert [p.raw for p in load(source, tokenizer)] == [p.columns["question"] for p in chats]

@@ -1,0 +1,99 @@
+"""Tasks of reasoning-gym by address: chain_sum?size=2000&seed=1&min_terms=2.
+
+The options are the fields of the task's own configuration: numbers, true, false, texts, and lists as JSON. Without
+`seed` it is 0, so that an address names the same questions every time. Prompts (data/) and reward (rewards/) both come
+here: a scorer may depend on the task's options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import random
+import typing
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+from fastkl.address import check_options, name_and_options
+from fastkl.errors import UserError, nearest
+
+SIMPLE = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+@lru_cache(maxsize=64)
+def task_of(address: str) -> Any:
+    """The task, a reasoning_gym ProceduralDataset. UserError for an unknown task, or options that it does not take."""
+    name, given = name_and_options("prompts", address)
+    tasks = _tasks(address)
+    if name not in tasks:
+        raise UserError(
+            f"prompts: reasoning-gym has no task {name!r}.{nearest(name, tasks)} It has {len(tasks)}, such as "
+            "chain_sum, letter_counting, simple_equations."
+        )
+    task, config = tasks[name]
+    hints = typing.get_type_hints(config)
+    fields = [field.name for field in dataclasses.fields(config)]
+    check_options("prompts", f"gym:{name}", given, fields)
+    options = {"seed": 0} | {key: _value(f"gym:{name}", key, text, hints[key]) for key, text in given.items()}
+    try:
+        return task(config(**options))
+    except Exception as failure:  # each task checks in its own way, most by assertions
+        reason = " ".join(str(failure).split()) or type(failure).__name__
+        raise UserError(f"prompts: the task gym:{address} cannot be made ({reason}); correct its options.") from failure
+
+
+def entries(address: str) -> Iterator[dict[str, Any]]:
+    """Its entries, each with question, answer and metadata: the same ones every time, those of a task that draws from
+    the global generator, too."""
+    task = task_of(address)
+    with _global_generator(task.seed):
+        found = [task[index] for index in range(len(task))]
+    return iter(found)
+
+
+def _tasks(address: str) -> dict[str, tuple[Any, Any]]:
+    """Every task of the library and its configuration, by name."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its dependencies, about their own syntax
+            return importlib.import_module("reasoning_gym.factory").DATASETS
+    except ModuleNotFoundError as missing:
+        raise UserError(
+            f"prompts: gym:{address} needs {missing.name}, which is not installed; pip install 'fastkl[gym]' brings it."
+        ) from missing
+
+
+def _value(task: str, key: str, text: str, hint: Any) -> Any:
+    """An option's text as its type: a simple one is checked, anything else is read as JSON where it is JSON."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if kind in SIMPLE or kind is type(None)]
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        known = [str(member.value) for member in hint]
+        if text not in known:
+            raise UserError(f"prompts: {key} of {task} is one of {', '.join(known)}, not {text!r}.")
+        return hint(text)
+    if kinds == [str]:
+        return text
+    fits = any(type(value) is kind or (kind is float and type(value) is int) for kind in kinds)
+    if kinds and not fits:
+        raise UserError(f"prompts: {key} of {task} is {SIMPLE[kinds[0]]}, not {text!r}.")
+    return value
+
+
+@contextmanager
+def _global_generator(seed: int) -> Iterator[None]:
+    """Python's global generator begins at `seed`, and is as it was afterwards."""
+    before = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)
