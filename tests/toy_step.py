@@ -36,8 +36,8 @@ def toy_update(
 ) -> StepOutcome:
     """update() with the objective and the limits that the settings ask for; `limits` replaces some of them."""
     backbone.register_packed_attention()
-    bounds = replace(limits_of(config, CPU, torch.float32), **limits)
     models = ScoredModel(policy), ScoredModel(reference)
+    bounds = replace(limits_of(config, models[0]), **limits)
     return update(*models, optimizer, batch, toy_objective(config), bounds, Stopwatch(CPU), step=step)
 
 

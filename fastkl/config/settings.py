@@ -92,8 +92,8 @@ class TrainConfig(SamplingSettings):
     max_grad_norm: Annotated[float, AT_LEAST_0] = 1.0
     """Gradients are scaled down to this global norm; 0 does not clip."""
     micro_batch_tokens: Annotated[int, AT_LEAST_0] = 0
-    """Packed tokens per forward and backward; prompt groups stay whole; the result does not depend on it. 0: 16,384 on
-    a GPU, 4,096 on a CPU, whose activations then fit into memory that is used again and again."""
+    """Packed tokens per forward and backward; prompt groups stay whole; the result does not depend on it. 0: as many as
+    activations of 1 GiB (on a GPU an eighth of its memory) hold, at most 4,096 (on a GPU 16,384)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, one more forward."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

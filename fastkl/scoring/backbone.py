@@ -174,24 +174,30 @@ def _windows_within(config: Any, max_tokens: int | None) -> list[int]:
 
 
 def long_probe(model: PreTrainedModel, window: int) -> PackedBatch:
-    """A sequence that is a quarter longer than the window, behind a short one, half of each its prompt; all tokens but
-    their last are scored."""
-    lengths = 6, min(window + window // 4 + 16, context_length(model.config) or LONGEST_PROBE, LONGEST_PROBE)
+    """A sequence that is a quarter longer than the window, behind a short one."""
+    longest = min(context_length(model.config) or LONGEST_PROBE, LONGEST_PROBE)
+    return probe_of(model, (6, min(window + window // 4 + 16, longest)))
+
+
+def probe_of(model: PreTrainedModel, lengths: tuple[int, ...]) -> PackedBatch:
+    """Sequences of so many tokens, half of each its prompt; all tokens but their last are scored."""
     device, total = model.device, sum(lengths)
     ids = torch.arange(total, device=device) * 7919 % model.get_input_embeddings().weight.shape[0]  # spread out
-    scored = [*range(lengths[0] - 1), *range(lengths[0], total - 1)]
-    places = torch.tensor(scored, device=device)
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+    scored = torch.ones(total, dtype=torch.bool, device=device)
+    scored[torch.tensor(lengths).cumsum(0) - 1] = False
+    places = scored.nonzero().flatten()
     return PackedBatch(
         input_ids=ids,
-        position_ids=torch.cat([torch.arange(length, device=device) for length in lengths]),
+        position_ids=positions,
         cu_seqlens=cumulative(lengths, device),
         score_positions=places,
         target_ids=ids[places + 1],
         completion_cu_seqlens=cumulative([length - 1 for length in lengths], device),
-        completion_positions=places,
-        engine_logprobs=torch.zeros(len(scored), device=device),
-        rewards=torch.zeros(2, 1, device=device),
-        valid=torch.ones(2, 1, dtype=torch.bool, device=device),
+        completion_positions=positions[places],
+        engine_logprobs=torch.zeros(len(places), device=device),
+        rewards=torch.zeros(len(lengths), 1, device=device),
+        valid=torch.ones(len(lengths), 1, dtype=torch.bool, device=device),
         lengths=lengths,
         prompt_lengths=tuple(length // 2 for length in lengths),
     )

@@ -1,0 +1,65 @@
+"""The measured bytes per token are those that a process takes, and micro-batches follow them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from toy import toy_model
+
+from fastkl.scoring import backbone, memory
+from fastkl.scoring.scored_model import ScoredModel
+
+PEAK = """
+import resource, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from fastkl.scoring import backbone, memory
+from fastkl.scoring.scored_model import ScoredModel
+torch.set_num_threads(1)
+backbone.register_packed_attention()
+config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4)
+policy = ScoredModel(LlamaForCausalLM(config).eval(), "shared")
+measured = memory.activation_bytes_per_token(policy)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with policy.scoring():
+    policy.hidden(backbone.probe_of(policy.model, (64,)))
+    before = peak()
+    states = policy.hidden(backbone.probe_of(policy.model, (512,) * 8)).states
+print(measured * (512 * 8), peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_forward_takes_the_memory_that_was_measured_on_short_ones():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PEAK], capture_output=True, text=True, check=True)
+    expected, taken = map(int, done.stdout.split())
+    assert expected > 200 << 20
+    assert 0.8 * expected < taken < 1.3 * expected  # what attention holds for a moment comes on top
+
+
+@pytest.fixture
+def scored():
+    backbone.register_packed_attention()
+    return lambda **options: ScoredModel(toy_model(**options), "shared")
+
+
+def test_twice_the_layers_keep_twice_as_much_and_checkpointing_keeps_little(scored):
+    shallow, deep, deeper = (
+        memory.activation_bytes_per_token(scored(num_hidden_layers=layers)) for layers in (2, 4, 6)
+    )
+    assert deeper - deep == deep - shallow > 0
+    frugal = scored(num_hidden_layers=6)
+    frugal.model.gradient_checkpointing_enable()
+    assert memory.activation_bytes_per_token(frugal) < deeper / 4
+
+
+def test_micro_batches_hold_what_the_budget_holds(scored, monkeypatch):
+    policy = scored()
+    each = memory.activation_bytes_per_token(policy)
+    assert memory.micro_batch_tokens(policy) == memory.MOST_TOKENS["cpu"]
+    monkeypatch.setattr(memory, "CPU_BYTES", 10 * each)
+    assert memory.micro_batch_tokens(policy) == 10
+    monkeypatch.setattr(memory, "CPU_BYTES", each // 2)
+    assert memory.micro_batch_tokens(policy) == 1
