@@ -41,7 +41,7 @@ def without_autocast() -> Iterator[None]:
 
 
 class ScoreFunction(torch.autograd.Function):
-    """(Call, *policy inputs) -> the seven fields of TokenScores."""
+    """(Call, *policy inputs) -> the fields of TokenScores."""
 
     @staticmethod
     @without_autocast()
@@ -65,7 +65,8 @@ class ScoreFunction(torch.autograd.Function):
         ctx.call, ctx.stats, ctx.support_stats = call, stats, support_stats
         ctx.set_materialize_grads(False)
         scores = call.scores(stats, support_stats)
-        ctx.mark_non_differentiable(*(x for x in (scores.ref_logprobs, scores.ref_logprobs_support) if x is not None))
+        constants = scores.ref_logprobs, scores.ref_logprobs_support, scores.outside_support
+        ctx.mark_non_differentiable(*(x for x in constants if x is not None))
         return scores.values()
 
     @staticmethod
@@ -82,6 +83,7 @@ class ScoreFunction(torch.autograd.Function):
         call, stats, support_stats = ctx.call, ctx.stats, ctx.support_stats
         if call.row_ids is not None:
             coefficients = coefficients.select(call.row_ids)
+        coefficients = call.effective(coefficients)
         active = active_rows(coefficients, len(call.rows))
         kept, ctx.kept = ctx.kept, None  # the gradient overwrites it: a second backward has to compute it again
         if kept is not None:

@@ -18,7 +18,7 @@ from .dispatch import uses_triton
 from .errors import UserError
 from .passes import LogitOptions, Passes, Rows, RowStats, Side, Source
 from .support import switched_on
-from .types import OUTPUTS, Head, Support, TokenScores
+from .types import IGNORED_ID, OUTPUTS, Head, Support, TokenCoefficients, TokenScores
 
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 2 << 30}
 """Default size of one chunk's policy and reference logits together. On a GPU chunks must be long, or accumulating the
@@ -88,7 +88,7 @@ class Call:
         assert not isinstance(self.reference, Tensor)
         from .gpu import heads
 
-        if not heads.fits(policy, self.reference):
+        if not heads.fits(policy, self.reference, self.row_ids is not None):
             return False
         heads.linear_score(policy, self.reference, self.rows.target_ids, self.row_ids, self.options, stats)
         return True
@@ -108,16 +108,18 @@ class Call:
 
     def select(self, index: Tensor) -> Call:
         """The same call for some of its scored rows, i64 [m] in any order."""
-        rows, options = self.rows, self.options
-        support = None if rows.support is None else rows.support.select(index)
+        options = self.options
         if isinstance(options.temperature, Tensor):
             options = replace(options, temperature=options.temperature[index])
-        return replace(
-            self,
-            row_ids=index if self.row_ids is None else self.row_ids[index],
-            rows=replace(rows, target_ids=rows.target_ids[index], support=support),
-            options=options,
-        )
+        row_ids = index if self.row_ids is None else self.row_ids[index]
+        return replace(self, row_ids=row_ids, rows=self.rows.select(index), options=options)
+
+    def effective(self, coefficients: TokenCoefficients) -> TokenCoefficients:
+        """The factors of the n scored rows, zero where a row has no target."""
+        if self.rows.untargeted is None:
+            return coefficients
+        targeted = self.rows.untargeted.isinf()
+        return TokenCoefficients(*(None if c is None else torch.where(targeted, c, 0) for c in coefficients.values()))
 
     def available(self) -> set[str]:
         """The names of the scores that this call computes."""
@@ -128,10 +130,12 @@ class Call:
 
     def scores(self, stats: RowStats, support_stats: RowStats | None) -> TokenScores:
         """The statistics of the n scored rows as scores of all N rows, zero in the others."""
-        has_ref = self.reference is not None
+        has_ref, untargeted = self.reference is not None, self.rows.untargeted
 
         def expand(values: Tensor) -> Tensor:
             values = values.to(self.dtype, copy=True)
+            if untargeted is not None:
+                values = torch.where(untargeted.isinf(), values, untargeted.to(self.dtype))
             if self.row_ids is None:
                 return values
             return values.new_zeros(self.num_rows).index_copy_(0, self.row_ids, values)
@@ -146,6 +150,7 @@ class Call:
             policy_logprobs_support=expand(on.logprobs) if on is not None else None,
             ref_logprobs_support=expand(on.ref_logprobs) if on is not None and has_ref else None,
             kl_support=expand(on.kl()) if on is not None and want_kl else None,
+            outside_support=expand(on.outside) if on is not None else None,
         )
 
 
@@ -219,11 +224,33 @@ def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOption
         use_triton=dtype == torch.float32 and uses_triton(policy),
         check_values=on_cpu if request.check_values is None else request.check_values,
     )
+    mask = _scored_rows(mask, target_ids, call.check_values)
     if mask is not None and not (on_cpu and bool(mask.all())):
         call = call.select(mask.nonzero()[:, 0])
     if call.check_values:
         checks.check_values(vocab, call.rows.target_ids, call.options.temperature, call.rows.support)
-    return call
+        return call
+    return replace(call, rows=_with_targets_inside(call.rows, vocab))
+
+
+def _scored_rows(mask: Tensor | None, target_ids: Tensor, may_look: bool) -> Tensor | None:
+    """The mask without the rows whose target is IGNORED_ID; where there is no mask and values may not be looked at,
+    those rows stay, and `_with_targets_inside` finds them.
+    """
+    if mask is None and not (may_look and bool((target_ids == IGNORED_ID).any())):
+        return None
+    targeted = target_ids != IGNORED_ID
+    return targeted if mask is None else mask & targeted
+
+
+def _with_targets_inside(rows: Rows, vocab: int) -> Rows:
+    """The rows with id 0 in place of targets that are no ids, and what their scores are to be; found without waiting
+    for the device.
+    """
+    ids = rows.target_ids
+    inside = (ids >= 0) & (ids < vocab)
+    scores = torch.where(ids == IGNORED_ID, 0.0, torch.nan)
+    return replace(rows, target_ids=torch.where(inside, ids, 0), untargeted=torch.where(inside, torch.inf, scores))
 
 
 def _default_chunk_rows(policy: Tensor, vocab: int, dtype: torch.dtype, num_bytes: int | None) -> int:

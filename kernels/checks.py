@@ -133,7 +133,8 @@ def check_values(valid_vocab: int, target_ids: Tensor, temperature: float | Tens
             if low < 0 or high >= valid_vocab:
                 raise UserError(
                     f"{name} has the id {low if low < 0 else high}, but the vocabulary is 0 to {valid_vocab - 1}: "
-                    "check the tokenizer and valid_vocab, and mask the rows without a target."
+                    "check the tokenizer and valid_vocab, and mask the rows without a target (or give them the target "
+                    "-100)."
                 )
     if isinstance(temperature, Tensor) and not bool(((temperature > 0) & temperature.isfinite()).all()):
         raise UserError("temperature has an entry that is not a positive number: a greedy row has no distribution.")

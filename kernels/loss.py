@@ -79,12 +79,13 @@ def _with_constants(
     check_coefficients(coefficients, call.available(), call.num_rows)
     if call.row_ids is not None:
         coefficients = coefficients.select(call.row_ids)
+    given, coefficients = coefficients, call.effective(coefficients)
     active = active_rows(coefficients, len(call.rows)) if any(needed) else torch.empty(0)
     num_active = len(active)
     if 0 < num_active < len(call.rows):
         inactive = torch.ones(len(call.rows), dtype=torch.bool, device=active.device).index_fill_(0, active, False)
         order = torch.cat([active, inactive.nonzero()[:, 0]])
-        call, coefficients = call.select(order), coefficients.select(order)
+        call, given, coefficients = call.select(order), given.select(order), coefficients.select(order)
     stats, support_stats = call.empty_stats()
     passes = _passes(call, inputs, needed, stats, support_stats)
     for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
@@ -95,7 +96,7 @@ def _with_constants(
         if lo < num_active:
             chunk.gradient(coefficients.select(slice(lo, hi)))
     rows_only = replace(call, row_ids=None).scores(stats, support_stats)
-    return _linear_loss(coefficients, rows_only), call.scores(stats, support_stats), passes
+    return _linear_loss(given, rows_only), call.scores(stats, support_stats), passes
 
 
 def _passes(
@@ -125,13 +126,13 @@ def _with_function(
         first, last = offsets[lo], offsets[hi]
         chunk = Chunk(passes, first, *passes.score(first, last))
         row_ids = None if call.row_ids is None else call.row_ids[first:last] - lo
-        part = replace(call, num_rows=hi - lo, row_ids=row_ids)
+        part = replace(call, num_rows=hi - lo, row_ids=row_ids, rows=call.rows.select(slice(first, last)))
         scores = part.scores(stats[first:last], None if support_stats is None else support_stats[first:last])
         coefficients = function(slice(lo, hi), scores)
         check_coefficients(coefficients, call.available(), hi - lo)
         loss += _linear_loss(coefficients, scores)
         if any(needed):
-            chunk.gradient(coefficients if row_ids is None else coefficients.select(row_ids))
+            chunk.gradient(part.effective(coefficients if row_ids is None else coefficients.select(row_ids)))
     return loss, call.scores(stats, support_stats), passes
 
 

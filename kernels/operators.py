@@ -46,12 +46,15 @@ def token_scores(
     """Scores of the target tokens under policy and reference logits, from one pass over both.
 
     policy_logits float [N, V], ref_logits float [N, V] or None; rows may be strided. target_ids i64 [N]. Rows where
-    mask (bool [N]) is false cost nothing, may hold anything and come back zero. temperature divides all logits: a
-    number or [N]. support: what the sampler allowed (see Support). Only the first valid_vocab columns exist.
+    mask (bool [N]) is false cost nothing, may hold anything and come back zero. So do rows with the target -100, which
+    Hugging Face's labels have where nothing is to be predicted (but without a mask and without check_values they cost
+    what others cost, and their logits must be finite). temperature divides all logits: a number or [N]. support: what
+    the sampler allowed (see Support). Only the first valid_vocab columns exist.
     outputs: which of "entropy" and "kl" are wanted; the others come back as None.
     chunk_tokens: rows held in work buffers at a time. check_values: look at ids and for NaN (None: only on the CPU,
-    where it costs nothing). inplace_backward: the backward overwrites policy_logits with their gradient instead of
-    allocating N * V numbers more; for logits that nothing else needs.
+    where it costs nothing); without it, a target that is no id makes the scores of its row NaN, with no gradient.
+    inplace_backward: the backward overwrites policy_logits with their gradient instead of allocating N * V numbers
+    more; for logits that nothing else needs.
 
     Returns TokenScores, f32 [N] (f64 for f64 logits), differentiable towards policy_logits. Raises UserError for
     inputs that do not fit together. Formulas: TokenScores; definition: reference.token_scores.

@@ -7,7 +7,7 @@ first, gradients from them. cpu/ implements both in PyTorch, gpu/ in Triton, und
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -18,18 +18,36 @@ from .types import Support, TokenCoefficients
 EXCLUDED = -1e30
 """Stands for -inf: exp gives 0, and 0 * EXCLUDED is 0 where 0 * -inf would be NaN."""
 
+NO_LOGIT = -1e20
+"""A logit below it is EXCLUDED, perhaps scaled, centred or divided by a temperature. No model has such logits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """What belongs to the rows being scored, beside their logits."""
 
-    target_ids: Tensor  # i64 [n]
+    target_ids: Tensor  # i64 [n]; all of them in the vocabulary
     support: Support | None
     entropy: bool  # whether the entropy or its gradient is wanted
     kl: bool  # whether a KL or its gradient is wanted
+    untargeted: Tensor | None = None
+    """f32 [n]: what the scores of a row are whose target is no id, 0 or NaN; inf in the other rows. None: no such row.
+
+    These rows are passed over like the others, with id 0 for their target. So nobody needs to know their number, for
+    which a GPU would have to be waited for.
+    """
 
     def __len__(self) -> int:
         return len(self.target_ids)
+
+    def select(self, rows: Tensor | slice) -> Rows:
+        """Some of them: i64 [m] in any order, or a slice without a step."""
+        return replace(
+            self,
+            target_ids=self.target_ids[rows],
+            support=None if self.support is None else self.support.select(rows),
+            untargeted=None if self.untargeted is None else self.untargeted[rows],
+        )
 
 
 def chunk_ranges(num_rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
@@ -96,10 +114,10 @@ class Side:
     bias: Tensor | None
 
     def to(self, dtype: torch.dtype) -> Side:
-        """Weight in the compute dtype, bias in float32 or finer; -inf in a bias becomes EXCLUDED."""
+        """Weight in the compute dtype, bias in float32 or finer."""
         bias = self.bias
         if bias is not None:
-            bias = bias.detach().to(torch.promote_types(dtype, torch.float32)).clamp(min=EXCLUDED)
+            bias = bias.detach().to(torch.promote_types(dtype, torch.float32))
         return Side(self.hidden.detach(), self.weight.detach().to(dtype), bias)
 
     def shares_weights_with(self, other: Side) -> bool:
@@ -114,7 +132,8 @@ class Side:
 class RowStats:
     """Per row, [n]: all that the scores and the backward need, so that the logits need not be kept.
 
-    The maxima are of the logits after temperature.
+    The maxima are of the logits after temperature. `outside` is 1 where the support would not have kept the target,
+    else 0; it has no meaning in the statistics over the full vocabulary.
     """
 
     max: Tensor
@@ -125,6 +144,7 @@ class RowStats:
     ref_log_sum: Tensor
     ref_logprobs: Tensor
     mean_gap: Tensor
+    outside: Tensor
 
     @classmethod
     def empty(cls, num_rows: int, like: Tensor, dtype: torch.dtype) -> RowStats:

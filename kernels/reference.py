@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .support import keep_mask
-from .types import Head, Support, TokenScores
+from .types import IGNORED_ID, Head, Support, TokenScores
 
 
 def token_scores(
@@ -28,28 +28,36 @@ def token_scores(
     """Scores of the targets under policy and reference, with z = policy_logits / temperature, r likewise.
 
     policy_logits, ref_logits [N, V]; target_ids i64 [N]; mask bool [N]; temperature a number or [N]. Only the first
-    `valid_vocab` columns exist. Formulas in TokenScores; exact KL summed over the whole vocabulary, not sampled.
+    `valid_vocab` columns exist. A row with the target -100 is masked. Any other target that is no id of the vocabulary
+    makes all scores of its row NaN, constants without a gradient. Formulas in TokenScores; exact KL summed over the
+    whole vocabulary, not sampled.
     """
     dtype = torch.float64 if policy_logits.dtype == torch.float64 else torch.float32
     tau = torch.as_tensor(temperature, dtype=dtype, device=policy_logits.device).reshape(-1, 1)
-    if mask is not None:  # a masked row may hold anything, NaN included: it must reach neither scores nor gradients
-        policy_logits = torch.where(mask[:, None], policy_logits, 0)
-        ref_logits = None if ref_logits is None else torch.where(mask[:, None], ref_logits, 0)
-        tau = torch.where(mask[:, None], tau, 1)
-        target_ids = torch.where(mask, target_ids, 0)
+    # a masked row may hold anything, NaN included: it must reach neither scores nor gradients
+    scored = target_ids != IGNORED_ID if mask is None else mask & (target_ids != IGNORED_ID)
+    policy_logits = torch.where(scored[:, None], policy_logits, 0)
+    ref_logits = None if ref_logits is None else torch.where(scored[:, None], ref_logits, 0)
+    tau = torch.where(scored[:, None], tau, 1)
+    target_ids = torch.where(scored, target_ids, 0)
 
     z = policy_logits[:, :valid_vocab].to(dtype) / tau
     r = None if ref_logits is None else ref_logits.detach()[:, :valid_vocab].to(dtype) / tau
+    known = (target_ids >= 0) & (target_ids < z.shape[1])
+    target_ids = torch.where(known, target_ids, 0)
     full = _scores(z, r, target_ids, keep=None)
     on_support: tuple[Tensor | None, ...] = (None, None, None, None)
+    outside = None
     if support is not None:
+        allowed = keep_mask(support, z.detach())
+        outside = (~allowed.gather(1, target_ids[:, None])[:, 0]).to(dtype)
         on_support = _scores(z, r, target_ids, keep_mask(support, z.detach(), target_ids))
 
     def masked(x: Tensor | None) -> Tensor | None:
-        return x if x is None or mask is None else torch.where(mask, x, 0)
+        return None if x is None else torch.where(scored, torch.where(known, x, torch.nan), 0)
 
     logprobs_s, ref_logprobs_s, _, kl_s = on_support
-    return TokenScores(*(masked(x) for x in (*full, logprobs_s, ref_logprobs_s, kl_s)))
+    return TokenScores(*(masked(x) for x in (*full, logprobs_s, ref_logprobs_s, kl_s, outside)))
 
 
 def _scores(z: Tensor, r: Tensor | None, target_ids: Tensor, keep: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -60,7 +68,7 @@ def _scores(z: Tensor, r: Tensor | None, target_ids: Tensor, keep: Tensor | None
 
     logp = log_softmax(z)
     p = logp.exp()
-    # where p is exactly zero the summand's limit is zero, although log p is -inf there
+    # where p is exactly zero the summand is zero, although log p is -inf there, and log q may be
     safe_logp = logp.masked_fill(p == 0, 0)
     logprobs = logp.gather(1, target_ids[:, None])[:, 0]
     entropy = -(p * safe_logp).sum(1)

@@ -43,6 +43,13 @@ def keep_mask(support: Support, logits: Tensor, target_ids: Tensor | None = None
     return keep if target_ids is None else keep.scatter_(1, target_ids[:, None], True)
 
 
+def keep_sampled_(keep: Tensor, target_ids: Tensor) -> Tensor:
+    """Adds the sampled tokens i64 [n] to a mask [n, V]; returns the rows, bool [n], in which it did not hold them."""
+    outside = ~keep.gather(1, target_ids[:, None])[:, 0]
+    keep.scatter_(1, target_ids[:, None], True)
+    return outside
+
+
 def rows_of_record(support: Support) -> Tensor:
     """The row of each of kept_ids."""
     counts = support.kept_offsets.diff()

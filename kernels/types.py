@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+IGNORED_ID = -100
+"""The target of a row that is not scored, as in the labels of Hugging Face and PyTorch's cross entropy."""
+
 OUTPUTS = ("entropy", "kl")
 """The outputs that may be left out to save work; log-probabilities always come back."""
 
@@ -44,8 +47,13 @@ class TokenScores:
         policy_logprobs          log p(y)                        ref_logprobs           log q(y)
         entropy                  -sum_v p(v) log p(v)            kl                     sum_v p(v) (log p(v) - log q(v))
 
-    and the `_support` twins with p and q both renormalised on the same S. A field is None where nothing was asked for
-    or no reference (no support) was given. Gradients flow through the policy only; ref_logprobs has none.
+    and the `_support` twins with p and q both renormalised on the same S. outside_support is 1 where y is not in S as
+    it was recorded or recomputed, else 0; all others are computed with y in S, since it was sampled. A field is None
+    where nothing was asked for or no reference (no support) was given. Gradients flow through the policy only;
+    ref_logprobs has none.
+
+    An id with the logit -inf has probability zero: it adds nothing to a sum over p, its own log-prob is -inf, and the
+    KL is inf where q excludes an id that p does not. Of a row whose logits are all -inf, every score is NaN.
     """
 
     policy_logprobs: Tensor
@@ -55,9 +63,10 @@ class TokenScores:
     policy_logprobs_support: Tensor | None = None
     ref_logprobs_support: Tensor | None = None
     kl_support: Tensor | None = None
+    outside_support: Tensor | None = None
 
     def values(self) -> tuple[Tensor | None, ...]:
-        """The seven fields in order."""
+        """The eight fields in order."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
 
@@ -101,7 +110,8 @@ class Support:
     top_k, top_p and min_p are numbers or tensors [N]; top_k <= 0, top_p >= 1 and min_p <= 0 mean "off".
     Ties at the top_k threshold are all kept; ties at the top_p threshold fall as torch.sort orders them, as in vLLM.
 
-    The target of a row is kept in either form, whatever the rest says: it was sampled.
+    The target of a row is kept in either form, whatever the rest says: it was sampled. TokenScores.outside_support
+    marks the rows where nothing else would have kept it.
     """
 
     kept_ids: Tensor | None = None

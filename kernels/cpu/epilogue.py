@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ..passes import RowStats
+from ..passes import EXCLUDED, NO_LOGIT, RowStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +49,18 @@ class Sums:
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
     def store(self, stats: RowStats) -> None:
-        """The statistics of the distribution over these ids and the target."""
+        """The statistics of the distribution over these ids and the target; NaN where no id can be drawn."""
         at_target = self.logit.exp()
         total = self.others + at_target
         stats.max.copy_(self.max)
-        stats.log_sum.copy_(_log_sum(self.others, self.logit))
+        stats.log_sum.copy_(_log_sum(self.others, self.logit).masked_fill(self.max < NO_LOGIT, torch.nan))
         stats.mean_logit.copy_((self.weighted_logit + at_target * self.logit) / total)
-        stats.logprobs.copy_(self.logit - stats.log_sum)
+        stats.logprobs.copy_(_excluded_at_infinity(self.logit) - stats.log_sum)
         stats.ref_max.copy_(self.ref_max)
-        stats.ref_log_sum.copy_(_log_sum(self.ref_others, self.ref_logit))
-        stats.ref_logprobs.copy_(self.ref_logit - stats.ref_log_sum)
-        stats.mean_gap.copy_((self.weighted_gap + at_target * (self.logit - self.ref_logit)) / total)
+        ref_log_sum = _log_sum(self.ref_others, self.ref_logit)
+        stats.ref_log_sum.copy_(ref_log_sum.masked_fill(self.ref_max < NO_LOGIT, torch.nan))
+        stats.ref_logprobs.copy_(_excluded_at_infinity(self.ref_logit) - stats.ref_log_sum)
+        stats.mean_gap.copy_((self.weighted_gap + weighted(at_target, self.logit - self.ref_logit)) / total)
 
     def only_target(self) -> Sums:
         """The sums over no id but the target."""
@@ -93,12 +94,22 @@ class Sums:
         if r is None:
             return moved
         more_ref = r - ref_top[rows]
-        old_gap = rescale * (self.weighted_gap + self.others * (lower - ref_lower))
+        old_gap = weighted(rescale, self.weighted_gap + weighted(self.others, lower - ref_lower))
         return replace(
             moved,
             ref_others=add(self.ref_others * ref_lower.exp(), more_ref.exp()),
-            weighted_gap=add(old_gap, e * (more - more_ref)),
+            weighted_gap=add(old_gap, weighted(e, more - more_ref)),
         )
+
+
+def _excluded_at_infinity(logit: Tensor) -> Tensor:
+    """The logits [n], -inf where they stand for it."""
+    return logit.masked_fill(logit < NO_LOGIT, -torch.inf)
+
+
+def weighted(e: Tensor, gap: Tensor) -> Tensor:
+    """e * gap, with the gap to an id that only the reference excludes taken for infinite; zero where e is."""
+    return torch.where(e == 0, 0, e * gap.masked_fill(gap > -NO_LOGIT, torch.inf))
 
 
 def _log_sum(others: Tensor, logit: Tensor) -> Tensor:
@@ -106,11 +117,13 @@ def _log_sum(others: Tensor, logit: Tensor) -> Tensor:
     return torch.where(logit == 0, others.log1p(), (others + logit.exp()).log())
 
 
-def row_sums_(z: Tensor, r: Tensor | None, target_ids: Tensor, scratch: Tensor, entropy: bool, kl: bool) -> Sums:
+def row_sums_(
+    z: Tensor, r: Tensor | None, target_ids: Tensor, scratch: Tensor, entropy: bool, kl: bool, excluded: bool
+) -> Sums:
     """Sums over all ids of the logits z and r [n, V].
 
     Afterwards z holds e = exp(z - max), 0 at the target, and r the gap (if kl); scratch [n, V] is overwritten. Without
-    entropy (kl) the weighted logit (gap) is zero.
+    entropy (kl) the weighted logit (gap) is zero. excluded: whether any of the logits is EXCLUDED.
     """
     zero = torch.zeros(len(z), dtype=torch.float64, device=z.device)
     ref_top, ref_others, ref_logit = zero, zero, zero
@@ -124,6 +137,8 @@ def row_sums_(z: Tensor, r: Tensor | None, target_ids: Tensor, scratch: Tensor, 
     others, logit = _exponentials(z, target_ids, scratch)
     weighted_logit = torch.mul(scratch, z, out=z).sum(1).double() if entropy else zero
     weighted_gap = torch.mul(scratch, r, out=z).sum(1).double() if with_gap else zero
+    if with_gap and excluded:
+        weighted_gap.masked_fill_(((r > -NO_LOGIT) & (scratch > 0)).any(1), torch.inf)
     z.copy_(scratch)
     return Sums(top, others, weighted_logit, logit, ref_top, ref_others, ref_logit, weighted_gap)
 
@@ -181,15 +196,15 @@ class Factors:
             slope = slope - self.a
         if self.b is not None:
             slope = slope - self.b * (z - stats.mean_logit)
-        if self.c is not None:
-            slope = slope + self.c * (gap - stats.mean_gap)
+        if self.c is not None:  # an infinite KL without a factor has no gradient
+            slope = slope + torch.where(self.c == 0, 0, self.c * (gap - stats.mean_gap))
         return slope
 
     def at_target(self, gap: Tensor | None) -> Tensor:
         """dL/dz of the target, f64 [n]; gap: the target's, centred."""
         stats = self.stats
         p, one_minus_p = stats.logprobs.exp(), -torch.expm1(stats.logprobs)
-        logit = stats.logprobs + stats.log_sum
+        logit = (stats.logprobs + stats.log_sum).clamp(min=EXCLUDED)
         without_a = Factors(stats, None, self.b, self.c).slope(logit, gap)
         return p * without_a + (0.0 if self.a is None else self.a * one_minus_p)
 

@@ -65,19 +65,25 @@ def lists_banned_ids(support: Support) -> bool:
     return support.kept_ids is None and not support.is_recomputed
 
 
-def list_ids_(support: Support, z: Tensor, r: Tensor | None, target_ids: Tensor) -> Listed:
+def list_ids_(
+    support: Support, z: Tensor, r: Tensor | None, target_ids: Tensor, excluded: bool
+) -> tuple[Listed, Tensor]:
     """The ids that the support of these rows lists, with their logits z and r [n, V]; banned ones are excluded there.
 
-    An allowed list holds the target; a list of banned ids does not.
+    An allowed list holds the target; a list of banned ids does not. Also the rows, bool [n], whose target the support
+    would not have kept. excluded: whether any of the logits is EXCLUDED.
     """
     banned = lists_banned_ids(support)
-    rows, ids = banned_pairs(support, target_ids) if banned else allowed_pairs(support, z, target_ids)
+    if banned:
+        rows, ids, outside = banned_pairs(support, target_ids)
+    else:
+        rows, ids, outside = allowed_pairs(support, z, target_ids, excluded)
     listed = Listed(rows, ids, z[rows, ids].double(), None if r is None else r[rows, ids].double())
     if banned:
         for x in (z, r):
             if x is not None:
                 x[rows, ids] = EXCLUDED
-    return listed
+    return listed, outside
 
 
 def store_stats(

@@ -48,10 +48,10 @@ class CpuPasses:
     def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
         z, r = self.source.load(lo, hi)
         lists: list[tuple[int, Listed]] = []
-        sums = []
+        sums, rows, excluded = [], self.rows, self.source.excluded
         for first, last, z_block, r_block in self._scaled_blocks(lo, hi, z, r, lists):
-            target_ids, scratch = self.rows.target_ids[first:last], self._buffer("scratch", z_block)
-            sums.append(row_sums_(z_block, r_block, target_ids, scratch, self.rows.entropy, self.rows.kl))
+            target_ids, scratch = rows.target_ids[first:last], self._buffer("scratch", z_block)
+            sums.append(row_sums_(z_block, r_block, target_ids, scratch, rows.entropy, rows.kl, excluded))
         self.listed = concatenated(lists)
         if sums:
             support_stats = None if self.support_stats is None else self.support_stats[lo:hi]
@@ -108,14 +108,17 @@ class CpuPasses:
     def _scaled_blocks(
         self, lo: int, hi: int, z: Tensor, r: Tensor | None, lists: list[tuple[int, Listed]]
     ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
-        """The blocks after scale and temperature; what the support lists goes to `lists`, banned ids leave z and r."""
+        """The blocks after scale and temperature; what the support lists goes to `lists`, banned ids leave z and r, and
+        targets outside of the support are noted in its statistics."""
         for first, last, z_block, r_block in self._blocks(lo, hi, z, r):
             for x in (z_block, r_block):
                 if x is not None:
                     self.source.options.scale_(x, first, last)
             if self.rows.support is not None:
                 support, target_ids = self.rows.support.select(slice(first, last)), self.rows.target_ids[first:last]
-                lists.append((first, list_ids_(support, z_block, r_block, target_ids)))
+                listed, outside = list_ids_(support, z_block, r_block, target_ids, self.source.excluded)
+                lists.append((first, listed))
+                self.support_stats.outside[first:last] = outside
             yield first, last, z_block, r_block
 
     def _softcap_slope(self, first: int, last: int, e: Tensor, listed: Listed | None) -> Tensor | None:

@@ -23,7 +23,8 @@ number."""
 class HeadSource:
     """A Source: logits of a policy head and, optionally, a reference head.
 
-    row_ids i64 [n] picks the scored rows of the hidden states (None: all of them).
+    row_ids i64 [n] picks the scored rows of the hidden states (None: all of them). `excluded`: whether any of the
+    logits loaded last may be EXCLUDED.
     """
 
     raw = False
@@ -43,6 +44,9 @@ class HeadSource:
         self.reference = None if reference is None or shared else reference.to(dtype)
         if shared:
             self.reference = replace(self.policy, hidden=reference.hidden.detach())
+        self.excluded = False
+        if not self.raw:
+            self._clamp_biases()
         self.shared, self.row_ids, self.options, self.dtype = shared, row_ids, options, dtype
         self.vocab, self.hidden_size = policy.weight.shape
         sides = 1 if reference is None else 2
@@ -54,6 +58,14 @@ class HeadSource:
         self.grad_weight: Tensor | None = None
         self.grad_bias: Tensor | None = None
         self.loaded_from = 0
+
+    def _clamp_biases(self) -> None:
+        """-inf in a bias becomes EXCLUDED, so that 0 * -inf never arises."""
+        for name in ("policy", "reference"):
+            side = getattr(self, name)
+            if side is not None and side.bias is not None and bool((side.bias < EXCLUDED).any()):
+                setattr(self, name, replace(side, bias=side.bias.clamp(min=EXCLUDED)))
+                self.excluded = True
 
     def _new_logits_buffers(self) -> Any:
         """[sides, rows, V] where one product fills both sides; else two tensors, since smaller ones are easier to
@@ -141,6 +153,7 @@ class LogitsSource:
         self.vocab = policy_logits.shape[1]
         device = policy_logits.device
         self.buffers = [torch.empty(chunk_rows, self.vocab, dtype=dtype, device=device) for _ in self.logits]
+        self.excluded = False
         self.grad_logits: Tensor | None = None
 
     def collect_gradients(self, needed: Sequence[bool], inplace: bool) -> None:
@@ -155,10 +168,14 @@ class LogitsSource:
 
     def load(self, lo: int, hi: int, need_ref: bool = True) -> tuple[Tensor, Tensor | None]:
         """-inf becomes EXCLUDED, so that 0 * -inf never arises."""
-        out = []
+        out, self.excluded = [], False
         for logits, buffer in zip(self.logits[: 2 if need_ref else 1], self.buffers, strict=False):
             x = logits[lo:hi] if self.row_ids is None else logits.index_select(0, self.row_ids[lo:hi])
-            out.append(buffer[: hi - lo].copy_(x).clamp_(min=EXCLUDED))
+            x = buffer[: hi - lo].copy_(x)
+            if bool((x.amin(1) < EXCLUDED).any()):  # looking is cheaper than clamping
+                x.clamp_(min=EXCLUDED)
+                self.excluded = True
+            out.append(x)
         return out[0], out[1] if len(out) == 2 else None
 
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..passes import EXCLUDED, NO_LOGIT
 from ..support import column, keep_mask, ranks, rows_of_record
 from ..types import Support
 
@@ -28,8 +29,10 @@ MARGIN = 1e-5
 """A row whose cumulative probability comes this close to top_p is left to the definition: rounding decides there."""
 
 
-def banned_pairs(support: Support, target_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, id), i64 [M] each, ascending: what excluded_ids and banned_ids ban in rows with these targets [n]."""
+def banned_pairs(support: Support, target_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, id), i64 [M] each, ascending: what excluded_ids and banned_ids ban in rows with these targets [n], which
+    are not banned; and the rows, bool [n], whose target would be.
+    """
     everywhere = torch.arange(len(target_ids), device=target_ids.device)
     pairs = []
     if support.excluded_ids is not None:
@@ -39,8 +42,9 @@ def banned_pairs(support: Support, target_ids: Tensor) -> tuple[Tensor, Tensor]:
         pairs.append((rows, support.banned_ids))
     rows = torch.cat([everywhere[:0], *(rows.repeat_interleave(len(ids)) for rows, ids in pairs)])
     ids = torch.cat([everywhere[:0], *(ids.repeat(len(rows)) for rows, ids in pairs)])
-    other = ids != target_ids[rows]
-    return _sorted_pairs(rows[other], ids[other])
+    is_target = ids == target_ids[rows]
+    outside = torch.zeros_like(target_ids, dtype=torch.bool).index_fill_(0, rows[is_target], True)
+    return *_sorted_pairs(rows[~is_target], ids[~is_target]), outside
 
 
 def _sorted_pairs(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,23 +55,32 @@ def _sorted_pairs(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return keys >> 32, keys & 0xFFFFFFFF
 
 
-def allowed_pairs(support: Support, z: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, id), i64 [M] each, ascending: the recorded or recomputed support, as keep_mask has it, targets included.
+def allowed_pairs(
+    support: Support, z: Tensor, target_ids: Tensor, excluded: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, id), i64 [M] each, ascending: the recorded or recomputed support, as keep_mask has it, targets included;
+    and the rows, bool [n], whose target it would not have held.
 
     z [n, V]: the policy's logits after temperature. What top_k, top_p and min_p leave lies among the largest few of
     them, as a rule: those are looked at, then more in rows where they do not suffice, and only rows where rounding or
-    equal logits may decide are left to keep_mask, which sorts them. z is changed and restored.
+    equal logits may decide are left to keep_mask, which sorts them. z is changed and restored. excluded: whether any
+    logit is EXCLUDED, which no limit leaves.
     """
     everywhere = torch.arange(len(z), device=z.device)
     if support.kept_ids is not None:
         rows, ids = rows_of_record(support), support.kept_ids
     else:
-        banned_rows, banned_ids = banned_pairs(support, target_ids.new_full(target_ids.shape, -1))
+        banned_rows, banned_ids, _ = banned_pairs(support, target_ids.new_full(target_ids.shape, -1))
         saved = z[banned_rows, banned_ids]
         z[banned_rows, banned_ids] = -torch.inf
+        if excluded:
+            z.masked_fill_(z < NO_LOGIT, -torch.inf)
         rows, ids = _largest_pairs(support, z)
         z[banned_rows, banned_ids] = saved
-    return _sorted_pairs(torch.cat([rows, everywhere]), torch.cat([ids, target_ids]))
+        if excluded:
+            z.clamp_(min=EXCLUDED)
+    inside = everywhere.new_zeros(len(z), dtype=torch.bool).index_fill_(0, rows[ids == target_ids[rows]], True)
+    return *_sorted_pairs(torch.cat([rows, everywhere]), torch.cat([ids, target_ids])), ~inside
 
 
 def _largest_pairs(support: Support, z: Tensor) -> tuple[Tensor, Tensor]:

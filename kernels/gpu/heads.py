@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..passes import LogitOptions, RowStats, Side
-from .rows import EXCLUDED, LOG2E, Flags, finish, fold, no_sums, process_logits, store_fields
+from .rows import EXCLUDED, LOG2E, Flags, finish, fold, no_sums, process_logits, store_fields, weighted
 
 BLOCK_ROWS, NUM_WARPS = 128, 8
 GROUP = 16
@@ -118,15 +118,15 @@ def linear_score_kernel(h, w, hr, wr, strides, vectors, sizes, softcap, scale, F
         is_target = ids[None, :] == target[:, None]
         if FLAGS.has_bias:
             z += tl.load(vectors.bias + ids, mask=ids < vocab, other=0.0)[None, :]
-        z = process_logits(z, numbers, FLAGS)
+        z = process_logits(z, numbers, FLAGS, False)
         z_t += tl.sum(tl.where(is_target, z, 0.0), 1)
         z = tl.where(inside & (ids[None, :] != target[:, None]), z, EXCLUDED)
         if FLAGS.has_ref:
             if FLAGS.has_ref_bias:
                 r += tl.load(vectors.ref_bias + ids, mask=ids < vocab, other=0.0)[None, :]
-            r = process_logits(r, numbers, FLAGS)
+            r = process_logits(r, numbers, FLAGS, True)
             r_t += tl.sum(tl.where(is_target, r, 0.0), 1)
-            r = tl.where(inside, r, EXCLUDED)
+            r = tl.where(inside, r, -float("inf"))
         sums = fold(z, r, sums, FLAGS.has_ref, 1)
 
     m, mr, s, a, sr, g = sums
@@ -156,7 +156,8 @@ def merge_kernel(
             mr_i = tl.load(ptr + 3 * field, mask=inside, other=0.0)
             mr_new = tl.maximum(mr, mr_i)
             g_i = tl.load(ptr + 5 * field, mask=inside, other=0.0)
-            g = old * (g + s * ((m - m_new) - (mr - mr_new))) + new * (g_i + s_i * ((m_i - m_new) - (mr_i - mr_new)))
+            g = weighted(old, g + s * ((m - m_new) - (mr - mr_new)))
+            g += weighted(new, g_i + s_i * ((m_i - m_new) - (mr_i - mr_new)))
             sr_i = tl.load(ptr + 4 * field, mask=inside, other=1.0)
             sr = sr * tl.exp2((mr - mr_new) * LOG2E) + sr_i * tl.exp2((mr_i - mr_new) * LOG2E)
             mr = mr_new
@@ -191,14 +192,19 @@ def architecture_of(x: Tensor) -> int:
     return 10 * major + minor
 
 
-def fits(policy: Side, reference: Side | None) -> bool:
-    """Whether the kernel can read these heads: one dtype, contiguous features, rows of whole 16-byte units."""
+def fits(policy: Side, reference: Side | None, rows_are_picked: bool) -> bool:
+    """Whether the kernel can read these heads: one dtype, contiguous features, rows of whole 16-byte units.
+
+    Picking some rows of the hidden states makes them contiguous, so their features must then fill whole units, too.
+    """
     if architecture_of(policy.hidden) < OLDEST_ARCHITECTURE or (
         policy.hidden.is_cuda and policy.hidden.dtype == torch.float32
     ):  # float32 products are left to the BLAS
         return False
     tensors = [policy.hidden, policy.weight] + ([] if reference is None else [reference.hidden, reference.weight])
     unit = 16 // policy.hidden.element_size()
+    if rows_are_picked and policy.hidden.shape[1] % unit:
+        return False
     return all(
         x.dtype == policy.hidden.dtype and x.stride(1) == 1 and x.stride(0) % unit == 0 and x.data_ptr() % 16 == 0
         for x in tensors

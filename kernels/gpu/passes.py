@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..passes import Rows, RowStats
-from ..support import keep_mask
+from ..support import keep_mask, keep_sampled_
 from ..types import TokenCoefficients
 from .rows import Flags, Gradient, Inputs, Numbers, Stats, gradient_kernel, scale_kernel, score_kernel
 from .sources import HeadSource, LogitsSource
@@ -116,11 +116,12 @@ class GpuPasses:
         return flags._replace(has_keep=keep is not None, has_row_ids=self.source.picked is not None)
 
     def _keep(self, lo: int, hi: int, z: Tensor) -> Tensor:
-        """The support of the rows, one byte per logit: u8 [hi - lo, V], found by support.keep_mask itself.
+        """The support of the rows, one byte per logit: u8 [hi - lo, V], found by support.keep_mask itself. Targets
+        outside of it are noted in its statistics.
 
         Recomputing it takes a processed copy of the policy's raw logits z.
         """
-        assert self.rows.support is not None
+        assert self.rows.support is not None and self.support_stats is not None
         support, options, picked = self.rows.support.select(slice(lo, hi)), self.source.options, self.source.picked
         if support.is_recomputed:
             z = z if picked is None else z.index_select(0, picked[lo:hi])
@@ -129,7 +130,9 @@ class GpuPasses:
             options.scale_(z, lo, hi)
         else:
             z = z[:1].expand(hi - lo, z.shape[1])  # only its shape and device are used
-        return keep_mask(support, z, self.rows.target_ids[lo:hi]).view(torch.uint8)
+        keep = keep_mask(support, z)
+        self.support_stats.outside[lo:hi] = keep_sampled_(keep, self.rows.target_ids[lo:hi])
+        return keep.view(torch.uint8)
 
 
 def _factors(coefficients: TokenCoefficients, num_rows: int, device: torch.device) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..passes import LogitOptions
 
 EXCLUDED = tl.constexpr(-1e30)  # as passes.EXCLUDED
+NO_LOGIT = tl.constexpr(-1e20)  # as passes.NO_LOGIT
 LOG2E = tl.constexpr(1.4426950408889634)
 VECTOR = tl.constexpr(4)
 """How many logits a thread of score_kernel loads at once, the same for every dtype: otherwise narrower ones would have
@@ -100,8 +101,9 @@ class Flags(NamedTuple):
 
 
 @triton.jit
-def process_logits(x, numbers, FLAGS: tl.constexpr):
-    """softcap * tanh(x / softcap) * scale of float32 head outputs, as LogitOptions says; -inf becomes EXCLUDED."""
+def process_logits(x, numbers, FLAGS: tl.constexpr, KEEP_INF: tl.constexpr):
+    """softcap * tanh(x / softcap) * scale of float32 head outputs, as LogitOptions says; -inf becomes EXCLUDED unless
+    KEEP_INF."""
     _, softcap, scale = numbers
     if FLAGS.round_bf16:
         x = x.to(tl.bfloat16).to(tl.float32)
@@ -110,12 +112,16 @@ def process_logits(x, numbers, FLAGS: tl.constexpr):
         x = softcap * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E / softcap)) + 1.0))
     if FLAGS.has_scale:
         x *= scale
-    # NaN must stay NaN: it is reported at the border
-    return tl.maximum(x, EXCLUDED, propagate_nan=tl.PropagateNan.ALL)
+    if not KEEP_INF:  # NaN must stay NaN: it is reported at the border
+        x = tl.maximum(x, EXCLUDED, propagate_nan=tl.PropagateNan.ALL)
+    return x
 
 
 @triton.jit
-def load_logits(ptr, bias_ptr, cols, numbers, HAS_BIAS: tl.constexpr, FLAGS: tl.constexpr, MASKED: tl.constexpr):
+def load_logits(
+    ptr, bias_ptr, cols, numbers, HAS_BIAS: tl.constexpr, FLAGS: tl.constexpr, MASKED: tl.constexpr,
+    KEEP_INF: tl.constexpr,
+):  # fmt: skip
     """Processed logits of some columns of a row, EXCLUDED beyond its end; MASKED: whether there may be such columns."""
     if MASKED:
         inside = cols < numbers[0]
@@ -126,20 +132,23 @@ def load_logits(ptr, bias_ptr, cols, numbers, HAS_BIAS: tl.constexpr, FLAGS: tl.
         x = tl.load(ptr + cols).to(tl.float32)
         if HAS_BIAS:
             x += tl.load(bias_ptr + cols)
-    x = process_logits(x, numbers, FLAGS)
+    x = process_logits(x, numbers, FLAGS, KEEP_INF)
     if MASKED and FLAGS.has_softcap:  # which maps -inf to -softcap
         x = tl.where(inside, x, EXCLUDED)
     return x
 
 
 @triton.jit
-def load_pair(row, cols, numbers, WITH_REF: tl.constexpr, FLAGS: tl.constexpr, MASKED: tl.constexpr):
-    """load_logits of policy and reference, whose pointers and biases' pointers are in `row`."""
+def load_pair(
+    row, cols, numbers, WITH_REF: tl.constexpr, FLAGS: tl.constexpr, MASKED: tl.constexpr, KEEP_INF: tl.constexpr
+):  # fmt: skip
+    """load_logits of policy and reference, whose pointers and biases' pointers are in `row`; KEEP_INF: in the
+    reference."""
     z_ptr, bias_ptr, r_ptr, ref_bias_ptr = row
-    z = load_logits(z_ptr, bias_ptr, cols, numbers, FLAGS.has_bias, FLAGS, MASKED)
+    z = load_logits(z_ptr, bias_ptr, cols, numbers, FLAGS.has_bias, FLAGS, MASKED, False)
     r = z
     if WITH_REF:
-        r = load_logits(r_ptr, ref_bias_ptr, cols, numbers, FLAGS.has_ref_bias, FLAGS, MASKED)
+        r = load_logits(r_ptr, ref_bias_ptr, cols, numbers, FLAGS.has_ref_bias, FLAGS, MASKED, KEEP_INF)
     return z, r
 
 
@@ -177,8 +186,15 @@ def no_sums(N: tl.constexpr):
 
 
 @triton.jit
+def weighted(e, gap):
+    """e * gap, zero where e is: the gap is infinite at an id that the reference excludes."""
+    return tl.where(e == 0.0, 0.0, e * gap)
+
+
+@triton.jit
 def fold(z, r, sums, HAS_REF: tl.constexpr, AXIS: tl.constexpr):
-    """Adds a tile of logits along AXIS to the online sums, of which there is one set per index of its other axis."""
+    """Adds a tile of logits along AXIS to the online sums, of which there is one set per index of its other axis. What
+    is excluded is EXCLUDED in z and -inf in r."""
     m, mr, s, a, sr, g = sums
     m_new = tl.maximum(m, tl.max(z, AXIS))
     rescale = tl.exp2((m - m_new) * LOG2E)
@@ -188,7 +204,7 @@ def fold(z, r, sums, HAS_REF: tl.constexpr, AXIS: tl.constexpr):
         mr_new = tl.maximum(mr, tl.max(r, AXIS))
         r = r - tl.expand_dims(mr_new, AXIS)
         sr = sr * tl.exp2((mr - mr_new) * LOG2E) + tl.sum(tl.exp2(r * LOG2E), AXIS)
-        g = rescale * (g + s * ((m - m_new) - (mr - mr_new))) + tl.sum(e * (z - r), AXIS)
+        g = weighted(rescale, g + s * ((m - m_new) - (mr - mr_new))) + tl.sum(weighted(e, z - r), AXIS)
         mr = mr_new
     a = rescale * (a + s * (m - m_new)) + tl.sum(e * z, AXIS)
     s = s * rescale + tl.sum(e, AXIS)
@@ -203,7 +219,7 @@ def merge_lanes(sums, HAS_REF: tl.constexpr):
     weight = tl.exp2((m - top) * LOG2E)
     ref_top = tl.max(mr, 0)
     if HAS_REF:
-        g = weight * (g + s * ((m - top) - (mr - ref_top)))
+        g = weighted(weight, g + s * ((m - top) - (mr - ref_top)))
         sr = sr * tl.exp2((mr - ref_top) * LOG2E)
     a = weight * (a + s * (m - top))
     return top, ref_top, tl.sum(s * weight, 0), tl.sum(a, 0), tl.sum(sr, 0), tl.sum(g, 0)
@@ -218,16 +234,18 @@ def finish(z_t, r_t, sums, HAS_REF: tl.constexpr):
     exp_target = tl.exp2((z_t - top) * LOG2E)
     others = s * rescale
     log_sum = log_of_sum(others, exp_target, z_t == top)
+    log_sum = tl.where(top < NO_LOGIT, float("nan"), log_sum)  # no id can be drawn
     total = others + exp_target
     mean_logit = (rescale * (a + s * (m - top)) + exp_target * (z_t - top)) / total
-    logprob = (z_t - top) - log_sum
+    logprob = tl.where(z_t < NO_LOGIT, -float("inf"), z_t - top) - log_sum
     ref_log_sum = tl.zeros_like(log_sum)
     ref_logprob = tl.zeros_like(log_sum)
     mean_gap = tl.zeros_like(log_sum)
     if HAS_REF:
         ref_log_sum = tl.log(sr)
         ref_logprob = (r_t - mr) - ref_log_sum
-        mean_gap = (rescale * (g + s * (m - top)) + exp_target * ((z_t - top) - (r_t - mr))) / total
+        at_target = weighted(exp_target, (z_t - top) - (r_t - mr))
+        mean_gap = (weighted(rescale, g + s * (m - top)) + at_target) / total
     return top, log_sum, mean_logit, logprob, mr, ref_log_sum, ref_logprob, mean_gap
 
 
@@ -267,8 +285,8 @@ def gradient_block(z, r, is_target, stats, factors, HAS_B: tl.constexpr, HAS_C: 
     slope = tl.zeros_like(z)
     if HAS_B:
         slope -= fb * (z - mean_logit)
-    if HAS_C:
-        slope += fc * ((z - (r - mr)) - mean_gap)
+    if HAS_C:  # an infinite KL without a factor has no gradient
+        slope += tl.where(fc == 0.0, 0.0, fc * ((z - (r - mr)) - mean_gap))
     # 1 - p at the target without cancellation: from the log-probability, by the series where it is small
     x = -logprob
     one_minus_p = tl.where(x < 1e-2, x * (1.0 - x * (0.5 - x * (1.0 / 6.0))), 1.0 - tl.exp2(logprob * LOG2E))
@@ -294,14 +312,14 @@ def score_block(
 ):  # fmt: skip
     """Folds columns start.. of a row, its target left out, into the lanes' sums: full vocabulary and support."""
     cols = tl.max_contiguous(start + block, [1, VECTOR])
-    z, r = load_pair(row, cols, numbers, FLAGS.has_ref, FLAGS, MASKED)
+    z, r = load_pair(row, cols, numbers, FLAGS.has_ref, FLAGS, MASKED, True)
     if (target >= start) & (target < start + BLOCK):
         z = tl.where(cols == target, EXCLUDED, z)
     sums = fold(z, r, sums, FLAGS.has_ref, 0)
     if FLAGS.has_keep:
         keep = tl.load(keep_ptr + cols, mask=cols < numbers[0], other=0) != 0
         z = tl.where(keep, z, EXCLUDED)
-        r = tl.where(keep, r, EXCLUDED)
+        r = tl.where(keep, r, -float("inf"))
         sums_k = fold(z, r, sums_k, FLAGS.has_ref, 0)
     return sums, sums_k
 
@@ -329,7 +347,7 @@ def score_kernel(
     if whole < vocab:
         sums, sums_k = score_block(row, keep_ptr, whole, block, target, numbers, sums, sums_k, FLAGS, BLOCK, True)
 
-    z_t, r_t = load_pair(row, target, numbers, FLAGS.has_ref, FLAGS, False)
+    z_t, r_t = load_pair(row, target, numbers, FLAGS.has_ref, FLAGS, False, True)
     full = finish(z_t, r_t, merge_lanes(sums, FLAGS.has_ref), FLAGS.has_ref)
     store_fields(stats.full, stats.stride, i, True, full)
     if FLAGS.has_keep:
@@ -344,7 +362,7 @@ def score_kernel(
         factors = (fa, load_factor(gradient, 1, i, FLAGS.has_b), load_factor(gradient, 2, i, FLAGS.has_c))
         for start in range(0, vocab, BLOCK):
             cols = tl.max_contiguous(start + block, [1, VECTOR])
-            z, r = load_pair(row, cols, numbers, FLAGS.has_c, FLAGS, True)
+            z, r = load_pair(row, cols, numbers, FLAGS.has_c, FLAGS, True, False)
             dz = gradient_block(z, r, cols == target, known, factors, FLAGS.has_b, FLAGS.has_c)
             dz = before_processing(dz, z, numbers, FLAGS)
             tl.store(out + cols, dz.to(out.dtype.element_ty), mask=cols < vocab)
@@ -357,7 +375,7 @@ def gradient_kernel(inputs, stats, gradient, numbers, FLAGS: tl.constexpr, BLOCK
     vocab = numbers[0]
     row = inputs.z + row_id * inputs.z_stride, inputs.bias, inputs.r + row_id * inputs.r_stride, inputs.ref_bias
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    z, r = load_pair(row, cols, numbers, FLAGS.has_c or FLAGS.has_c_support, FLAGS, True)
+    z, r = load_pair(row, cols, numbers, FLAGS.has_c or FLAGS.has_c_support, FLAGS, True, False)
     is_target = cols == target
     known = load_stats(stats.full, stats.stride, i)
     fa = load_factor(gradient, 0, i, True)

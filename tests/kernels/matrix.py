@@ -38,19 +38,21 @@ class Case:
     upstream_seed: int = 0
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> Case:
-        def cast(x):
-            if isinstance(x, Support):
-                return Support(*(cast(getattr(x, name)) for name in Support.__slots__))
-            if not isinstance(x, Tensor):
-                return x
-            return x.to(device, dtype) if x.is_floating_point() else x.to(device)
-
         names = ("policy_hidden", "policy_weight", "ref_hidden", "ref_weight", "target_ids")
-        options = {k: cast(v) for k, v in self.options.items()}
-        return replace(self, **{name: cast(getattr(self, name)) for name in names}, options=options)
+        options = {k: on_device(v, dtype, device) for k, v in self.options.items()}
+        return replace(self, **{n: on_device(getattr(self, n), dtype, device) for n in names}, options=options)
 
     def args(self) -> tuple:
         return self.policy_hidden, self.policy_weight, self.ref_hidden, self.ref_weight, self.target_ids
+
+
+def on_device(x, dtype: torch.dtype, device: str):
+    """x with its floating-point numbers in another dtype, on another device: a tensor, a Support or anything else."""
+    if isinstance(x, Support):
+        return Support(*(on_device(getattr(x, name), dtype, device) for name in Support.__slots__))
+    if not isinstance(x, Tensor):
+        return x
+    return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
 
 def make_case(
@@ -331,6 +333,187 @@ def check_equal_models(device: Device) -> None:
     assert float(scores.kl.abs().max()) < 1e-6
 
 
+NO = -math.inf
+ROWS_WITHOUT_SOME_LOGITS = [  # (excluded in the policy, excluded in the reference, target), of ids 0..11
+    ((), (), 3),
+    ((), (5,), 3),
+    ((), (3,), 3),
+    ((4, 5), (), 3),
+    ((4, 5), (4, 5), 3),
+    ((4, 5), (4,), 11),
+    ((3,), (), 3),
+    ((3,), (3,), 3),
+    ((0, 1, 2, 4, 5, 6, 7, 8, 9, 10), (0, 1), 3),
+    (range(12), (), 3),
+    ((), range(12), 3),
+    (range(12), range(12), 3),
+]
+EXCLUDING_SUPPORTS = {
+    "none": None,
+    "top_k": Support(top_k=4),
+    "top_p": Support(top_p=0.8),
+    "min_p": Support(min_p=0.05),
+    "banned": Support(banned_ids=torch.tensor([5, 11])),
+    "recorded": Support(kept_ids=torch.tensor([0, 3, 4, 5] * 12), kept_offsets=torch.arange(0, 49, 4)),
+}
+
+
+def assert_scores(got: TokenScores, truth: TokenScores, rows: Tensor | slice = slice(None)) -> None:
+    """Equal up to float32's rounding, infinite and NaN in the same places."""
+    for name in TokenScores.__slots__:
+        exact = getattr(truth, name)
+        assert (getattr(got, name) is None) == (exact is None), name
+        if exact is not None:
+            x, y = getattr(got, name)[rows].double(), exact[rows]
+            torch.testing.assert_close(
+                x, y, rtol=1e-5, atol=1e-5, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+def check_excluded_logits(device: Device, support: str, scale: float, chunk: int | None) -> None:
+    """Logits of -inf in the policy, the reference and at targets: scores as defined, and of every score the gradient
+    in the rows where it is finite. The other rows have no part in the loss, and must not spoil it."""
+    g = torch.Generator().manual_seed(0)
+    z, r = (scale * torch.randn(12, 12, generator=g, dtype=torch.float64).float().double() for _ in range(2))
+    for row, (excluded, ref_excluded, _) in enumerate(ROWS_WITHOUT_SOME_LOGITS):
+        z[row, list(excluded)], r[row, list(ref_excluded)] = NO, NO
+    targets = torch.tensor([target for *_, target in ROWS_WITHOUT_SOME_LOGITS])
+    options: dict = {"temperature": 0.7}
+    if support != "none":
+        options["support"] = on_device(EXCLUDING_SUPPORTS[support], torch.float64, device.device)
+    z, r, targets = z.to(device.device), r.to(device.device), targets.to(device.device)
+    truth = reference.token_scores(z, r, targets, **options)
+    assert bool(truth.kl.isinf().any()) and bool(truth.kl.isnan().any())
+    got = operators.token_scores(z.float(), r.float(), targets, chunk_tokens=chunk, check_values=False, **options)
+    assert_scores(got, truth)
+
+    z, r, targets = z[:9], r[:9], targets[:9]  # of an impossible row, the gradient is NaN too
+    if "support" in options:
+        options["support"] = options["support"].select(slice(0, 9))
+    for name in POLICY_SCORES[1:]:
+        if getattr(truth, name) is None:
+            continue
+        factor = torch.randn(9, generator=g, dtype=torch.float64).to(device.device)
+        factor *= getattr(truth, name)[:9].abs() < math.inf
+        leaf = z.float().requires_grad_()
+        scores = operators.token_scores(leaf, r.float(), targets, chunk_tokens=chunk, **options)
+        outputs, ones = [scores.policy_logprobs, getattr(scores, name)], torch.ones(9, device=device.device)
+        (gradient,) = torch.autograd.grad(outputs, leaf, [ones, factor.float()])
+        expected = torch.stack([defined_gradient(z, r, targets, options, name, row, factor) for row in range(9)])
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def defined_gradient(
+    z: Tensor, r: Tensor, targets: Tensor, options: dict, name: str, row: int, factor: Tensor
+) -> Tensor:
+    """d (log p(y) + factor * score) / dz of one row, [V], by the definition; a score whose factor is 0 is left out."""
+    one = slice(row, row + 1)
+    if "support" in options:
+        options = {**options, "support": options["support"].select(one)}
+    leaf = z[one].clone().requires_grad_()
+    scores = reference.token_scores(leaf, r[one], targets[one], **options)
+    loss = scores.policy_logprobs.sum()
+    if factor[row]:
+        loss = loss + factor[row] * getattr(scores, name).sum()
+    return torch.autograd.grad(loss, leaf)[0][0]
+
+
+def check_excluding_biases(device: Device, excluded: str, support: str | None, loss: bool) -> None:
+    """-inf in a head's bias: ids that neither model has, that only the policy excludes, or only the reference."""
+    case = make_case(bias=True, reference=True, support=SUPPORTS.get(support or ""), temperature=1.3)
+    if excluded in ("both", "policy"):
+        case.options["policy_bias"][[5, 36]] = NO  # 36 is a target
+    if excluded in ("both", "reference"):
+        case.options["ref_bias"][[5, 36]] = NO
+    case = case.to(torch.float64, device.device)
+    truth = reference.linear_token_scores(*case.args(), **case.options)
+    assert bool(truth.kl.isinf().all()) == (excluded == "reference")
+    single = case.to(torch.float32, device.device)
+    given = {name: getattr(truth, name) for name in POLICY_SCORES if getattr(truth, name) is not None}
+    names = [name for name, x in given.items() if bool((x < math.inf).all())]  # log-probs may be -inf
+    assert bool(names) and ("kl" in names) == (excluded != "reference")
+    if loss:
+        factors = TokenCoefficients(**{name: torch.ones(9, device=device.device) for name in names})
+        leaf = single.policy_hidden.clone().requires_grad_()
+        total, got = operators.linear_token_loss(leaf, *single.args()[1:], factors, chunk_tokens=4, **single.options)
+        (gradient,) = torch.autograd.grad(total, leaf)
+        exact = case.policy_hidden.clone().requires_grad_()
+        scores = reference.linear_token_scores(exact, *case.args()[1:], **case.options)
+        (true_gradient,) = torch.autograd.grad(sum(getattr(scores, name).sum() for name in names), exact)
+        torch.testing.assert_close(gradient.double(), true_gradient, rtol=1e-4, atol=1e-5)
+    else:
+        got, grads = run(operators.linear_token_scores, single, tuple(names))
+        _, true_grads = run(reference.linear_token_scores, case, tuple(names))
+        for name, exact in true_grads.items():
+            torch.testing.assert_close(grads[name].double(), exact, rtol=1e-4, atol=1e-4)
+    assert_scores(got, truth)
+
+
+def check_targets_that_are_no_ids(device: Device, support: str | None, masked: bool) -> None:
+    """-100 is a masked row; another target outside of the vocabulary makes its row NaN, whoever's memory lies there.
+    Nothing else changes."""
+    case = make_case(support=SUPPORTS.get(support or ""), valid_vocab=31)
+    case.target_ids.clamp_(max=30)
+    case.target_ids[torch.tensor([0, 2, 3, 5, 8])] = torch.tensor([-100, 31, 10**9, -1, -100])
+    if masked:
+        case.options["mask"] = torch.arange(9) % 3 != 0
+    truth = reference.linear_token_scores(*case.to(torch.float64, device.device).args(),
+                                          **case.to(torch.float64, device.device).options)  # fmt: skip
+    assert bool(truth.kl.isnan().any()) and float(truth.kl[8]) == 0.0
+    single = case.to(torch.float32, device.device)
+    coefficients = torch.where(truth.kl.isnan(), torch.nan, 1.0).float()
+    for rows in (heads_scores, logits_scores, loss_scores):
+        got, gradient = rows(single, coefficients)
+        assert_scores(got, truth)
+        finite = truth.kl.isfinite() & (truth.kl != 0)
+        assert bool((gradient[~finite] == 0).all()), gradient
+        clean = replace(single, target_ids=torch.where(finite, single.target_ids, 0),
+                        options={**single.options, "mask": finite})  # fmt: skip
+        _, expected = rows(clean, torch.ones_like(coefficients))
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def heads_scores(case: Case, factor: Tensor) -> tuple[TokenScores, Tensor]:
+    leaf = case.policy_hidden.clone().requires_grad_()
+    scores = operators.linear_token_scores(leaf, *case.args()[1:], check_values=False, **case.options)
+    return scores, torch.autograd.grad([scores.kl, scores.policy_logprobs], leaf, [factor, factor])[0]
+
+
+def logits_scores(case: Case, factor: Tensor) -> tuple[TokenScores, Tensor]:
+    leaf = case.policy_hidden.clone().requires_grad_()
+    z, r = leaf @ case.policy_weight.t(), case.ref_hidden @ case.ref_weight.t()
+    scores = operators.token_scores(z, r, case.target_ids, check_values=False, **case.options)
+    return scores, torch.autograd.grad([scores.kl, scores.policy_logprobs], leaf, [factor, factor])[0]
+
+
+def loss_scores(case: Case, factor: Tensor) -> tuple[TokenScores, Tensor]:
+    leaf = case.policy_hidden.clone().requires_grad_()
+    loss, scores = operators.linear_token_loss(
+        leaf, *case.args()[1:], lambda rows, _: TokenCoefficients(policy_logprobs=factor[rows], kl=factor[rows]),
+        row_splits=[0, 2, 4, 9], chunk_tokens=3, check_values=False, **case.options,
+    )  # fmt: skip
+    return scores, torch.autograd.grad(loss, leaf)[0]
+
+
+def check_strided_heads(device: Device, dtype: torch.dtype, mask: str) -> None:
+    """Hidden states and weights that are columns of wider tensors, whose own width fills no whole 16-byte units."""
+    case = make_case(num_rows=20, hidden=18, vocab=53, mask=mask)
+    wide = case.to(dtype, device.device)
+    names = ("policy_hidden", "policy_weight", "ref_hidden", "ref_weight")
+    strided = {name: torch.full((len(getattr(wide, name)), 64), torch.nan, dtype=dtype, device=device.device)[:, :18]
+               .copy_(getattr(wide, name)) for name in names}  # fmt: skip
+    across = {name: x.t().contiguous().t() for name, x in strided.items()}
+    expected = operators.linear_token_scores(*wide.args(), **wide.options)
+    for tensors in (strided, across):
+        got = operators.linear_token_scores(*replace(wide, **tensors).args(), **wide.options)
+        leaves = [tensors[name].detach().requires_grad_() for name in names[:2]]
+        rest = tensors["ref_hidden"], tensors["ref_weight"], wide.target_ids
+        scores = operators.linear_token_scores(*leaves, *rest, **wide.options)
+        assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(scores.kl.sum(), leaves))
+        for name in ("policy_logprobs", "ref_logprobs", "entropy", "kl"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+
+
 def check_large_offsets(device: Device, rows: int, vocab: int) -> None:
     """The last row and id of 2^31 logits and more (4.4 GB in bfloat16)."""
     z = torch.zeros(rows, vocab, dtype=torch.bfloat16, device=device.device)
@@ -381,5 +564,21 @@ def checks(device: Device) -> Iterator[Check]:
         yield Check(f"gradient in the forward times {factor}", check)
     yield Check("NaN is reported", partial(check_nan_is_reported, device))
     yield Check("equal models", partial(check_equal_models, device))
+    for support in EXCLUDING_SUPPORTS:
+        for scale, chunk in ((1.0, None), (8.0, 5)):
+            name = f"excluded logits on support {support}, scale {scale}"
+            yield Check(name, partial(check_excluded_logits, device, support, scale, chunk))
+    for excluded in ("both", "policy", "reference"):
+        for support in (None, "top_k", "banned", "recorded"):
+            for loss in (False, True):
+                name = f"biases that exclude ids in {excluded}, support {support}, loss {loss}"
+                yield Check(name, partial(check_excluding_biases, device, excluded, support, loss))
+    for support in (None, "top_k", "recorded"):
+        for masked in (False, True):
+            name = f"targets that are no ids, support {support}, masked {masked}"
+            yield Check(name, partial(check_targets_that_are_no_ids, device, support, masked))
+    for dtype in device.dtypes:
+        for mask in ("none", "some"):
+            yield Check(f"strided heads {dtype}, mask {mask}", partial(check_strided_heads, device, dtype, mask))
     large = (14400, 151936) if device.large else (5, 257)
     yield Check(f"{large[0]} x {large[1]} logits", partial(check_large_offsets, device, *large))

@@ -88,11 +88,11 @@ def test_the_list_of_allowed_ids_is_the_mask_of_the_definition(seed, vocab, leve
     before = z.clone()
     expected = keep_mask(support, z, targets).nonzero()
     if support.is_recomputed:
-        assert torch.equal(torch.stack(allowed_pairs(support, z, targets), 1), expected)
+        assert torch.equal(torch.stack(allowed_pairs(support, z, targets)[:2], 1), expected)
         assert torch.equal(z, before)
     else:
         keep = torch.ones(z.shape, dtype=torch.bool)
-        keep[banned_pairs(support, targets)] = False
+        keep[banned_pairs(support, targets)[:2]] = False
         assert torch.equal(keep.nonzero(), expected)
 
 
@@ -109,7 +109,7 @@ def test_where_rounding_decides_the_list_follows_the_definition(limit):
     else:
         support = Support(min_p=(ordered.gather(1, place) / ordered[:, -1:])[:, 0])
     targets = z.argmax(1)
-    assert torch.equal(torch.stack(allowed_pairs(support, z, targets), 1), keep_mask(support, z, targets).nonzero())
+    assert torch.equal(torch.stack(allowed_pairs(support, z, targets)[:2], 1), keep_mask(support, z, targets).nonzero())
 
 
 def test_flat_rows_are_settled_without_sorting_them(monkeypatch):
@@ -122,7 +122,7 @@ def test_flat_rows_are_settled_without_sorting_them(monkeypatch):
     assert len(expected) > 100 * 100
     sorted_rows = []
     monkeypatch.setattr(supports, "keep_mask", lambda s, x, *_: sorted_rows.append(len(x)) or keep_mask(s, x))
-    assert torch.equal(torch.stack(allowed_pairs(support, z, targets), 1), expected)
+    assert torch.equal(torch.stack(allowed_pairs(support, z, targets)[:2], 1), expected)
     assert sum(sorted_rows) <= 10
 
 
@@ -170,6 +170,30 @@ def test_the_sampled_token_is_kept_even_if_banned_or_missing_from_the_record():
         Support(kept_ids=torch.tensor([1, 2]), kept_offsets=torch.tensor([0, 2])),
     ):
         assert bool(keep_mask(support, logits, target)[0, 4])
+
+
+@pytest.mark.parametrize("limit", [{"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.4}, {"banned": (4,)}, {"record": True}])
+def test_a_sampled_token_that_nothing_else_would_have_kept_is_marked(limit):
+    """By the loop over sorted ids; the support of the other scores holds it all the same."""
+    g = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(40, 9, generator=g).double() * 2, torch.randint(0, 9, (40,), generator=g)
+    if "record" in limit:
+        kept = [by_hand(row, top_k=3) for row in logits]
+        offsets = torch.tensor([0, *(len(ids) for ids in kept)]).cumsum(0)
+        support = Support(kept_ids=torch.tensor(sum(kept, [])), kept_offsets=offsets)
+    else:
+        kept = [by_hand(row, **limit) for row in logits]
+        options = {"banned_ids": torch.tensor(limit["banned"])} if "banned" in limit else limit
+        support = Support(**options)
+    expected = torch.tensor([float(int(y) not in ids) for y, ids in zip(targets, kept, strict=True)])
+    assert 0 < expected.sum() < 40
+    mask = torch.arange(40) != 7
+    for scores in (
+        operators.token_scores(logits, None, targets, mask=mask, support=support),
+        operators.token_scores(logits.float(), logits.float(), targets, mask=mask, support=support, chunk_tokens=16),
+    ):
+        assert torch.equal(scores.outside_support.float(), expected * mask)
+        assert bool((scores.policy_logprobs_support > -torch.inf).all())
 
 
 def test_a_support_of_everything_scores_like_the_full_vocabulary():
