@@ -109,6 +109,7 @@ class Breakdown:
     gap_max: float = 0.0  # the largest of them
     engine_kl_sum: float = 0.0  # k3 estimate of KL(engine, trainer), nats
     num_weights_cut: int = 0  # importance weights cut at the cap
+    num_outside: int = 0  # tokens that the replayed sampling settings would not have allowed
 
     @property
     def mean_gap(self) -> float:

@@ -46,8 +46,8 @@ class TrainConfig(SamplingSettings):
     kl_coef: Annotated[float, Heading("The objective"), AT_LEAST_0] = 0.2
     """beta: the reward lost per nat of KL(policy, reference)."""
     kl_estimator: Annotated[str, Registry(ESTIMATORS, own=True)] = "k1"
-    """"k1", "k2", "k3", "exact" (over the ids that could be sampled), "exact_full" (over all ids), or a
-    function of yours."""
+    """"k1", "k1_full" (k1, and exactly what it cannot see under truncated sampling), "k2", "k3", "exact" (over the
+    ids that could be sampled), "exact_full" (over all ids), or a function of yours."""
     kl_placement: Literal["reward", "loss"] = "reward"
     """"reward": taken from the reward; "loss": added to the loss. Pairs that are biased are refused."""
     kl_reduction: Literal["sum", "mean"] = "sum"

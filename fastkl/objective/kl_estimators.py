@@ -6,10 +6,12 @@ reference on the same S), with k = log pi(y) - log q(y):
     k1 = k        k2 = k^2 / 2        k3 = exp(-k) - 1 + k        exact = sum_v pi(v) (log pi(v) - log q(v))
 
 (Schulman 2020, "Approximating KL divergence"). `exact` is summed over S, `exact_full` over the whole vocabulary: it
-also sees mass that drifts off S. In the reward, beta times the completion's sum is taken from its reward; in the loss,
-it is added to the loss and differentiated. What that does to the expected gradient decides what is allowed:
+also sees mass that drifts off S. So does `k1_full`, of which only the part on S is sampled (see `full_k1`). In the
+reward, beta times the completion's sum is taken from its reward; in the loss, it is added to the loss and
+differentiated. What that does to the expected gradient decides what is allowed:
 
     k1     reward: the gradient of the sequence KL (the missing pathwise term has mean zero)
+    k1_full        reward: the same of the KL over all ids; the pathwise term of what is not sampled is added
     k2     loss:   the token-level gradient of KL(pi, q)
     k3     loss:   the token-level gradient of KL(q, pi), the other direction: GRPO's form
     exact  reward: the gradient of the sequence KL; needs the pathwise term beta * sum_t grad KL_t, which is added
@@ -44,13 +46,17 @@ class KlEstimator:
     """One way of estimating the KL at a token.
 
     value: scores -> f32 [N], nats. slope: d value / d log pi(y), f32 [N], which multiplies the log-prob where the
-    estimate is in the loss. exact: the estimate is the operator's own KL over these ids ("support" or "all"), which the
-    operator differentiates; slope is then unused. refused: placement -> why its expected gradient is that of no KL.
+    estimate is in the loss. pathwise: what has to be differentiated as well, in either placement: scores -> the factor
+    f32 [N] of each of the operator's exact KLs, by its name in TokenScores. sampled: whether the value depends on the
+    drawn id, or is settled before the draw. over_all: whether mass off the support is charged. refused: placement ->
+    why its expected gradient is that of no KL.
     """
 
     value: Callable[[TokenScores], Tensor]
     slope: Callable[[TokenScores], Tensor] | None = None
-    exact: str = ""
+    pathwise: Callable[[TokenScores], dict[str, Tensor]] | None = None
+    sampled: bool = True
+    over_all: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     remedy: str = ""
 
@@ -77,12 +83,16 @@ def off_support_kl(scores: TokenScores) -> Tensor:
 
     By the chain rule KL(pi, q) = pi(S) KL(pi_S, q_S) + the rest, which is never negative: how far apart pi(S) and q(S)
     are, and the two distributions on the ids outside of S. A sampled estimate sees none of it, since no draw shows it.
-    log pi(S) is what the sampled id's log-prob gains by being renormalised on S.
     """
-    if scores.kl_support is None or scores.policy_logprobs_support is None:
+    if scores.kl_support is None:
         return full_kl(scores).new_zeros(len(scores.policy_logprobs))
-    mass = (scores.policy_logprobs - scores.policy_logprobs_support).exp()
-    return full_kl(scores) - mass * scores.kl_support
+    return full_kl(scores) - support_mass(scores) * scores.kl_support
+
+
+def support_mass(scores: TokenScores) -> Tensor:
+    """pi(S), f32 [N]: its logarithm is what the sampled id's log-prob gains by being renormalised on S."""
+    assert scores.policy_logprobs_support is not None, "without a support it is one"
+    return (scores.policy_logprobs - scores.policy_logprobs_support).exp()
 
 
 def full_kl(scores: TokenScores) -> Tensor:
@@ -98,12 +108,52 @@ def log_ratio(scores: TokenScores) -> Tensor:
     return sampled_logprobs(scores) - ref_logprobs
 
 
+def full_k1(scores: TokenScores) -> Tensor:
+    """pi(S) k + KL(pi, q) - pi(S) KL(pi_S, q_S), f32 [N]: by the chain rule, an estimate of the KL over all ids.
+
+    Its first term is sampled, with the mean pi(S) KL(pi_S, q_S); the others are exact. k1 where there is no support.
+    """
+    if scores.kl_support is None:
+        return log_ratio(scores)
+    return support_mass(scores) * log_ratio(scores) + off_support_kl(scores)
+
+
+def full_k1_pathwise(scores: TokenScores) -> dict[str, Tensor]:
+    """The gradient that the log-probs of the drawn ids do not carry: grad KL(pi, q) - pi(S) grad KL(pi_S, q_S).
+
+    With m = pi(S), K = KL(pi_S, q_S): the mean of the reward's part is m grad K, and grad KL(pi, q) is what it should
+    be. (Term by term: the mean of m k1 depends on m, which gives K grad m, and the exact rest gives grad KL(pi, q)
+    - m grad K - K grad m.)
+    """
+    if scores.kl_support is None:
+        return {}
+    mass = support_mass(scores)
+    return {"kl": mass.new_ones(mass.shape), "kl_support": -mass}
+
+
+def _own_gradient(name: str) -> Callable[[TokenScores], dict[str, Tensor]]:
+    """Of an exact KL of the operator: the KL itself, or the one over all ids where there is no support."""
+
+    def pathwise(scores: TokenScores) -> dict[str, Tensor]:
+        given = "kl" if scores.kl_support is None else name
+        return {given: scores.policy_logprobs.new_ones(len(scores.policy_logprobs))}
+
+    return pathwise
+
+
 ESTIMATORS: dict[str, KlEstimator] = {
     "k1": KlEstimator(
         log_ratio,
         slope=lambda scores: log_ratio(scores).new_ones(len(scores.policy_logprobs)),
         refused={"loss": "its expected gradient is zero: nothing would hold the policy near the reference"},
         remedy="put k1 into the reward",
+    ),
+    "k1_full": KlEstimator(
+        full_k1,
+        pathwise=full_k1_pathwise,
+        over_all=True,
+        refused={"loss": "the expected gradient of its sampled part is zero there"},
+        remedy="put k1_full into the reward, or exact_full into the loss",
     ),
     "k2": KlEstimator(
         lambda scores: 0.5 * log_ratio(scores).square(),
@@ -121,8 +171,8 @@ ESTIMATORS: dict[str, KlEstimator] = {
         },
         remedy="use k1 or exact, or put k3 into the loss",
     ),
-    "exact": KlEstimator(support_kl, exact="support"),
-    "exact_full": KlEstimator(full_kl, exact="all"),
+    "exact": KlEstimator(support_kl, pathwise=_own_gradient("kl_support"), sampled=False),
+    "exact_full": KlEstimator(full_kl, pathwise=_own_gradient("kl"), sampled=False, over_all=True),
 }
 """A test shows the bias of each refused pair, and that every other one has the gradient it claims."""
 

@@ -76,9 +76,9 @@ def penalize(scores: TokenScores, rewards: torch.Tensor, cu_seqlens: torch.Tenso
     """scores [N], constants; rewards f32 [G, K]; cu_seqlens i32 [G * K + 1], an empty sequence has KL 0."""
     kl_tokens = _reduced(find_estimator(penalty.estimator).value(scores), cu_seqlens, penalty)
     kl = sequence_sums(kl_tokens, cu_seqlens)
-    return Penalized(
-        kl_tokens, kl, rewards - penalty.coef * kl.view_as(rewards) if penalty.placement == "reward" else rewards
-    )
+    if penalty.placement == "loss" or not penalty.coef:  # what costs nothing may be infinite
+        return Penalized(kl_tokens, kl, rewards)
+    return Penalized(kl_tokens, kl, rewards - penalty.coef * kl.view_as(rewards))
 
 
 def token_coefficients(
@@ -101,19 +101,15 @@ def token_coefficients(
     estimator = find_estimator(penalty.estimator)
     factor = -per_token(advantage.function(penalized.rewards, valid).flatten(), cu_seqlens)
     if penalty.credit == "caused":
-        factor = factor - penalty.coef * not_caused(penalized.kl_tokens, cu_seqlens, exact=bool(estimator.exact))
+        factor = factor - penalty.coef * not_caused(penalized.kl_tokens, cu_seqlens, sampled=estimator.sampled)
     slope = _reduced(torch.full_like(factor, penalty.coef), cu_seqlens, penalty)
     if penalty.placement == "loss" and estimator.slope is not None:
         factor = factor + slope * estimator.slope(scores)
     scale = 1.0 / normalizer if weights is None else weights / normalizer
-    exact_slope = slope * scale if estimator.exact else None
-    on_support, over_all = scores.policy_logprobs_support is not None, estimator.exact == "all"
-    return TokenCoefficients(
-        policy_logprobs=None if on_support else factor * scale,
-        policy_logprobs_support=factor * scale if on_support else None,
-        kl=exact_slope if over_all or not on_support else None,
-        kl_support=exact_slope if on_support and not over_all else None,
-    )
+    pathwise = {} if estimator.pathwise is None else estimator.pathwise(scores)
+    logprobs = "policy_logprobs" if scores.policy_logprobs_support is None else "policy_logprobs_support"
+    exact = {name: slope * scale * share for name, share in pathwise.items()}
+    return TokenCoefficients(**{logprobs: factor * scale, **exact})
 
 
 def _reduced(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penalty) -> torch.Tensor:
@@ -123,7 +119,7 @@ def _reduced(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penalty
     return kl_tokens / per_token(cu_seqlens.diff().to(kl_tokens.dtype), cu_seqlens)
 
 
-def not_caused(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, exact: bool) -> torch.Tensor:
+def not_caused(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, sampled: bool) -> torch.Tensor:
     """The KL in each token's sequence that the token had no part in: f32 [N] -> f32 [N].
 
     The exact KL_t is settled before token t is drawn, so token s has no part in KL_1..KL_s; the sampled k_t is settled
@@ -132,7 +128,7 @@ def not_caused(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, exact: bool
     up_to_here = kl_tokens.double().cumsum(0)  # float64: the difference of two long sums
     before_sequence = torch.cat([up_to_here.new_zeros(1), up_to_here])[cu_seqlens[:-1].long()]
     settled = up_to_here - per_token(before_sequence, cu_seqlens)
-    return (settled if exact else settled - kl_tokens).to(kl_tokens.dtype)
+    return (settled - kl_tokens if sampled else settled).to(kl_tokens.dtype)
 
 
 class BatchObjective:
@@ -181,6 +177,7 @@ class BatchObjective:
         columns = [sequence_sums(column, batch.completion_cu_seqlens) for column in values]
         table = torch.stack([*columns, self.kl, self.penalized.flatten()], dim=-1).float().cpu()
         gap_sum, gap_max, num_tokens = logprob_gaps(batch.engine_logprobs, logprobs)
+        outside = scores.outside_support
         return Breakdown(
             sums=table.view(*batch.valid.shape, -1).masked_fill(~batch.valid.cpu()[..., None], torch.nan),
             loss=float(loss.detach()),
@@ -189,6 +186,7 @@ class BatchObjective:
             gap_max=gap_max,
             engine_kl_sum=engine_kl_sum(batch.engine_logprobs, logprobs),
             num_weights_cut=self.num_weights_cut,
+            num_outside=0 if outside is None else int(outside.sum()),
         )
 
 
@@ -206,4 +204,5 @@ def whole_step(shape: Sequence[int], parts: Sequence[tuple[Sequence[int], Breakd
         gap_max=max((part.gap_max for part in found), default=0.0),
         engine_kl_sum=sum(part.engine_kl_sum for part in found),
         num_weights_cut=sum(part.num_weights_cut for part in found),
+        num_outside=sum(part.num_outside for part in found),
     )

@@ -131,6 +131,10 @@ METRICS: tuple[Metric, ...] = (
            "The part of the exact KL that a sampled estimate cannot see: mass on ids that could not be sampled.",
            "nats per completion", "mean_i sum_t [KL_t(pi, q) - pi(S) KL_t(pi_S, q_S)], S the ids that could be sampled",
            lambda s: s.mean["kl_off_support"]),
+    Metric("support/outside", "Tokens outside of the support",
+           "Sampled tokens that the sampling settings, replayed on the trainer's logits, would not have allowed.",
+           "of tokens", "tokens y_it that are not in S / N; they are scored as if they were", lambda s:
+           s.total.num_outside / s.num_tokens, write=percent),
     Metric("kl/penalty", "KL penalty", "What the KL costs.", "reward per completion",
            "beta * mean_i KL_i, by --kl-estimator and --kl-reduction",
            lambda s: s.report.kl_coef * s.mean["kl_penalized"]),

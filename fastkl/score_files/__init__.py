@@ -29,11 +29,15 @@ completion, in order:
 
     line, id     where the completion stands in the input, from 1
     num_tokens   of the completion, and sums, the totals of the lists below
-    token_ids    what was scored, and lists with a number for each token, nats:
+    token_ids    what was scored, and lists with a number for each token, nats;
+                 null for an infinite one, as of an id with the logit -inf:
     policy_logprobs, ref_logprobs, entropy, kl
                  over the whole vocabulary, at the sampling temperature
     policy_logprobs_support, ref_logprobs_support, kl_support
                  over the ids that the sampler could draw, if not all
+    outside_support
+                 1 for a token that is not among these ids, else 0; it is scored
+                 as if it were
     error        instead of all these: why the line could not be scored
                  (--skip-malformed)
 """

@@ -199,9 +199,11 @@ class Scorer:
         batch = as_rollouts(ready)
         for members, micro in pack(batch, range(len(ready)), self.batch_tokens, self.policy.device):
             chosen = [ready[i] for i in members]
+            outside = 0.0
             for job, scores in zip(chosen, self._scores(chosen, micro), strict=True):
-                records[job.number] = record_of(job, scores)
-            view.tokens(len(micro.target_ids))
+                record = records[job.number] = record_of(job, scores)
+                outside += record["sums"].get("outside_support", 0)
+            view.tokens(len(micro.target_ids), int(outside))
         return [records[job.number] for job in jobs]
 
     def _scores(self, jobs: Sequence[Job], micro: PackedBatch) -> Iterator[dict[str, list[float]]]:
@@ -245,7 +247,7 @@ def as_rollouts(jobs: Sequence[Job]) -> RolloutBatch:
 
 
 def record_of(job: Job, scores: dict[str, list[float]]) -> dict[str, Any]:
-    """The output's line: nine digits, which a float32 survives unchanged."""
+    """The output's line: nine digits, which a float32 survives unchanged; null where a score is infinite."""
     keep = job.mask or (1,) * len(job.completion)
     lists = {
         name: [float(f"{value:.9g}") if kept else 0.0 for value, kept in zip(values, keep, strict=True)]
@@ -255,7 +257,12 @@ def record_of(job: Job, scores: dict[str, list[float]]) -> dict[str, Any]:
         "line": job.number,
         **({} if job.id is None else {"id": job.id}),
         "num_tokens": len(job.completion),
-        "sums": {name: float(f"{math.fsum(values):.9g}") for name, values in lists.items()},
+        "sums": {name: finite(float(f"{math.fsum(values):.9g}")) for name, values in lists.items()},
         "token_ids": list(job.completion),
-        **lists,
+        **{name: [finite(value) for value in values] for name, values in lists.items()},
     }
+
+
+def finite(value: float) -> float | None:
+    """The number, or None where JSON has none for it."""
+    return value if math.isfinite(value) else None

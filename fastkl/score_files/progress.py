@@ -39,7 +39,7 @@ class ScoreView:
             expand=True,
         )
         self._task = self._progress.add_task("", total=total_bytes, status="loading")
-        self._lines = self._malformed = self._tokens = 0
+        self._lines = self._malformed = self._tokens = self._outside = 0
         self._start_bytes: int | None = None  # where this call began to work
         self._bytes = 0
         self._start = self._last_line = time.monotonic()
@@ -67,9 +67,10 @@ class ScoreView:
         """The models are ready: the clock of speed and time left starts."""
         self._start = time.monotonic()
 
-    def tokens(self, count: int) -> None:
-        """`count` more tokens of completions are scored."""
-        self._tokens += count
+    def tokens(self, count: int, outside: int) -> None:
+        """`count` more tokens of completions are scored, of which `outside` are not among the ids that the sampling
+        settings allow."""
+        self._tokens, self._outside = self._tokens + count, self._outside + outside
         self._show()
 
     def window(self, start_bytes: int, end_bytes: int, num_lines: int, malformed: int) -> None:
@@ -86,6 +87,12 @@ class ScoreView:
         skipped = f" ({self._malformed:,} skipped)" if self._malformed else ""
         done = f"{self._lines:,} lines{skipped}, {self._tokens:,} tokens in {duration(seconds)}"
         self.note(f"{done} → {where}" if self._lines + self._malformed else f"nothing left to score → {where}")
+        if self._outside:
+            self.note(
+                f"outside_support: {self._outside:,} of the tokens ({percent(self._outside / self._tokens)}) are not "
+                "among the ids that the sampling settings allow; they are scored as if they were. Where these are more "
+                "than rounding explains, the completions were drawn by other settings, or by another model."
+            )
 
     def status(self) -> str:
         """Where things stand."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastkl.objective.kl_estimators import find_estimator
 from fastkl.objective.rloo import Objective
 from fastkl.report.loggers import RunLog
 from fastkl.report.metrics import metrics_of
+from fastkl.report.numbers import percent
 from fastkl.report.page.write import write_report
 from fastkl.report.step_metrics import FinishedStep, StepReport
 from fastkl.report.terminal import View
@@ -35,6 +37,9 @@ from fastkl.types import Breakdown, RolloutBatch, StepOutcome
 
 OFF_SUPPORT_NATS = 2.0
 """KL off the support, nats per completion, from which a run speaks of it."""
+
+OUTSIDE_SHARE = 0.01
+"""Share of sampled tokens outside of the support from which a run speaks of it; rounding explains fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,7 @@ class Run:
     last_metrics: dict[str, Any] = field(default_factory=dict)  # of the completed step
     alarm: KlAlarm = field(default_factory=KlAlarm)
     alarm_rang: bool = False
-    warned_off_support: bool = False
+    noted: set[str] = field(default_factory=set)  # what has been said once
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +149,8 @@ class Run:
         if warning and not self.alarm_rang:
             self.view.note(warning)
         self.alarm_rang = warning is not None
-        self.warn_off_support(report.outcome.total)
+        for warn in (self.warn_off_support, self.warn_outside, self.warn_infinite_kl):
+            warn(report.outcome.total)
         self.last_metrics = metrics
         self.log.log(metrics, samples)
         self.view.step(metrics)
@@ -155,14 +161,41 @@ class Run:
     def warn_off_support(self, total: Breakdown) -> None:
         """Says once that the policy moves where its sampler cannot follow and the penalty charges nothing."""
         off, on = total.mean("kl_off_support"), total.mean("kl_support")
-        charged = find_estimator(self.config.kl_estimator).exact == "all"
-        if charged or self.warned_off_support or not off > max(OFF_SUPPORT_NATS, 2 * on):
+        charged = find_estimator(self.config.kl_estimator).over_all
+        if charged or not off > max(OFF_SUPPORT_NATS, 2 * on):
             return
-        self.warned_off_support = True
-        self.view.note(
-            f"kl/off_support: {off:.3g} nats per completion lie on ids that cannot be drawn, where kl_estimator "
-            f"{self.config.kl_estimator} charges nothing; --kl-estimator exact_full charges them, too."
+        placed = "exact_full" if self.config.kl_placement == "loss" else "k1_full"
+        self.note_once(
+            "kl/off_support",
+            f"{off:.3g} nats per completion lie on ids that cannot be drawn, where kl_estimator "
+            f"{self.config.kl_estimator} charges nothing; --kl-estimator {placed} charges them, too.",
         )
+
+    def warn_outside(self, total: Breakdown) -> None:
+        """Says once that what was sampled is not what the sampling settings allow."""
+        share = total.num_outside / max(1, total.num_tokens)
+        if share > OUTSIDE_SHARE:
+            self.note_once(
+                "support/outside",
+                f"{percent(share)} of the sampled tokens are not among the ids that the sampling settings allow by the "
+                "trainer's logits. They are scored as if they were; the generator samples by other settings or logits.",
+            )
+
+    def warn_infinite_kl(self, total: Breakdown) -> None:
+        """Says once that a KL is not finite, which a coefficient of zero, or another estimator, keeps from the loss."""
+        for key, name in (("kl/exact", "kl_exact"), ("kl/support", "kl_support")):
+            if total.num_tokens and not math.isfinite(value := total.mean(name)):
+                self.note_once(
+                    key,
+                    f"{value:g} in this step. The reference excludes ids that the policy can draw (their logits are "
+                    "-inf there), or a model computes NaN; no penalty can hold the policy near such a reference.",
+                )
+
+    def note_once(self, about: str, message: str) -> None:
+        """A note that the run does not repeat."""
+        if about not in self.noted:
+            self.noted.add(about)
+            self.view.note(f"{about}: {message}")
 
     def save(self) -> None:
         """Saves the completed step; when the disk refuses, says so and lets training go on with the last good one."""

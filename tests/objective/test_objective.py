@@ -159,7 +159,7 @@ def applied_loss(scores: TokenScores, rewards, cu, penalty, advantage, **options
 
 def exact_gradient(world: World, estimator: str, placement: str, reduction: str = "sum") -> torch.Tensor:
     """The gradient of E[reward] - beta * KL in the sense of the documentation, from the closed form."""
-    whole = estimator == "exact_full"
+    whole = ESTIMATORS[estimator].over_all
     total = torch.zeros((), dtype=torch.float64)
     for c, r in zip(world.completions, world.reward, strict=True):
         chance = world.logprob(c).exp()
@@ -171,14 +171,14 @@ def exact_gradient(world: World, estimator: str, placement: str, reduction: str 
 
 
 REFUSED = [(name, place) for name, estimator in ESTIMATORS.items() for place in estimator.refused]
-ALLOWED = [("k1", "reward"), ("exact", "reward"), ("exact_full", "reward"),
+ALLOWED = [("k1", "reward"), ("k1_full", "reward"), ("exact", "reward"), ("exact_full", "reward"),
            ("k2", "loss"), ("k3", "loss"), ("exact", "loss"), ("exact_full", "loss")]  # fmt: skip
 
 
 def test_every_pair_is_either_proven_here_or_refused():
     pairs = set(itertools.product(ESTIMATORS, PLACEMENTS))
     assert set(ALLOWED) | set(REFUSED) == pairs
-    assert set(REFUSED) == {("k1", "loss"), ("k2", "reward"), ("k3", "reward")}
+    assert set(REFUSED) == {("k1", "loss"), ("k1_full", "loss"), ("k2", "reward"), ("k3", "reward")}
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -192,7 +192,7 @@ def test_expected_gradient_of_every_allowed_pair_is_that_of_the_objective(estima
 
 @pytest.mark.parametrize("sampling", ["whole", "all"])
 @pytest.mark.parametrize("advantage", ["rloo", "none"])
-@pytest.mark.parametrize("estimator", ["k1", "exact", "exact_full"])
+@pytest.mark.parametrize("estimator", ["k1", "k1_full", "exact", "exact_full"])
 def test_crediting_only_what_a_token_caused_leaves_the_expected_gradient(estimator, advantage, sampling):
     world = make_world(sampling)
     got = expected_gradient(world, Penalty(BETA, estimator, credit="caused"), advantage)
@@ -269,18 +269,42 @@ def test_scoring_over_the_whole_vocabulary_what_was_drawn_from_a_part_is_biased(
     assert abs(float(naive) - float(exact)) > 0.05
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3", "exact"])
+@pytest.mark.parametrize("estimator", ["k1", "k3", "exact", "k1_full", "exact_full"])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_expected_value_of_the_estimator_is_the_exact_kl_on_the_support(estimator, sampling):
-    world = make_world(sampling, seed=3)
+def test_expected_value_of_the_estimator_is_the_exact_kl_on_the_support_or_over_all_ids(estimator, sampling):
+    world, whole = make_world(sampling, seed=3), ESTIMATORS[estimator].over_all
     scores, owners = scores_of(world)
     chance = torch.stack([world.logprob(c).exp() for c in world.completions]).detach()
     values = ESTIMATORS[estimator].value(scores).detach()
     mean = sum(p * values[rows].sum() for p, rows in zip(chance, owners, strict=True))
     exact = sum(
-        p * sum(world.kl(c[:t]).detach() for t in range(len(c))) for p, c in zip(chance, world.completions, strict=True)
+        p * sum(world.kl(c[:t], whole).detach() for t in range(len(c)))
+        for p, c in zip(chance, world.completions, strict=True)
     )
     assert float(mean) == pytest.approx(float(exact), abs=1e-9)
+
+
+def test_without_a_support_the_estimator_over_all_ids_is_k1_to_the_bit():
+    scores, owners = scores_of(make_world("temperature"))
+    cu = torch.tensor([0, *(len(rows) for rows in owners)]).cumsum(0).int()
+    rewards, valid = torch.randn(1, len(owners)).double(), torch.ones(1, len(owners), dtype=torch.bool)
+    found = []
+    for estimator in ("k1", "k1_full"):
+        penalty = Penalty(BETA, estimator)
+        penalized = penalize(scores, rewards, cu, penalty)
+        factors = token_coefficients(
+            scores, penalized, valid, cu, penalty, advantage=find_advantage("rloo"), normalizer=2.0
+        )
+        found.append([penalized.kl, factors.policy_logprobs])
+        assert factors.kl is None and factors.kl_support is None
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_kl_that_costs_nothing_may_be_infinite():
+    scores = TokenScores(torch.zeros(2), torch.tensor([-torch.inf, 0.0]), kl=torch.full((2,), torch.inf))
+    rewards, cu = torch.tensor([[1.0, 2.0]]), torch.tensor([0, 1, 2], dtype=torch.int32)
+    assert torch.equal(penalize(scores, rewards, cu, Penalty(0.0)).rewards, rewards)
+    assert penalize(scores, rewards, cu, Penalty(0.1)).rewards.tolist() == [[-torch.inf, 2.0]]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

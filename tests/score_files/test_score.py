@@ -19,9 +19,10 @@ from fastkl.cli import main
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
 from fastkl.score_files import command, read
-from fastkl.score_files.command import ScoreConfig, Scorer, score_file
+from fastkl.score_files.command import ScoreConfig, Scorer, record_of, score_file
 from fastkl.score_files.progress import ScoreView
 from fastkl.score_files.read import read_windows, sampling_of
+from fastkl.score_files.write import to_line
 from fastkl.scoring import backbone
 
 BOS = 21
@@ -173,7 +174,7 @@ SAMPLINGS = [
 ]
 
 
-def allowed_ids(log_p: list[float], position: int, target: int, sampling: dict) -> list[int]:
+def allowed_ids(log_p: list[float], position: int, target: int | None, sampling: dict) -> list[int]:
     """What the sampler could draw, one id at a time: bans, then min_p, top_k, top_p, each of what the last one left."""
     stops = {STOP, *sampling.get("stop_token_ids", ())}
     kept = {v for v in range(VOCAB) if v not in sampling.get("banned_token_ids", ())}
@@ -189,14 +190,14 @@ def allowed_ids(log_p: list[float], position: int, target: int, sampling: dict) 
         if mass / total < sampling.get("top_p", 1.0):
             nucleus.append(v)
         mass += math.exp(log_p[v])
-    return sorted({*nucleus, target})
+    return sorted({*nucleus, *([] if target is None else [target])})
 
 
 def test_supports_are_those_of_the_sampler_and_may_differ_from_line_to_line(run, models):
     """All lines have one length, so that one forward scores them all."""
     completion = [4, 7, 22, 6, 5]
     lines = [{"prompt": [1, 2, 3], "completion": completion, "sampling": sampling} for sampling in SAMPLINGS]
-    code, records, _ = run(lines)
+    code, records, err = run(lines)
     assert code == 0
     for record, sampling in zip(records, SAMPLINGS, strict=True):
         temperature = sampling.get("temperature", 1.0)
@@ -213,6 +214,17 @@ def test_supports_are_those_of_the_sampler_and_may_differ_from_line_to_line(run,
             assert record["ref_logprobs_support"][t] == pytest.approx(float(q_s[place]), abs=2e-5), (sampling, t)
             kl = float((p_s.exp() * (p_s - q_s)).sum())
             assert record["kl_support"][t] == pytest.approx(kl, abs=2e-5), (sampling, t)
+            alone = allowed_ids(p[t].tolist(), t, None, sampling)
+            assert record["outside_support"][t] == float(target not in alone), (sampling, t)
+    outside = sum(record["sums"].get("outside_support", 0) for record in records)
+    assert 0 < outside < 40 and f"outside_support: {outside:.0f} of the tokens" in err
+
+
+def test_an_infinite_score_is_null_in_its_list_and_in_the_sum():
+    job = SimpleNamespace(mask=None, completion=(4, 5), number=3, id=None)
+    line = record_of(job, {"kl": [0.25, math.inf], "policy_logprobs": [-0.5, -1.0]})
+    assert line["kl"] == [0.25, None] and line["sums"] == {"kl": None, "policy_logprobs": -1.5}
+    assert b"null" in to_line(line)
 
 
 def test_options_settings_lines_and_lines_override_one_another(run, models):
@@ -522,7 +534,7 @@ def test_progress_is_plain_lines_away_from_a_terminal_and_a_bar_on_one(monkeypat
     with ScoreView(1000, Console(file=text)) as view:
         for n in range(1, 5):
             clock[0] += 6
-            view.tokens(300)
+            view.tokens(300, 0)
             view.window(100 * n, 100 * n + 100, 10, malformed=0)
         view.finished("out.jsonl")
     first, second, last = text.getvalue().splitlines()
@@ -538,7 +550,7 @@ def test_progress_is_plain_lines_away_from_a_terminal_and_a_bar_on_one(monkeypat
     with ScoreView(1000, console) as view:
         view.note("skipped line 3")
         clock[0] += 6
-        view.tokens(300)
+        view.tokens(300, 0)
         view.window(0, 500, 10, malformed=1)
     shown = screen.getvalue()
     assert "skipped line 3" in shown and "9 lines  50 tokens/s  50 %  0:06 left" in shown and "━" in shown

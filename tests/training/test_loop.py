@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -262,6 +263,40 @@ def test_a_run_says_once_that_mass_moves_where_a_sampled_penalty_charges_nothing
     assert capsys.readouterr().out.count("lie on ids that cannot be drawn") == int(warned)
     assert all(row["kl/off_support"] > 2.0 for row in rows(config))
     assert all(row["kl/off_support"] <= row["kl/exact"] + 1e-3 for row in rows(config))
+
+
+@pytest.mark.slow
+def test_a_run_says_once_that_its_reference_excludes_what_the_policy_can_draw(tmp_path, capsys):
+    """With a coefficient of zero the loss is finite, and the KL is not."""
+    config = small(tmp_path, steps=2, kl_coef=0.0)
+    run = set_up(config)
+    plain = run.reference.hidden
+
+    def excluding(batch):
+        found = plain(batch)
+        bias = torch.zeros(len(found.head.weight))
+        bias[run.tokenizer.eos_token_id + 7] = -torch.inf
+        return replace(found, head=replace(found.head, bias=bias))
+
+    run.reference.hidden = excluding
+    run_steps(run)
+    assert capsys.readouterr().out.count("kl/exact: inf in this step. The reference excludes ids") == 1
+    assert [row["steps/skipped"] for row in rows(config)] == [0, 0]
+    assert [row["kl/exact"] for row in rows(config)] == [None, None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_a_run_counts_the_sampled_tokens_that_its_settings_do_not_allow(tmp_path, capsys, top_k):
+    """The generator keeps all ids, the scorer replays top_k 2."""
+    config = small(tmp_path, steps=2, lr=0.0)
+    run = set_up(config)
+    run.objective = replace(run.objective, sampling=replace(run.objective.sampling, top_k=top_k))
+    run.limits = replace(run.limits, agreement_nats=math.inf)
+    run_steps(run)
+    assert capsys.readouterr().out.count("not among the ids that the sampling settings allow") == int(top_k > 0)
+    shares = [row["support/outside"] for row in rows(config)]
+    assert all(0.02 < share < 1 for share in shares) if top_k else shares == [0, 0]
 
 
 def test_a_run_that_does_not_come_about_leaves_its_folder_to_the_next_in_the_same_process(tmp_path):
