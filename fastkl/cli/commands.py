@@ -103,7 +103,7 @@ def train(*, config: ConfigFile = None, **given: Any) -> int:
     Without options: the embedded main job, a story model that learns to alliterate.
     Settings come from the defaults [in brackets], then from --config, then from
     options; with --resume, the run's own config.yaml takes the place of the
-    defaults.
+    defaults, with --fork that of the run that is forked.
     """
     run = merged(given, config)
     check_config(run)
@@ -124,8 +124,14 @@ def train(*, config: ConfigFile = None, **given: Any) -> int:
 
 
 def merged(given: dict[str, Any], config: Path | None) -> TrainConfig:
-    """The defaults, then with --resume what the run was started with, then --config, then the options."""
+    """The defaults (with --resume what the run was started with, with --fork the other run's settings), then --config,
+    then the options."""
     base = MAIN_JOB
+    if given.get("fork") and not given.get("resume"):
+        from fastkl.training.fork import origin, settings_of
+
+        base = settings_of(origin(given["fork"]))
+        given = given | {"fork": base.fork}
     if given.get("resume"):
         output = given.get("output") or (load_config(config) if config else base).output
         folder = Path(output).expanduser()

@@ -113,6 +113,8 @@ class TrainConfig(SamplingSettings):
     """"tensorboard", "wandb", "trackio"; none for files only."""
     sample_every: Annotated[int, AT_LEAST_0] = 5
     """Steps between completions shown in the terminal."""
+    fork: str = ""
+    """Begin where another run's checkpoint ended, RUN:STEP or RUN (its newest), with any settings changed."""
     resume: bool = False
     """Continue the run in `output` from its newest checkpoint."""
 

@@ -24,6 +24,9 @@ from fastkl.errors import UserError, printable
 from fastkl.report.conversation import prompt_text
 from fastkl.report.metrics import markdown as metrics_page
 
+LOG_FILES = ("metrics", "samples")  # .jsonl
+
+
 MAX_WAITING_LINES = 20_000  # lines kept in memory while the disk refuses them; the oldest go first
 
 
@@ -68,7 +71,7 @@ class RunLog:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._files = {name: _JsonLines(folder / f"{name}.jsonl", resume_step) for name in ("metrics", "samples")}
+            self._files = {name: _JsonLines(folder / f"{name}.jsonl", resume_step) for name in LOG_FILES}
         except OSError as error:
             raise UserError(f"output: cannot write in {folder} ({error.strerror}); free it or name another.") from error
         self._trackers: dict[str, Tracker] = {}

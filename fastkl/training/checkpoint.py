@@ -133,18 +133,17 @@ def newest_checkpoint(root: Path) -> Checkpoint:
     raise complaints[0]
 
 
-def find_checkpoint(run: Path, step: str = "") -> Checkpoint:
-    """The run's checkpoint of `step`: a number, "best", or empty for the newest that is whole. UserError otherwise."""
+def checkpoint_folder(run: Path, step: str = "") -> Path:
+    """Where the run's checkpoint of `step` (a number, "best", or empty: the newest) is. UserError where it has none."""
     root = run / "checkpoints"
     there = [folder.name.removeprefix("step-") for folder in list_checkpoints(root)]
     there += ["best"] if (root / "best").is_dir() else []
     if not there:
         raise UserError(f"{str(run)!r} holds no checkpoint; name the --output folder of a training run.")
-    if not step:
-        return newest_checkpoint(root)
-    if step not in there:
-        raise UserError(f"step: {str(run)!r} has no checkpoint {step!r}; it has {', '.join(there)}.")
-    return open_checkpoint(root / ("best" if step == "best" else f"step-{step}"))
+    if step and step not in there:
+        raise UserError(f"{str(run)!r} has no checkpoint {step!r}; it has {', '.join(there)}.")
+    steps = list_checkpoints(root)
+    return root / ("best" if step == "best" or not steps else f"step-{step}" if step else steps[-1].name)
 
 
 def set_aside_newer(checkpoint: Checkpoint) -> None:

@@ -24,7 +24,7 @@ def export(run: Path, output: Path, step: str = "") -> Path:
     no such checkpoint, a file of it is damaged, or `output` exists."""
     if output.exists():
         raise UserError(f"output: {str(output)!r} exists already; choose another --output.")
-    found = checkpoint.find_checkpoint(run, step)
+    found = checkpoint.open_checkpoint(checkpoint.checkpoint_folder(run, step))
     scratch = output.with_name(f".{output.name}.partial")
     try:
         shutil.rmtree(scratch, ignore_errors=True)

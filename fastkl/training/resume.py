@@ -17,22 +17,23 @@ from fastkl.training.state import Run, Snapshot
 from fastkl.types import Prompt
 
 
-def resume(run: Run, saved: checkpoint.Checkpoint) -> None:
-    """Continues where `saved` ended: optimizer, random states, prompt position, counters."""
+def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
+    """Continues where `saved` ended: optimizer, random states, prompt position, counters. own: it is this run's."""
     checkpoint.restore_training_state(saved, run.policy.model, run.optimizer)
     state = saved.manifest["state"]
-    checkpoint.set_aside_newer(saved)
+    if own:
+        checkpoint.set_aside_newer(saved)
     run.prompts.load_state(state["prompts"])
     run.controller.coef = state.get("kl_coef", run.config.kl_coef)
-    if run.config.reference_every:
+    if run.config.reference_every if own else (saved.folder / checkpoint.REFERENCE).is_file():
         checkpoint.restore_reference(saved, run.reference.model)
-    run.saved_step = saved.step
+    run.saved_step = saved.step if own else 0
     run.completed = Snapshot(
         saved.step, state["prompts"], state["skipped_steps"], state["tokens_generated"], run.controller.coef
     )
-    run.view.note(
-        f"continuing after step {saved.step} from {saved.folder}" + (f" ({saved.note})" if saved.note else "")
-    )
+    if own:
+        note = f" ({saved.note})" if saved.note else ""
+        run.view.note(f"continuing after step {saved.step} from {saved.folder}{note}")
     if changed := [name for name, value in state.get("inputs", {}).items() if run.inputs.get(name, value) != value]:
         run.view.note(
             f"changed since the run was started: {', '.join(changed)}; training goes on with what is there now"

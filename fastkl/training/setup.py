@@ -39,6 +39,8 @@ from fastkl.scoring.pack import pack
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training import checkpoint
 from fastkl.training.callbacks import check_callbacks
+from fastkl.training.environment import record_environment
+from fastkl.training.fork import begin, copy_lines, forked
 from fastkl.training.resume import fingerprints, resume
 from fastkl.training.run_folder import has_checkpoint, lock_run_folder, prepare_run_folder
 from fastkl.training.state import Run, StepLimits
@@ -60,7 +62,8 @@ class Inputs:
     generator_reason: str
     folder: Path
     lock: TextIO  # held while it is open
-    resumed: checkpoint.Checkpoint | None
+    resumed: checkpoint.Checkpoint | None  # what the run continues
+    is_fork: bool  # `resumed` is another run's
 
 
 def check_inputs(config: TrainConfig) -> Inputs:
@@ -87,8 +90,11 @@ def check_inputs(config: TrainConfig) -> Inputs:
         folder = prepare_run_folder(config)
         saved = config.resume and has_checkpoint(folder)
         resumed = checkpoint.newest_checkpoint(folder / "checkpoints") if saved else None
+        fork = forked(config, folder)
     return Inputs(
-        device, source, model_config, tokenizer, rewards, prompts, sampling, generator, reason, folder, lock, resumed
+        *(device, source, model_config, tokenizer, rewards, prompts, sampling, generator, reason, folder, lock),
+        resumed or fork,
+        is_fork=fork is not None,
     )
 
 
@@ -137,6 +143,8 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
     scored = ScoredModel(policy, layout, dtype)
     limits = limits_of(config, scored)
     generator = start_generator(inputs, config, policy, dtype)
+    if inputs.is_fork and resumed:
+        copy_lines(resumed, inputs.folder)
     seed_everything(config.seed)
     run = Run(
         config=config,
@@ -164,8 +172,9 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
         lock=inputs.lock,
         inputs=fingerprints(config, inputs.prompts, reference),
     )
+    record_environment(inputs.folder, first_step=resumed.step + 1 if resumed else 1, device=device, dtype=dtype)
     if resumed:
-        resume(run, resumed)
+        (begin if inputs.is_fork else resume)(run, resumed)
     elif config.resume:
         view.note("the run ended before its first checkpoint: it starts anew")
     return run

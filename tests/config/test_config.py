@@ -253,7 +253,7 @@ def test_folder_with_another_run_is_refused_with_both_ways_out(tmp_path):
     for name, free in (("has-checkpoint", "has-checkpoint-2"), ("has-metrics", "has-metrics-3")):
         with pytest.raises(UserError) as refused:
             prepare_run_folder(changed(output=str(tmp_path / name)))
-        assert "--resume" in str(refused.value) and f"--output {tmp_path / free}." in str(refused.value)
+        assert "--resume`" in str(refused.value) and f"--output {tmp_path / free}`." in str(refused.value)
 
 
 def test_resume_needs_a_run_and_says_how_to_go_on_without(tmp_path):
