@@ -182,7 +182,7 @@ def _ends(paths: Sequence[Series], x: Scale, y: Scale, width: int) -> list[str]:
         colour = svg.colour_class(path.colour)
         parts.append(f'<circle class="dot {colour}" cx="{x(kl):.1f}" cy="{y(reward):.1f}" r="6"/>')
         label = svg.shortened(path.label)
-        left = x(kl) + 14 + svg.CHARACTER_WIDTH * len(label) > width
+        left = x(kl) + 14 + svg.BOLD_CHARACTER_WIDTH * len(label) > width
         at, anchor = (x(kl) - 11, "end") if left else (x(kl) + 11, "start")
         name = f'<text class="end {colour}" x="{at:.1f}" y="{height:.1f}" dy=".34em" text-anchor="{anchor}">'
         parts.append(f"{name}{escape(label)}</text>")

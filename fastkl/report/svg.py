@@ -25,6 +25,9 @@ NUM_RAMP = 10
 CHARACTER_WIDTH = 6.3  # of the charts' font
 
 
+BOLD_CHARACTER_WIDTH = 8.0  # at most, of most letters
+
+
 NO_POINTS = '{"lines": []}'  # a chart that has nothing to add under the pointer
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 import yaml
 
 from fastkl.errors import UserError
@@ -288,7 +289,7 @@ def test_missing_keys_gaps_and_half_a_line_are_left_out_quietly(tmp_path: Path) 
     (path,) = [part for part in svg_parts(page, "Reward", "path") if "line" in part["class"]]
     assert path["d"].count("M") == 2 and path["d"].count("L") == 1  # step 1 alone, then 5 to 6
     assert len(svg_parts(page, "Reward", "circle")) == 1  # step 1, which no line shows
-    assert "<h3>KL from the original</h3>" not in page and "First and last stories" not in page
+    assert "<h3>KL from the original</h3>" not in page and "Completions of the first" not in page
     assert "1.00 →</span> 4.00" in page
 
 
@@ -389,6 +390,149 @@ def test_a_comparison_has_a_verdict_for_every_run(tmp_path: Path) -> None:
     assert re.findall(r'<th scope="row">(. .*?)</th>', section) == ["✓ seed-0", "✗ seed-1"]
 
 
+CHAT = {
+    "row": 17,
+    "prompt": "<|im_start|>system\nBe <brief>.<|im_end|>",
+    "messages": [{"role": "system", "content": "Be <brief>."}, {"role": "user", "content": "What is 3 + 4?"}],
+    "columns": {"answer": 7, "parts": {"terms": [3, 4]}, "source": "x" * 999},
+    "completion": "It was\na big bear: <7>.",
+    "rewards": {"alliteration": 1.0, "format": 0.25},
+}
+
+
+def test_a_chat_is_shown_by_roles_with_the_expected_answer_and_each_reward(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=3)
+    rewrite(run / "samples.jsonl", lambda row: row | CHAT)
+    rewrite(run / "metrics.jsonl", lambda row: {k: v for k, v in row.items() if k != "grammar/well_formed"})
+    page = write_report([run]).read_text()
+    card = page.split('<article class="story">')[1].split("</article>")[0]
+    assert re.findall('<p class="role">(.*?)</p>', card) == ["system", "user", "assistant"]
+    texts = re.findall("<blockquote>(.*?)</blockquote>", card, flags=re.S)
+    assert texts[:2] == [f'<span class="prompt">{text}</span>' for text in ("Be &lt;brief&gt;.", "What is 3 + 4?")]
+    assert texts[2] == "It was\na <mark>big bear:</mark> &lt;7&gt;."
+    plain = html.unescape(re.sub("<.*?>", "", card))
+    assert "alliteration 1.00 · format 0.25 · KL" in plain
+    assert 'row 17 · answer 7 · parts {"terms": [3, 4]} · source ' + "x" * 200 + "…" in plain
+    text = re.sub("<style>.*?</style>", "", page, flags=re.S)
+    assert (
+        "im_start" not in text
+        and "Grammar" not in text
+        and "ell formed" not in text
+        and "stories" not in (re.sub("<.*?>", "", text))
+    )
+
+
+def test_the_completions_of_many_steps_can_be_browsed_and_the_page_says_how_many(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=40)
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    many = [row | {"completion": f"number {i} of {row['step']}" + " word" * 3000} for row in rows for i in range(12)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    page = write_report([run]).read_text()
+    section = page.split("<h2>All completions</h2>")[1].split("<h2>")[0]
+    steps = [int(step) for step in re.findall(r"<summary>Step (\d+): 64 of 96 completions, rewards", section)]
+    assert steps[0] == 1 and steps[-1] == 40 and 10 <= len(steps) <= 13
+    assert f"{len(steps)} of 40 steps, of each step the first 64 completions" in section
+    assert section.count("<li>") == 64 * len(steps) and "number 11 of 40" in section
+    assert len(page.encode()) < 1_600_000
+    short = write_report([fake_run(tmp_path / "short", steps=3)]).read_text()
+    assert "Every step; long texts lose their middle." in short and "Step 2: 8 completions" in short
+
+
+def test_the_page_says_when_where_and_with_what(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=3)
+    assert 'scope="row">machine<' not in write_report([run]).read_text()
+    line = {"started": "2026-01-02T03:04:05+00:00", "first_step": 1, "machine": "a <fast> one, 2 cores, 25 GB"}
+    line |= {"dtype": "bfloat16", "versions": {"fastkl": "0.1.0", "torch": "2.13"}, "commit": "0123456789ab+"}
+    again = line | {"first_step": 3, "started": "2026-01-02T04:00:00+00:00"}
+    (run / "environment.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(again)}\n{{")
+    rewrite(run / "metrics.jsonl", lambda row: row | {"memory/peak_rss_gb": row["step"] / 2})
+    facts = write_report([run]).read_text().split('class="panel facts"')[1].split("</table>")[0]
+    assert re.findall('<th scope="row">(.*?)</th><td>(.*?)</td>', facts) == [
+        ("started", "2026-01-02 03:04:05 UTC"),
+        ("last resumed", "2026-01-02 04:00:00 UTC, at step 3"),
+        ("machine", "a &lt;fast&gt; one, 2 cores, 25 GB"),
+        ("numbers", "bfloat16"),
+        ("versions", "fastkl 0.1.0, torch 2.13"),
+        ("commit of fastkl", "0123456789ab+"),
+        ("memory", "1.50 GB at most"),
+    ]
+
+
+def test_a_run_notes_its_machine_its_versions_and_the_commit_of_the_code(tmp_path: Path) -> None:
+    from fastkl.training.environment import commit, record_environment
+
+    for step in (1, 5):
+        record_environment(tmp_path, first_step=step, device=torch.device("cpu"), dtype=torch.float32)
+    first, second = (json.loads(line) for line in (tmp_path / "environment.jsonl").read_text().splitlines())
+    assert (first["first_step"], second["first_step"], first["dtype"]) == (1, 5, "float32")
+    assert first["versions"]["torch"] == torch.__version__ and " GB" in first["machine"]
+    assert commit(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    made = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert commit(tmp_path) == made[:12]
+    (tmp_path / "environment.jsonl").write_text("changed")
+    assert commit(tmp_path) == made[:12] + "+"
+
+
+def test_the_opening_sentence_speaks_of_means_not_of_single_steps(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=30)
+    change = {1: 1.0, 2: 2.0, 3: 6.0, 28: 4.0, 29: 5.0, 30: 9.0}
+    rewrite(run / "metrics.jsonl", lambda row: row | {"reward/raw": change.get(row["step"], 3.0), "kl/exact": 2.0})
+    lead = re.search('<p class="lead">(.*?)</p>', write_report([run]).read_text())[1]
+    assert "from 3.00 to <b>6.00</b> (2.0×)" in lead and "means of the first and the last 3 steps" in lead
+
+
+def test_what_functions_log_and_functions_of_another_size_have_axes_of_their_own(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=4)
+    values = {"reward/correct": 0.5, "reward/format": 0.9, "reward/overlong": -40.0, "reward/tokens": 0.7}
+    rewrite(run / "metrics.jsonl", lambda row: {k: v for k, v in row.items() if k != "reward/alliteration"} | values)
+    functions = {"correct": 0.5, "format": 0.9, "overlong": -40.0}
+    rewrite(run / "samples.jsonl", lambda row: row | {"rewards": functions})
+    page = write_report([run]).read_text()
+    headings = [
+        h for h in re.findall("<h3>(.*?)</h3>", page) if h in ("Reward functions", "Reward: overlong", "tokens")
+    ]
+    assert headings == ["Reward: overlong", "Reward functions", "tokens"]
+    shared = page.split("<h3>Reward functions</h3>")[1].split("</figure>")[0]
+    assert "format" in shared and "correct" in shared and "overlong" not in shared and "tokens" not in shared
+
+
+def test_a_gap_that_bfloat16_explains_is_in_order(tmp_path: Path) -> None:
+    run = sound(fake_run(tmp_path / "run", steps=6))
+    rewrite(run / "metrics.jsonl", lambda row: row | {"mismatch/mean_abs_logprob": 0.013})
+    assert "✓ generator and trainer" in write_report([run]).read_text()
+    with (run / "config.yaml").open("a") as config:
+        config.write("dtype: float32\n")
+    assert "✗ engine and trainer differ" in write_report([run]).read_text()
+
+
+def test_runs_that_differ_in_the_seed_are_one_line_with_a_band_and_one_row_with_its_error(tmp_path: Path) -> None:
+    runs = [
+        fake_run(tmp_path / f"kl_coef-{kl:g}-seed-{seed}", kl_coef=kl, seed=seed, steps=5)
+        for kl in (0.0, 0.2)
+        for seed in (0, 1, 2)
+    ]
+    for run, final in zip(runs, (1.0, 2.0, 6.0, 4.0, 4.0, 4.0), strict=True):
+        rewrite(run / "metrics.jsonl", lambda row, final=final: row | {"reward/raw": final})
+    page = write_report(runs).read_text()
+    rows = re.findall(r'<th scope="row"><span class="chip s(\d)"></span>(.*?)</th>(.*?)</tr>', page, flags=re.S)
+    space = "\u00a0"
+    assert [label for _, label, _ in rows] == [f"β{space}={space}{kl}, 3 seeds" for kl in ("0", "0.2")]
+    cells = [re.findall("<td>(.*?)</td>", cells) for _, _, cells in rows]
+    assert cells[0][1] == "3.00 ± 1.53" and cells[1][1] == "4.00"  # 1, 2 and 6: sqrt(7 / 3), by hand
+    paths = svg_parts(page, "Reward", "path")
+    lines, bands = ([path for path in paths if path["class"].startswith(kind)] for kind in ("line", "band"))
+    assert len(lines) == len(bands) == 2
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", bands[0]["d"])]
+    mean, other = (float(re.search(r"M[\d.]+ ([\d.]+)", line["d"])[1]) for line in lines)
+    per_unit = mean - other  # of the axis: the means are 3 and 4
+    assert (max(heights) - min(heights)) / 2 == pytest.approx(math.sqrt(7) * per_unit, abs=0.5)
+    assert (max(heights) + min(heights)) / 2 == pytest.approx(mean, abs=0.2)
+    assert page.count('<section class="column">') == 2 and "6 runs compared by kl_coef and seed" in page
+
+
 def test_a_folder_without_a_run_is_named_with_its_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder given"):
         write_report([])
@@ -487,10 +631,11 @@ def test_chromium_draws_every_chart_without_errors_or_sideways_scrolling(tmp_pat
     results = json.loads(html.unescape(re.search(r'data-results="([^"]*)"', document)[1]))
     assert "Uncaught" not in console and "Content Security Policy" not in console, console
     assert [result["width"] for result in results] == [390, 1280] * 3
-    for result, last_step in zip(results, (25, 25, 25, 25, 1, 1), strict=True):
+    charts = (12, 12, 10, 10, 12, 12)
+    for result, last_step, count in zip(results, (25, 25, 25, 25, 1, 1), charts, strict=True):
         assert result["ready"] == "true" and result["error"] is None
         assert result["overflow"] == 0 and result["outside"] == []
-        assert result["charts"] == 10 and result["empty"] == 0 and result["buttons"] == 20
+        assert result["charts"] == count and result["empty"] == 0 and result["buttons"] == 2 * count
         assert result["smallest"] > 8.5  # pixels of the charts' smallest text
         assert [tip.split("reward")[0].split("β")[0] for tip in result["tips"]] == [f"step {last_step}", "step 1"]
         saved = ElementTree.fromstring(result["svg"])  # stands alone: well-formed, with its colours in it

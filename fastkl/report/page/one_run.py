@@ -18,22 +18,26 @@ from fastkl.report.page.run_files import RunFiles
 from fastkl.report.page.tables import change, ratio, setting, shown
 from fastkl.report.svg import Series, Svg
 
+SAME_AXIS = 10.0  # reward functions whose values differ by more have axes of their own
+
+
 FRONTIER_SIZES = ((1120, 470), (400, 380))  # of the frontier, for wide and narrow pages
 
 
 def lead(run: RunFiles) -> Markup:
     """The run in a sentence or three."""
-    config, (start, end) = run.config, run.ends("reward/raw")
+    config, (start, end) = run.config, run.means("reward/raw")
     parts = []
     if {"model", "reward", "kl_coef"} <= config.keys():
         text = Markup("<b>{}</b>, trained for <b>{}</b> with a KL penalty of <b>β = {}</b>.")
         parts.append(text.format(config["model"], setting(config["reward"]), setting(config["kl_coef"])))
     if math.isfinite(start):
         times = ratio(start, end)
-        text = Markup("Mean reward went from {} to <b>{}</b>{}, at a KL of <b>{}</b> nats from the original model.")
+        text = Markup("Mean reward went from {} to <b>{}</b>{}, at a KL of <b>{}</b> nats from the original model{}.")
         factor = f" ({times:.1f}×)" if math.isfinite(times) else ""
-        parts.append(text.format(number(start), number(end), factor, shown(run.ends(run.kl_key)[1])))
-    well_formed, (varied_start, varied) = run.ends("grammar/well_formed")[1], run.ends("diversity/distinct_2")
+        over = f" (means of the first and the last {run.window} steps)" if run.window > 1 else ""
+        parts.append(text.format(number(start), number(end), factor, shown(run.means(run.kl_key)[1]), over))
+    well_formed, (varied_start, varied) = run.means("grammar/well_formed")[1], run.means("diversity/distinct_2")
     if math.isfinite(well_formed):
         parts.append(Markup("<b>{}</b> of the sentences are well formed.").format(percent(well_formed)))
     if math.isfinite(ratio(varied_start, varied)):
@@ -48,6 +52,8 @@ def notices(run: RunFiles) -> list[str]:
     total, done = run.config.get("steps"), run.steps[-1]["step"]
     if isinstance(total, int) and done < total:
         found.append(f"{run.label}: {done} of {total} steps done; the run is still going or was stopped.")
+    if run.config.get("fork"):
+        found.append(f"{run.label}: forked from {run.config['fork']}, whose steps are its first ones.")
     skipped = run.ends("steps/skipped")[1]
     if skipped > 0:
         found.append(f"{run.label}: {skipped:.0f} steps were skipped because a loss or a gradient was not finite.")
@@ -107,11 +113,15 @@ def frontier(run: RunFiles) -> dict[str, Any] | None:
 def charts(run: RunFiles) -> list[dict[str, Any]]:
     """The charts over steps that the table of metrics asks for."""
     headings = dict.fromkeys(metric.chart for metric in metrics.METRICS if metric.chart)
-    return [found for heading in headings if (found := _chart(run, heading))]
+    return [found for heading in headings for found in _charts(run, heading)]
 
 
-def _chart(run: RunFiles, heading: str) -> dict[str, Any] | None:
-    drawn = [
+Drawn = tuple[Metric, str, str]  # a metric, one of its keys, that key's label
+
+
+def _charts(run: RunFiles, heading: str) -> list[dict[str, Any]]:
+    """The chart with this heading; several where members of a family do not fit one axis."""
+    drawn: list[Drawn] = [
         (metric, key, label)
         for metric in metrics.METRICS
         if metric.chart == heading
@@ -119,7 +129,29 @@ def _chart(run: RunFiles, heading: str) -> dict[str, Any] | None:
         if run.has(key)
     ]
     if not drawn or (len(drawn) == 1 and drawn[0][0].is_family):  # a family of one is what another chart shows
-        return None
+        return []
+    if not drawn[0][0].is_family or drawn[0][0].whole:
+        return [_chart(run, heading, drawn)]
+    named = {one[2] for one in drawn} & set(run.reward_functions)
+    parted = on_axes_of_their_own(run, [one for one in drawn if one[2] in named or not named])
+    parted = [] if len(named) == 1 else parted  # which is the reward itself
+    charts = [_chart(run, heading if len(part) > 1 else f"Reward: {part[0][2]}", part) for part in parted]
+    return charts + [_chart(run, one[2], [one]) for one in drawn if named and one[2] not in named]
+
+
+def on_axes_of_their_own(run: RunFiles, drawn: list[Drawn]) -> list[list[Drawn]]:
+    """The lines in groups, each for one chart: none is more than SAME_AXIS times larger than another beside it."""
+    sizes = {key: max(abs(v) for v in run.series(key) if math.isfinite(v)) for _, key, _ in drawn}
+    groups: list[list[Drawn]] = []
+    for one in sorted(drawn, key=lambda one: -sizes[one[1]]):
+        if groups and (not sizes[one[1]] or sizes[groups[-1][0][1]] <= SAME_AXIS * sizes[one[1]]):
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    return groups
+
+
+def _chart(run: RunFiles, heading: str, drawn: list[Drawn]) -> dict[str, Any]:
     first = drawn[0][0]
     if first.whole:
         plot = stacked_shares(run.parts(first), run.step_numbers(), title=heading)

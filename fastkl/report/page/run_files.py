@@ -10,18 +10,44 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from fastkl.audit.doctor import read_config
-from fastkl.audit.json_lines import is_number, rows_of_steps
+from fastkl.audit.json_lines import is_number, json_lines, rows_of_steps
 from fastkl.audit.run_checks import RunRecord, SampleTotals
 from fastkl.errors import UserError
 from fastkl.report.metrics import Metric, reward_names
+from fastkl.report.svg import every_kth
+
+BROWSED_STEPS, BROWSED_SAMPLES, BROWSED_CHARACTERS = 12, 64, 300
+"""Of how many steps the page holds how many completions for browsing, and half of the characters of each."""
+
 
 LARGEST = 1e100  # what is beyond is a gap, like inf: sums of such numbers overflow, and so do axes
+
+
+@dataclass(slots=True)
+class BrowsedStep:
+    """Completions of a step that the page holds for browsing: its first ones, bounded in number and length."""
+
+    num_samples: int = 0  # of the step
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Takes in one of the step's lines."""
+        self.num_samples += 1
+        if len(self.samples) < BROWSED_SAMPLES:
+            self.samples.append({key: _bounded(value) for key, value in row.items()})
+
+
+def _bounded(value: Any) -> Any:
+    """Long texts lose their middle: of a prompt the end is shown, of a completion the beginning."""
+    if not isinstance(value, str) or len(value) <= 2 * BROWSED_CHARACTERS:
+        return value
+    return f"{value[:BROWSED_CHARACTERS]} … {value[-BROWSED_CHARACTERS:]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +60,8 @@ class RunFiles:
     steps: tuple[dict[str, Any], ...]  # the lines of metrics.jsonl
     first_samples: tuple[dict[str, Any], ...]  # the first step's lines of samples.jsonl
     last_samples: tuple[dict[str, Any], ...]
+    browsed: dict[int, BrowsedStep]  # completions of some steps, by step
+    processes: tuple[dict[str, Any], ...]  # the lines of environment.jsonl: when and with what it was trained
     record: RunRecord | None  # for the audit; None where a line is damaged
 
     def series(self, key: str) -> list[float]:
@@ -52,6 +80,16 @@ class RunFiles:
         """First and last finite value; NaN twice where there is none."""
         values = [value for value in self.series(key) if math.isfinite(value)]
         return (values[0], values[-1]) if values else (math.nan, math.nan)
+
+    def means(self, key: str) -> tuple[float, float]:
+        """The means over the first and over the last `window` finite values; NaN twice where there is none."""
+        values = [value for value in self.series(key) if math.isfinite(value)]
+        return (fmean(values[: self.window]), fmean(values[-self.window :])) if values else (math.nan, math.nan)
+
+    @property
+    def window(self) -> int:
+        """Steps that a mean over the beginning or the end of the run takes in: a tenth of them, at least one."""
+        return max(1, len(self.steps) // 10)
 
     def median(self, key: str) -> float:
         """The median over steps; NaN without values."""
@@ -90,6 +128,12 @@ class RunFiles:
         """The reward functions, from the metrics' names."""
         return reward_names(self.keys)
 
+    @property
+    def reward_functions(self) -> list[str]:
+        """The same without what they log besides, where the samples say which is which."""
+        given = self.last_samples[0].get("rewards") if self.last_samples else None
+        return list(given) if isinstance(given, dict) else []
+
 
 def load_runs(folders: Sequence[Path]) -> list[RunFiles]:
     """Read the runs, with labels that tell them apart: by kl_coef where that does it, else by folder."""
@@ -110,20 +154,35 @@ def _load(folder: Path, label: str, config: dict[str, Any]) -> RunFiles:
     rows = {row["step"]: row for row in metrics}
     if not rows:
         raise UserError(f"report: {path} holds no finished step yet; try again once the run has logged one.")
-    first, last, totals = _read_samples(folder / "samples.jsonl", damaged)
+    browsed = {step: BrowsedStep() for step in every_kth(sorted(rows), BROWSED_STEPS)}
+    first, last, totals = _read_samples(folder / "samples.jsonl", browsed, damaged)
     record = None if damaged else RunRecord(config, metrics, totals)
-    return RunFiles(folder, label, config, tuple(rows[step] for step in sorted(rows)), first, last, record)
+    return RunFiles(
+        *(folder, label, config, tuple(rows[step] for step in sorted(rows)), first, last),
+        {step: found for step, found in browsed.items() if found.num_samples},
+        _processes(folder / "environment.jsonl"),
+        record,
+    )
+
+
+def _processes(path: Path) -> tuple[dict[str, Any], ...]:
+    """The lines of environment.jsonl; none in runs of older versions."""
+    lines = json_lines(path) if path.is_file() else ()
+    return tuple(line for _, line in lines if isinstance(line, dict))
 
 
 def _read_samples(
-    path: Path, damaged: list[str]
+    path: Path, browsed: dict[int, BrowsedStep], damaged: list[str]
 ) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...], SampleTotals]:
-    """The samples of the first and of the last step, and what all add up to, in one pass that holds no more."""
+    """The samples of the first and of the last step, and what all add up to, in one pass that holds no more, except for
+    what it puts into `browsed`."""
     first: list[dict[str, Any]] = []
     last: list[dict[str, Any]] = []
     totals = SampleTotals()
     for row in rows_of_steps(path, damaged) if path.is_file() else ():
         totals.add(row)
+        if row["step"] in browsed:
+            browsed[row["step"]].add(row)
         if not first or row["step"] == first[0]["step"]:
             first.append(row)
         if last and row["step"] != last[0]["step"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -16,7 +17,7 @@ from markupsafe import Markup, escape
 from fastkl.audit.json_lines import is_number
 from fastkl.report import conversation
 from fastkl.report.numbers import number
-from fastkl.report.page.run_files import RunFiles
+from fastkl.report.page.run_files import BROWSED_SAMPLES, RunFiles
 from fastkl.rewards.built_in import Span, reward_spans
 
 SHOWN_CHARACTERS = 900  # the rest unfolds
@@ -134,6 +135,44 @@ def column(
 def _reward(sample: dict[str, Any]) -> float:
     reward = sample.get("reward")
     return reward if is_number(reward) else -math.inf
+
+
+def browse(run: RunFiles) -> list[dict[str, Any]]:
+    """Steps with their completions, under the prompts that they answer, in the order of the file."""
+    steps = []
+    for number_of_step, step in run.browsed.items():
+        rewards = [sample["reward"] for sample in step.samples if is_number(sample.get("reward"))]
+        span = f", rewards {number(min(rewards))} to {number(max(rewards))}" if rewards else ""
+        shown = len(step.samples)
+        count = f"{shown} completions" if shown == step.num_samples else f"{shown} of {step.num_samples} completions"
+        asked = [_prompt_group(run, list(group)) for _, group in groupby(step.samples, key=_prompt_of)]
+        steps.append({"title": f"Step {number_of_step}: {count}{span}", "prompts": asked})
+    return steps
+
+
+def browse_intro(run: RunFiles) -> str:
+    """How much of samples.jsonl the page holds."""
+    steps = f"{len(run.browsed)} of {len(run.steps)} steps" if len(run.browsed) < len(run.steps) else "Every step"
+    whole = all(len(step.samples) == step.num_samples for step in run.browsed.values())
+    first = "" if whole else f", of each step the first {BROWSED_SAMPLES} completions"
+    return f"{steps}{first}; long texts lose their middle. samples.jsonl in the run's folder holds them all."
+
+
+def _prompt_of(sample: dict[str, Any]) -> tuple[str, str]:
+    return str(sample.get("row")), conversation.prompt_text(sample)
+
+
+def _prompt_group(run: RunFiles, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    asked = [(role, _end_of(text)) for role, text in conversation.prompt_turns(samples[0])]
+    answers = [
+        {
+            "text": marked_text("", conversation.completion_text(sample), run.reward_names),
+            "numbers": numbers_of(sample),
+            "cut": sample.get("finish_reason") == "length",
+        }
+        for sample in samples
+    ]
+    return {"turns": asked, "columns": columns_of(samples[0]), "answers": answers}
 
 
 def first_and_last(run: RunFiles) -> list[dict[str, Any]]:

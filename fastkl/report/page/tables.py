@@ -63,6 +63,34 @@ def settings(runs: Sequence[RunFiles]) -> dict[str, Any] | None:
     return {"intro": intro, "columns": [run.label for run in runs], "rows": rows}
 
 
+def facts(run: RunFiles) -> list[tuple[str, str]]:
+    """When, where and with what the run was trained, by the processes that worked on it; empty for older runs."""
+    if not run.processes:
+        return []
+    first, last = run.processes[0], run.processes[-1]
+    versions = last["versions"] if isinstance(last.get("versions"), dict) else {}
+    found = [
+        ("started", str(first.get("started", "")).replace("T", " ").replace("+00:00", " UTC")),
+        ("last resumed", _resumed(last) if len(run.processes) > 1 else ""),
+        ("machine", str(last.get("machine", ""))),
+        ("numbers", str(last.get("dtype", ""))),
+        ("versions", ", ".join(f"{name} {number_of}" for name, number_of in versions.items())),
+        ("commit of fastkl", str(last.get("commit") or "")),
+        ("memory", _memory(run)),
+    ]
+    return [(name, text) for name, text in found if text]
+
+
+def _resumed(process: dict[str, Any]) -> str:
+    when = str(process.get("started", "")).replace("T", " ").replace("+00:00", " UTC")
+    return f"{when}, at step {process.get('first_step', '?')}"
+
+
+def _memory(run: RunFiles) -> str:
+    parts = [(run.ends("memory/peak_rss_gb")[1], "GB at most"), (run.ends("memory/peak_gpu_gb")[1], "GB on the GPU")]
+    return ", ".join(f"{number(size)} {of}" for size, of in parts if math.isfinite(size))
+
+
 def number_table(run: RunFiles, title: str) -> dict[str, Any]:
     """The terminal's metrics as a table, for readers without the charts: every k-th step, at most MAX_TABLE_ROWS."""
     columns = [metric for metric in metrics.METRICS if (metric.panel or metric.plain) and run.has(metric.key)]

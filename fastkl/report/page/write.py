@@ -92,22 +92,29 @@ def _of_one(run: RunFiles) -> dict[str, Any]:
         "columns": stories.first_and_last(run),
         "stories_title": "Completions of the first and the last step",
         "stories_intro": _stories_intro([run]),
+        "browse": stories.browse(run),
+        "browse_intro": stories.browse_intro(run),
+        "facts": tables.facts(run),
         "numbers": [tables.number_table(run, "The numbers as a table")],
     }
 
 
 def _of_several(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """The page's parts for a comparison."""
+    groups = several_runs.by_seed(runs)
     return {
         "title": several_runs.title(runs),
-        "lead": several_runs.lead(runs),
+        "lead": several_runs.lead(groups),
         "cards": [],
-        "comparison": several_runs.comparison(runs),
-        "frontier": several_runs.frontier(runs),
-        "charts": several_runs.charts(runs),
-        "columns": stories.last_of_each(runs),
+        "comparison": several_runs.comparison(groups),
+        "frontier": several_runs.frontier(groups),
+        "charts": several_runs.charts(groups),
+        "columns": stories.last_of_each([group.runs[0] for group in groups]),
         "stories_title": "Completions of each run's last step",
         "stories_intro": _stories_intro(runs),
+        "browse": [],
+        "browse_intro": "",
+        "facts": [],
         "numbers": [tables.number_table(run, f"The numbers of {run.label} as a table") for run in runs],
     }
 
