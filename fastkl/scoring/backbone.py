@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastkl.errors import UserError
 from fastkl.scoring.attention import ATTENTION, PromptsOnce, group_of, register_packed_attention, rows_of
 from fastkl.scoring.models import backbone_of, context_length, text_config
 from fastkl.scoring.pack import cumulative
@@ -219,7 +220,7 @@ def choose_layout(
     max_tokens: of the longest sequence that will be scored (None: the model's context). Packed tokens have to agree
     beyond every window in which such a sequence would not fit, too, since a model may keep one in its mask only.
     dtype: that of the run's matrix products; in half precision, whose attention may be another one, the layout has to
-    agree under autocast too (HALF_TOLERANCE). Raises RuntimeError when none agrees: such a model would be mis-scored.
+    agree under autocast too (HALF_TOLERANCE). Raises UserError when none agrees: such a model would be mis-scored.
     """
     register_packed_attention()
     checks: list[tuple[Callable[[], Any], PackedBatch, float]] = [(nullcontext, probe, tolerance)]
@@ -249,7 +250,11 @@ def choose_layout(
             found += f", in {str(dtype).removeprefix('torch.')} to {errors[1]:.1e}" if dtype != torch.float32 else ""
             found += f", beyond the window of {max(beyond)} tokens to {errors[-1]:.1e}" if beyond else ""
             return layout, "; ".join([*reasons, found])
-    raise RuntimeError("no way of batching agrees with one-at-a-time forwards (" + "; ".join(reasons) + ")")
+    raise UserError(
+        f"model: {type(model).__name__} cannot be scored in batches, since none agrees with one-at-a-time forwards ("
+        + "; ".join(reasons)
+        + ")."
+    )
 
 
 def _difference(model: PreTrainedModel, batch: PackedBatch, layout: str) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -109,20 +110,30 @@ def text_config(config: Any) -> Any:
 
 def load_model(source: str, device: torch.device) -> PreTrainedModel:
     """A causal language model in float32 on `device`, dropout off. UserError when it cannot be loaded."""
-    from transformers import AutoModelForCausalLM
-
     config = load_config(source)
     # Soft-capped attention scores (Gemma-2) exist only in the eager implementation; else transformers knows best.
     attention = "eager" if getattr(text_config(config), "attn_logit_softcapping", None) else None
     options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = class_of(config).from_pretrained(
             source, attn_implementation=attention, output_loading_info=True, **options
         )
     except Exception as failure:
         raise UserError(f"model: {source!r} could not be loaded ({first_line(failure)}); name another.") from failure
     check_weights(source, loading["missing_keys"], loading["unexpected_keys"])
     return without_dropout(model).to(device)
+
+
+def class_of(config: Any) -> Any:
+    """What loads a model of this configuration: transformers' choice among causal models, or else the class that the
+    configuration names (that of a multimodal model's text part, which has been saved by itself)."""
+    import transformers
+
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        for name in getattr(config, "architectures", None) or ():
+            if name.endswith("ForCausalLM") and hasattr(transformers, name):
+                return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
 
 
 OTHER_MODALITIES = ("vision", "visual", "image", "audio", "speech", "multi_modal", "mm_")
@@ -159,12 +170,48 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def backbone_of(model: Any) -> nn.Module:
-    """The transformer without its head: `base_model`, unless that is the model itself (the text model of Llama-4)."""
+def backbone_of(model: Any) -> Any:
+    """The transformer without its head, called as the model is; its output's last_hidden_state x head are the logits.
+
+    That is `base_model`, or where that is the model itself (the text model of Llama-4) the transformer inside of it.
+    Where the head has layers before its product with the vocabulary (BERT's), they belong to the backbone.
+    """
     from transformers import PreTrainedModel
 
-    inner = (child for child in model.children() if isinstance(child, PreTrainedModel))
-    return model.base_model if model.base_model is not model else next(inner, model)
+    children, output = list(model.children()), model.get_output_embeddings()
+    inner = (child for child in children if isinstance(child, PreTrainedModel))
+    base = model.base_model if model.base_model is not model else next(inner, model)
+    others = (child.parameters() for child in children if child is not base and child is not output)
+    return base if output is None or all(next(weights, None) is None for weights in others) else UpToHead(model)
+
+
+class UpToHead:
+    """A causal language model's forward, left at its output embedding; what would have entered there comes out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def forward(self, **inputs: Any) -> SimpleNamespace:
+        """last_hidden_state [B, T, H]: the input of the output embedding."""
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(_leave)
+        try:
+            self.model(**inputs)
+        except _HeadReached as reached:
+            return SimpleNamespace(last_hidden_state=reached.hidden)
+        finally:
+            handle.remove()
+        raise UserError(f"model: {type(self.model).__name__} computes its logits without its output embedding.")
+
+    __call__ = forward
+
+
+class _HeadReached(BaseException):  # no Exception: a model's own code must not catch it
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+
+
+def _leave(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    raise _HeadReached(inputs[0])
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -221,7 +268,7 @@ def context_length(config: Any) -> int | None:
     """The longest sequence the model can take, in tokens; None where the configuration does not say."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(text_config(config), name, None)
-        if isinstance(value, int):
+        if isinstance(value, int) and value > 0:  # XLNet says -1: no limit
             return value
     return None
 
