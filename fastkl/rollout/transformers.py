@@ -25,7 +25,7 @@ from fastkl.rollout.requests import EngineOptions, Request, completion
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
 from fastkl.scoring.head import head_of
-from fastkl.scoring.models import backbone_of
+from fastkl.scoring.models import backbone_of, text_config
 from fastkl.types import Completion
 
 if TYPE_CHECKING:
@@ -93,29 +93,39 @@ class TransformersGenerator:
     @torch.no_grad()
     def _right_way(self) -> str:
         """The first of WAYS that agrees with separate forwards."""
-        from transformers import DynamicCache
-
-        states = any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=self.model.config).layers)
         for way in WAYS[:-1]:
             self.way = way
             try:
-                if self._error() <= (TOLERANCE_OF_STATES if states else TOLERANCE):
+                if self._error() <= (TOLERANCE_OF_STATES if self._carries_states() else TOLERANCE):
                     return way
             except Exception:  # a model's own code, on a cache that it may not know, raises whatever it likes
                 continue
         return WAYS[-1]
 
+    def _carries_states(self) -> bool:
+        """Whether its cache holds anything besides keys and values."""
+        from transformers import DynamicCache
+
+        return any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=self.model.config).layers)
+
     def _error(self) -> float:
-        """Largest difference from separate forwards in a prefill of two prompts, and in two steps after it, before
-        each of which rows are repeated, exchanged or dropped; relative to the largest logit."""
+        """Largest difference from separate forwards, relative to the largest logit: without padding tokens, and with
+        them, since they can be sampled, and some models (RoBERTa) do not count them as a place."""
         vocab = self.model.get_input_embeddings().weight.shape[0]
+        pad = getattr(text_config(self.model.config), "pad_token_id", None)
+        return max(self._error_with(token, vocab) for token in {1, pad if pad is not None and 0 <= pad < vocab else 1})
+
+    def _error_with(self, token: int, vocab: int) -> float:
+        """The difference in a prefill of two prompts, and in two steps after it, before each of which rows are
+        repeated, exchanged or dropped. token: in the prompts and after them."""
         lengths = (7, 3) if self.way == "shared" else (5, 5)
         prompts = [[(7919 * (place + 11 * row) + 1) % vocab for place in range(n)] for row, n in enumerate(lengths)]
+        prompts = [[ids[0], token, *ids[2:]] for ids in prompts]
         cache, logits, mask = self._prefill(prompts, [0, 0, 1])
         rows = [prompts[0], prompts[0], prompts[1]]
         worst = self._distance(logits, rows)
-        for token, kept in ((1, [2, 0]), (2, [1])):
-            rows = [rows[row] + [(token + 5 * place) % vocab] for place, row in enumerate(kept)]
+        for next_token, kept in ((token, [2, 0]), (2, [1])):
+            rows = [rows[row] + [(next_token + 5 * place) % vocab] for place, row in enumerate(kept)]
             cache.reorder_cache(torch.tensor(kept, device=logits.device))
             mask = None if mask is None else mask[kept]
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)

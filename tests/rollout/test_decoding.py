@@ -59,6 +59,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "shared", EXPERTS | {"attention_chunk_size": 4, "intermediate_size_mlp": 48, "moe_layers": [0, 1],
                              "interleave_moe_layer_step": 1, "no_rope_layers": [1, 0]},
     ),
+    "roberta": ("anew", {"is_decoder": True}),  # its positions do not count padding tokens, which can be sampled
     "mpt": ("shared", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "expansion_ratio": 2}),
 }  # fmt: skip
 OLD_STYLE = ("mpt",)
