@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastkl.scoring.backbone import probe_of
+from fastkl.scoring.models import context_length
 from fastkl.scoring.scored_model import ScoredModel
 
 MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -25,8 +26,8 @@ CPU_BYTES = 1 << 30
 GPU_SHARE = 1 / 8
 """The share of a GPU's memory that they may take."""
 
-PROBED_TOKENS = 64, 128
-"""Two lengths, since what is kept grows with the tokens from a part that does not: autocast's copies of the weights."""
+PROBED_TOKENS = 128
+"""Less where the model's context is shorter."""
 
 
 def micro_batch_tokens(policy: ScoredModel) -> int:
@@ -39,9 +40,14 @@ def micro_batch_tokens(policy: ScoredModel) -> int:
 
 
 def activation_bytes_per_token(policy: ScoredModel) -> int:
-    """Bytes that autograd keeps for the backbone's backward, per packed token; with gradient checkpointing it is on."""
-    few, many = (_kept_bytes(policy, length) for length in PROBED_TOKENS)
-    return max(1, (many - few) // (PROBED_TOKENS[1] - PROBED_TOKENS[0]))
+    """Bytes that autograd keeps for the backbone's backward, per packed token; with gradient checkpointing it is on.
+
+    Of two lengths, since what is kept grows with the tokens from a part that does not: autocast's copies of the
+    weights.
+    """
+    longest = min(PROBED_TOKENS, context_length(policy.model.config) or PROBED_TOKENS)
+    few, many = (_kept_bytes(policy, length) for length in (longest // 2, longest))
+    return max(1, (many - few) // (longest - longest // 2))
 
 
 def _kept_bytes(policy: ScoredModel, length: int) -> int:

@@ -44,7 +44,7 @@ from fastkl.training.fork import begin, copy_lines, forked
 from fastkl.training.resume import fingerprints, resume
 from fastkl.training.run_folder import has_checkpoint, lock_run_folder, prepare_run_folder
 from fastkl.training.state import Run, StepLimits
-from fastkl.types import Completion, Prompt, RolloutBatch
+from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +131,18 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
     check_same_shape(policy, reference, resumed)
     check_head(reference, list(inputs.prompts[0].token_ids))
     dtype = compute_dtype(config.dtype, device)
+    probe = probe_batch(inputs.prompts[0], device)
     layout, layout_reason = backbone.choose_layout(
-        reference, probe_batch(inputs.prompts[0], device), dtype, max_tokens=max_sequence_tokens(inputs, config)
+        reference, probe, dtype, max_tokens=max_sequence_tokens(inputs, config)
     )
+    scored = ScoredModel(policy, layout, dtype)
+    check_trainable(scored, probe)
     if (repaired := checkpoint.check_savable(inputs.folder / "checkpoints", policy, inputs.tokenizer)) is not None:
         view.note(repaired)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     view.note(f"generator: {inputs.generator} ({inputs.generator_reason})")
     view.note(f"backbone: {layout} ({layout_reason}), {str(dtype).removeprefix('torch.')} on {device.type}")
-    scored = ScoredModel(policy, layout, dtype)
     limits = limits_of(config, scored)
     generator = start_generator(inputs, config, policy, dtype)
     if inputs.is_fork and resumed:
@@ -178,6 +180,21 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
     elif config.resume:
         view.note("the run ended before its first checkpoint: it starts anew")
     return run
+
+
+def check_trainable(policy: ScoredModel, probe: PackedBatch) -> None:
+    """UserError where a backward through the model fails: Reformer's wants training mode and one length only."""
+    try:
+        with policy.scoring():
+            policy.hidden(probe).states.float().square().mean().backward()
+    except Exception as failure:  # the model's own code
+        raise UserError(
+            f"model: {type(policy.model).__name__} cannot be trained ({models.first_line(failure)}); name another."
+        ) from failure
+    finally:
+        policy.zero_grad(set_to_none=True)
+    if policy.device.type == "cuda":
+        torch.cuda.empty_cache()  # an engine measures what is free
 
 
 @contextlib.contextmanager
@@ -274,7 +291,7 @@ def room_for_prompt(config: TrainConfig, model_config: Any) -> int:
     return context - config.max_new_tokens
 
 
-def probe_batch(prompt: Prompt, device: torch.device) -> Any:
+def probe_batch(prompt: Prompt, device: torch.device) -> PackedBatch:
     """Three sequences of different lengths, made of the prompt's own tokens, to try a backbone layout on."""
     ids = (prompt.token_ids * 9)[: max(9, min(64, len(prompt.token_ids)))]
     completions = tuple(Completion(ids[:n], (0.0,) * n, "length", "") for n in (len(ids), 3, 5))

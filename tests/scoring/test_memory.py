@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from toy import toy_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastkl.scoring import backbone, memory
 from fastkl.scoring.scored_model import ScoredModel
@@ -63,3 +64,14 @@ def test_micro_batches_hold_what_the_budget_holds(scored, monkeypatch):
     assert memory.micro_batch_tokens(policy) == 10
     monkeypatch.setattr(memory, "CPU_BYTES", each // 2)
     assert memory.micro_batch_tokens(policy) == 1
+
+
+def test_a_model_with_a_short_context_is_measured_within_it():
+    """Its table of positions ends there."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=23, n_embd=16, n_layer=2, n_head=2, n_positions=40)).eval()
+    backbone.register_packed_attention()
+    short = memory.activation_bytes_per_token(ScoredModel(model, "packed"))
+    long = memory.activation_bytes_per_token(
+        ScoredModel(GPT2LMHeadModel(GPT2Config(vocab_size=23, n_embd=16, n_layer=2, n_head=2)).eval(), "packed")
+    )
+    assert 0.5 * long < short < 2 * long

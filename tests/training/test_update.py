@@ -6,15 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import STOP, ToyTokenizer, draw, toy_batch, toy_config, toy_model
+from toy import STOP, ToyTokenizer, draw, prompt, toy_batch, toy_config, toy_model
 from toy_step import step_gradient, toy_update
 
+from fastkl.errors import UserError
 from fastkl.report.metrics import metrics_of
 from fastkl.report.step_metrics import FinishedStep, StepReport
 from fastkl.rollout import agreement
 from fastkl.rollout.transformers import TransformersGenerator
 from fastkl.sampling.params import Sampling
+from fastkl.scoring import backbone
 from fastkl.scoring.pack import scorable
+from fastkl.scoring.scored_model import ScoredModel
+from fastkl.training.setup import check_trainable, probe_batch
 from fastkl.types import RolloutBatch
 
 
@@ -237,3 +241,26 @@ def test_report_equals_the_scores_computed_one_sequence_at_a_time():
     assert samples[6]["reward"] is None
     kept = [s["kl"] for s in samples if s["reward"] is not None]
     assert sum(kept) / len(kept) == pytest.approx(metrics["kl/mean"], abs=1e-5)
+
+
+class NoBackward(torch.autograd.Function):
+    """A kernel that somebody has written for inference."""
+
+    @staticmethod
+    def forward(ctx, states):
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise NotImplementedError("inference only\nsecond line")
+
+
+def test_a_model_without_a_backward_is_refused_before_anything_starts_and_no_gradient_is_left():
+    backbone.register_packed_attention()
+    model, probe = toy_model(), probe_batch(prompt(1, 2, 3), torch.device("cpu"))
+    check_trainable(ScoredModel(model), probe)
+    assert all(weight.grad is None for weight in model.parameters())
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: NoBackward.apply(output))
+    with pytest.raises(UserError, match=r"LlamaForCausalLM cannot be trained \(inference only\)"):
+        check_trainable(ScoredModel(model), probe)
+    assert all(weight.grad is None for weight in model.parameters())
