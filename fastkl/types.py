@@ -62,6 +62,7 @@ class RewardNotes:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of log_extra, each [B * K]
     seconds: Mapping[str, float] = field(default_factory=dict)  # wall time by function
     values: Mapping[str, Sequence[float | None]] = field(default_factory=dict)  # each function's rewards [B * K]
+    retried: Mapping[str, int] = field(default_factory=dict)  # failed attempts that were repeated, by function
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from fastkl.errors import UserError, nearest, printable
 
 EXTRAS = {  # which extra brings the packages that the commands import
-    **dict.fromkeys(("cyclopts", "datasets", "docstring_parser", "jinja2", "markupsafe", "numpy", "rich"), "train"),
+    **dict.fromkeys(
+        ("cyclopts", "datasets", "docstring_parser", "httpx", "jinja2", "markupsafe", "numpy", "rich"), "train"
+    ),
     **dict.fromkeys(("safetensors", "tensorboard", "tokenizers", "transformers", "yaml"), "train"),
 }
 

@@ -35,8 +35,8 @@ class TrainConfig(SamplingSettings):
     after it. Empty for none."""
     reward: tuple[str, ...] = ("alliteration",)
     """Reward functions: a built-in name (alliteration, starts_with_a, gym), one with its options (regex?pattern=TEXT,
-    length?target=N, soft_overlong?max_tokens=N&cache=N, math_verify?answer=COLUMN), package.module:function, or
-    file.py:function."""
+    length?target=N, soft_overlong?max_tokens=N&cache=N, math_verify?answer=COLUMN), a server (http://HOST:PORT/PATH),
+    package.module:function, or file.py:function."""
     reward_weights: tuple[float, ...] = ()
     """One weight per reward function; none weighs each 1."""
     reward_timeout: Annotated[float, AT_LEAST_0] = 600.0

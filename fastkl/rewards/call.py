@@ -29,6 +29,7 @@ import torch
 from fastkl.errors import UserError
 from fastkl.plugins import summary
 from fastkl.rewards.load import RewardFunction
+from fastkl.rewards.prepared import PreparedReward
 from fastkl.rewards.waiting import Call, TookTooLong, run_all
 from fastkl.types import Completion, Prompt, RewardNotes
 
@@ -103,8 +104,15 @@ def compute_rewards(
             _columns(extra, len(flat), step),
             {reward.name: result.seconds for reward, result in zip(rewards, results, strict=True)},
             {reward.name: column for reward, column in zip(rewards, values, strict=True)},
+            _retried(rewards),
         ),
     )
+
+
+def _retried(rewards: Sequence[RewardFunction]) -> dict[str, int]:
+    """The attempts that were repeated in the last call, by function; of those only that repeat any."""
+    prepared = {r.name: r.function for r in rewards if isinstance(r.function, PreparedReward)}
+    return {name: function.retried for name, function in prepared.items() if function.retried is not None}
 
 
 def _log_extra(columns: dict[str, list[Any]]) -> dict[str, Any]:
@@ -175,6 +183,8 @@ def _call(reward: RewardFunction, arguments: dict[str, Any], step: int) -> Any:
     grad_enabled, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
         result = reward.function(**accepted)
+    except UserError:  # has its sentence
+        raise
     except (Exception, SystemExit) as failure:
         raise _failed(reward, failure, arguments["completions"], step) from failure
     finally:  # what it has switched for itself is no business of the update's
@@ -211,6 +221,8 @@ def _accepted(reward: RewardFunction, arguments: dict[str, Any]) -> dict[str, An
 async def _guarded(result: Awaitable[Any], reward: RewardFunction, completions: list[Any], step: int) -> Any:
     try:
         return await result
+    except UserError:
+        raise
     except (Exception, SystemExit) as failure:
         raise _failed(reward, failure, completions, step) from failure
 

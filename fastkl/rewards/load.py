@@ -5,11 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastkl.plugins import find_function
 from fastkl.rewards.built_in import BUILT_IN
+from fastkl.rewards.prepared import PreparedReward
+from fastkl.rewards.remote import RemoteReward
 from fastkl.rewards.with_options import MAKERS, make
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,15 @@ def find_reward(name: str) -> Callable[..., Any]:
         return BUILT_IN[name]
     if name.partition("?")[0] in MAKERS:
         return make(name)
+    if "://" in name:
+        return RemoteReward(name)
     if "?" in name and ":" not in name:
         name = name.partition("?")[0]
     return find_function("reward", name, [*BUILT_IN, *MAKERS])
+
+
+def prepare_rewards(rewards: Iterable[RewardFunction], device: torch.device) -> None:
+    """Reaches or loads what the rewards need, once the cheap checks have passed. Raises UserError."""
+    for reward in rewards:
+        if isinstance(reward.function, PreparedReward):
+            reward.function.prepare(device)

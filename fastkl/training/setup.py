@@ -27,7 +27,7 @@ from fastkl.report.loggers import RunLog, check_report_to
 from fastkl.report.metrics import taken_reward_names
 from fastkl.report.terminal import View
 from fastkl.rewards.call import check_columns
-from fastkl.rewards.load import RewardFunction, load_rewards
+from fastkl.rewards.load import RewardFunction, load_rewards, prepare_rewards
 from fastkl.rollout.agreement import AGREEMENT_NATS
 from fastkl.rollout.generator import GENERATORS, Generator, choose_generator
 from fastkl.rollout.requests import EngineOptions
@@ -124,6 +124,7 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
     device, resumed = inputs.device, inputs.resumed
     if device.type == "cpu":
         keep_freed_memory()
+    prepare_rewards(inputs.rewards, device)
     title = f"{config.model} → {', '.join(config.reward)}, β {config.kl_coef:g}"
     view = View(title, total_steps=config.steps, first_step=resumed.step + 1 if resumed else 1)
     reference = models.load_model(inputs.source, device).requires_grad_(False)

@@ -115,7 +115,7 @@ def test_async_functions_run_concurrently_in_one_lasting_loop():
     def sleeper(value):
         async def reward(completions):
             loops.append(asyncio.get_running_loop())
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.5)
             return [value] * len(completions)
 
         return RewardFunction(f"f{value}", reward)
@@ -124,7 +124,7 @@ def test_async_functions_run_concurrently_in_one_lasting_loop():
     for _ in range(2):
         result = compute_rewards([sleeper(1.0), sleeper(2.0), sleeper(3.0)], *rollouts([["a", "b"]]), step=1)
         assert result.total.tolist() == [[6.0, 6.0]]
-    assert time.perf_counter() - started < 0.8  # one after another: 1.2 s
+    assert time.perf_counter() - started < 2.0  # one after another: 3 s
     assert len(set(map(id, loops))) == 1
 
 
@@ -174,18 +174,18 @@ def test_log_extra_wants_one_value_per_completion():
 
 def test_the_wall_time_of_each_function_is_noted():
     def slow(completions):
-        time.sleep(0.2)
+        time.sleep(0.6)
         return [0.0] * len(completions)
 
     async def waits(completions):
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.2)
         return [0.0] * len(completions)
 
     quick = RewardFunction("quick", lambda completions: [0.0] * len(completions))
     functions = [RewardFunction("waits", waits), RewardFunction("slow", slow), quick]
     seconds = compute_rewards(functions, *rollouts([["a", "b"]]), step=1).notes.seconds
     assert list(seconds) == ["waits", "slow", "quick"]
-    assert 0.1 <= seconds["waits"] < 0.18 and 0.2 <= seconds["slow"] < 0.28 and seconds["quick"] < 0.05
+    assert 0.2 <= seconds["waits"] < 0.6 <= seconds["slow"] and seconds["quick"] < 0.2
 
 
 THOUGHTS = ["<think>\nIt is 3.\n</think>\nThe answer is $\\boxed{3}$.", "\\boxed{\\frac{6}{2}}", "$\\boxed{4}$", "none"]

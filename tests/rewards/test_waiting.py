@@ -178,15 +178,15 @@ def test_a_function_with_an_alarm_of_its_own_keeps_it():
 
 def test_functions_that_wait_overlap_with_each_other_and_with_those_that_do_not():
     async def asks(completions):
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.0)
         return [1.0] * len(completions)
 
     def computes(completions):
-        time.sleep(0.5)
+        time.sleep(1.0)
         return [2.0] * len(completions)
 
     began = time.monotonic()
     functions = [RewardFunction("a", asks), RewardFunction("b", computes), RewardFunction("c", asks)]
     result = compute_rewards(functions, *rollouts([["a", "b"]]), step=1)
-    assert time.monotonic() - began < 0.9  # one after another: 1.5 s
+    assert time.monotonic() - began < 1.9  # one after another: 3 s; waiting after working: 2 s
     assert result.total.tolist() == [[4.0, 4.0]]
