@@ -121,7 +121,20 @@ def load_model(source: str, device: torch.device) -> PreTrainedModel:
     except Exception as failure:
         raise UserError(f"model: {source!r} could not be loaded ({first_line(failure)}); name another.") from failure
     check_weights(source, loading["missing_keys"], loading["unexpected_keys"])
-    return without_dropout(model).to(device)
+    return aligned(without_dropout(model).to(device))
+
+
+@torch.no_grad()
+def aligned(model: PreTrainedModel) -> PreTrainedModel:
+    """Its tensors at multiples of 64 bytes, where torch itself puts them.
+
+    safetensors maps a file wherever its header ends. Products with few rows round differently there, so a resumed run,
+    which reads another file, would not be the uninterrupted one to the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def class_of(config: Any) -> Any:

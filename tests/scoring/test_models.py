@@ -172,3 +172,14 @@ def test_the_logits_are_scaled_as_the_model_does(kind, factor):
     hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(head_of(model).logits(hidden), model(ids).logits, rtol=0, atol=1e-5)
     assert abs(head_of(model).logit_scale - 1) > 0.3
+
+
+def test_weights_lie_where_torch_puts_them_wherever_the_file_has_them(saved, tmp_path):
+    """Products with few rows round by alignment, and a checkpoint's header has another length than its model's."""
+    file = shutil.copytree(saved, tmp_path / "copy") / "model.safetensors"
+    weights = load_file(file)
+    for padding in ("", "x" * 8, "x" * 16, "x" * 24):
+        save_file(weights, file, {"format": "pt", "padding": padding})
+        loaded = load_model(str(file.parent), CPU)
+        assert {parameter.data_ptr() % 64 for parameter in loaded.parameters()} == {0}
+        assert all(parameter.equal(weights[name]) for name, parameter in loaded.named_parameters())
