@@ -12,6 +12,8 @@ OURS: dict[str, str] = {
     "--model": "model_name_or_path pretrain actor_rollout_ref.model.path",
     "--prompts": "dataset dataset_name prompt_data data.train_files",
     "--reward": "reward_funcs remote_rm_url custom_reward_function.path custom_reward_function.name",
+    "--reward model:ID": "reward_pretrain reward_model_path reward_model.model.path",
+    "--dynamic-sampling": "dynamic_filtering dynamic_filtering_enable filter_groups algorithm.filter_groups.enable",
     "--kl-coef": "beta init_kl_coef algorithm.kl_ctrl.kl_coef actor_rollout_ref.actor.kl_loss_coef",
     "--kl-estimator": "algorithm.kl_penalty actor_rollout_ref.actor.kl_loss_type",
     "--kl-placement": "use_kl_loss algorithm.use_kl_in_reward actor_rollout_ref.actor.use_kl_loss",
@@ -59,9 +61,7 @@ NOT_HERE: dict[str, str] = {
     "use_peft lora_r lora_rank lora_alpha lora_dropout lora_target_modules load_in_4bit load_in_8bit": (
         "all weights are trained, in float32"
     ),
-    "reward_pretrain critic_pretrain critic_learning_rate gamma lambd": (
-        "there is no critic and no reward model; a reward is a Python function (--reward)"
-    ),
+    "critic_pretrain critic_learning_rate gamma lambd": "there is no critic",
     "deepspeed fsdp zero_stage vllm_tensor_parallel_size trainer.n_gpus_per_node trainer.nnodes": (
         "one process trains on one GPU or on the CPU"
     ),

@@ -11,6 +11,7 @@ from fastkl.plugins import find_function
 from fastkl.rewards.built_in import BUILT_IN
 from fastkl.rewards.prepared import PreparedReward
 from fastkl.rewards.remote import RemoteReward
+from fastkl.rewards.reward_model import ModelReward
 from fastkl.rewards.with_options import MAKERS, make
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def find_reward(name: str) -> Callable[..., Any]:
         return BUILT_IN[name]
     if name.partition("?")[0] in MAKERS:
         return make(name)
+    if name.startswith("model:"):
+        return ModelReward(name)
     if "://" in name:
         return RemoteReward(name)
     if "?" in name and ":" not in name:
