@@ -66,6 +66,14 @@ class RewardNotes:
 
 
 @dataclass(frozen=True, slots=True)
+class Redraws:
+    """What dynamic sampling did in a step."""
+
+    num_replaced: int  # groups that were drawn and left out, since their rewards did not differ
+    mean_reward: float | None  # over all samples that were drawn, those left out included
+
+
+@dataclass(frozen=True, slots=True)
 class PackedBatch:
     """Whole prompt groups laid end to end without padding: one micro-batch of G groups, s = G * K sequences.
 

@@ -36,7 +36,7 @@ class TrainConfig(SamplingSettings):
     reward: tuple[str, ...] = ("alliteration",)
     """Reward functions: a built-in name (alliteration, starts_with_a, gym), one with its options (regex?pattern=TEXT,
     length?target=N, soft_overlong?max_tokens=N&cache=N, math_verify?answer=COLUMN), a server (http://HOST:PORT/PATH),
-    package.module:function, or file.py:function."""
+    a reward model (model:ID_OR_FOLDER), package.module:function, or file.py:function."""
     reward_weights: tuple[float, ...] = ()
     """One weight per reward function; none weighs each 1."""
     reward_timeout: Annotated[float, AT_LEAST_0] = 600.0
@@ -74,6 +74,9 @@ class TrainConfig(SamplingSettings):
     """B, prompts drawn for each step (a single prompt is repeated)."""
     num_samples: Annotated[int, AT_LEAST_1] = 16
     """K, completions per prompt."""
+    dynamic_sampling: Annotated[int, AT_LEAST_0] = 0
+    """Times that a prompt whose samples all got the same reward is replaced by the next one; 0 never. The reward's part
+    of the update grows longer; the KL of such prompts is no longer charged."""
     generator: Annotated[str, Registry(GENERATORS, besides=("auto",))] = "auto"
     """"vllm", "transformers", or "auto": vLLM where it can run the model."""
     gpu_memory_utilization: Annotated[float, SHARE] = 0.3
@@ -150,6 +153,11 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError(
             f"num_samples: {config.num_samples} leaves the advantage {config.advantage} no other sample to compare "
             f"with; use {needed} or more, or --advantage none."
+        )
+    if config.dynamic_sampling and needed < 2:
+        raise UserError(
+            f"dynamic_sampling: equal rewards are a signal, too, to the advantage {config.advantage}, which compares "
+            "no samples; use 0, or --advantage rloo."
         )
     if config.min_tokens > config.max_new_tokens:
         raise UserError(

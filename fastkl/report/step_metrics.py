@@ -6,7 +6,6 @@ metrics.py read (`FinishedStep`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastkl.types import SAMPLE_SUMS, Breakdown, Completion, Prompt, RewardNotes, RolloutBatch, StepOutcome
+from fastkl.types import SAMPLE_SUMS, Breakdown, Completion, Prompt, Redraws, RewardNotes, RolloutBatch, StepOutcome
 
 COLUMN_CHARACTERS = 2000  # of a data set's column in samples.jsonl, which repeats it for every completion
 
@@ -27,15 +26,6 @@ def distinct_2(texts: Sequence[str]) -> float:
 
 def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
     return zip(words, words[1:], strict=False)
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON knows: itself where it is one, a tensor's or an array's single number, else its text."""
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)
 
 
 def about_prompt(prompt: Prompt) -> dict[str, Any]:
@@ -62,6 +52,7 @@ class StepReport:
     kl_coef: float  # the beta that the step's loss was computed with
     outcome: StepOutcome
     reward_notes: RewardNotes = RewardNotes()  # what the reward functions left beside the rewards
+    redraws: Redraws | None = None  # None without dynamic sampling
 
     def samples(self) -> list[dict[str, Any]]:
         """One record per completion, for samples.jsonl; scores are null for a sample that left its group."""
@@ -93,7 +84,7 @@ class StepReport:
     def extra(self, place: int) -> dict[str, Any]:
         """What the reward functions gave to log_extra for one completion of the B * K."""
         columns = self.reward_notes.columns
-        return {"extra": {column: _plain(values[place]) for column, values in columns.items()}} if columns else {}
+        return {"extra": {column: values[place] for column, values in columns.items()}} if columns else {}
 
 
 @dataclass(frozen=True)

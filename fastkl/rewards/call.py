@@ -17,7 +17,7 @@ import inspect
 import math
 import traceback
 from collections import defaultdict
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -40,8 +40,14 @@ class Rewards:
 
     total: torch.Tensor  # f32 [B, K], the weighted sum of the functions that apply; 0 where not valid
     valid: torch.Tensor  # bool [B, K]; False where no function applies
-    by_function: dict[str, float]  # mean over the completions that a function applies to; and what log_metric got
+    logged: dict[str, list[float]]  # what log_metric got
     notes: RewardNotes
+
+    @property
+    def by_function(self) -> dict[str, float]:
+        """Each function's mean over the completions that it applies to; and the mean of what log_metric got."""
+        applying = {name: [v for v in values if v is not None] for name, values in self.notes.values.items()}
+        return {name: fmean(numbers) for name, numbers in (self.logged | applying).items() if numbers}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +91,6 @@ def compute_rewards(
         raise _late(late, timeout, step) from None
     flat = arguments["completions"]
     values = [_checked(reward, result.value, flat, step) for reward, result in zip(rewards, results, strict=True)]
-    means = {}
-    for reward, column in zip(rewards, values, strict=True):
-        if applicable := [value for value in column if value is not None]:
-            means[reward.name] = fmean(applicable)
     rows = list(zip(*values, strict=True))  # [B * K] of one value per function
     total = [
         sum(reward.weight * value for reward, value in zip(rewards, row, strict=True) if value is not None)
@@ -99,7 +101,7 @@ def compute_rewards(
     return Rewards(
         _in_float32(torch.tensor(total, dtype=torch.float64).view(shape), step),
         torch.tensor(valid).view(shape),
-        {name: fmean(numbers) for name, numbers in logged.items()} | means,
+        dict(logged),
         RewardNotes(
             _columns(extra, len(flat), step),
             {reward.name: result.seconds for reward, result in zip(rewards, results, strict=True)},
@@ -109,10 +111,44 @@ def compute_rewards(
     )
 
 
+def with_groups(old: Rewards, places: Sequence[int], new: Rewards) -> Rewards:
+    """`old` with the groups at `places` of its B taken from `new`; what was logged and counted is that of both."""
+    total, valid, num_samples = old.total.clone(), old.valid.clone(), old.total.shape[1]
+    total[list(places)], valid[list(places)] = new.total, new.valid
+
+    def placed(before: Mapping[str, Sequence[Any]], fresh: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        lists = {name: list(before.get(name, [None] * old.total.numel())) for name in (*before, *fresh)}
+        for name, values in lists.items():
+            ours = fresh.get(name, [None] * new.total.numel())
+            for g, place in enumerate(places):
+                values[place * num_samples : (place + 1) * num_samples] = ours[g * num_samples : (g + 1) * num_samples]
+        return lists
+
+    def added(before: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: before.get(name, 0) + fresh.get(name, 0) for name in (*before, *fresh)}
+
+    a, b = old.notes, new.notes
+    logged = {name: [*old.logged.get(name, ()), *new.logged.get(name, ())] for name in (*old.logged, *new.logged)}
+    return Rewards(
+        total,
+        valid,
+        logged,
+        RewardNotes(
+            placed(a.columns, b.columns),
+            added(a.seconds, b.seconds),
+            placed(a.values, b.values),
+            added(a.retried, b.retried),
+        ),
+    )
+
+
 def _retried(rewards: Sequence[RewardFunction]) -> dict[str, int]:
     """The attempts that were repeated in the last call, by function; of those only that repeat any."""
-    prepared = {r.name: r.function for r in rewards if isinstance(r.function, PreparedReward)}
-    return {name: function.retried for name, function in prepared.items() if function.retried is not None}
+    found: dict[str, int] = {}
+    for reward in rewards:
+        if isinstance(reward.function, PreparedReward) and reward.function.retried is not None:
+            found[reward.name] = reward.function.retried
+    return found
 
 
 def _log_extra(columns: dict[str, list[Any]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Request:
     """One completion that is wanted."""
 
     prompt: Prompt
-    prompt_index: int  # b, of the B prompts of the whole step
+    prompt_index: int  # b, of the B prompts of the whole step; those that replace others count on from there
     sample_index: int  # k, of the K samples of the prompt
     seed: int  # 63 bits
 
@@ -51,11 +51,12 @@ def sample_seed(seed: int, step: int, prompt: int, sample: int) -> int:
     return int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
-def requests_of(prompts: Sequence[Prompt], num_samples: int, *, seed: int, step: int) -> list[Request]:
-    """The step's B * K requests, the samples of a prompt in a row."""
+def requests_of(prompts: Sequence[Prompt], num_samples: int, *, seed: int, step: int, first: int = 0) -> list[Request]:
+    """The step's B * K requests, the samples of a prompt in a row. first: the index of the first prompt, where the step
+    has drawn others before."""
     return [
         Request(prompt, b, k, sample_seed(seed, step, b, k))
-        for b, prompt in enumerate(prompts)
+        for b, prompt in enumerate(prompts, start=first)
         for k in range(num_samples)
     ]
 

@@ -17,11 +17,10 @@ import torch
 from fastkl.config.settings import TrainConfig
 from fastkl.objective.rloo import BatchObjective, Objective, whole_step
 from fastkl.report.step_metrics import StepReport
-from fastkl.rewards.call import compute_rewards
 from fastkl.rollout.agreement import check_agreement
-from fastkl.rollout.requests import grouped, requests_of
-from fastkl.scoring.pack import pack, scorable, scorable_groups
+from fastkl.scoring.pack import pack, scorable_groups
 from fastkl.scoring.scored_model import ScoredModel
+from fastkl.training.draw import draw_batch
 from fastkl.training.schedule import learning_rate, set_learning_rate
 from fastkl.training.setup import set_up
 from fastkl.training.signals import StopRequest, stop_request
@@ -60,28 +59,18 @@ def run_steps(run: Run) -> TrainResult:
     ):
         for step in range(run.completed.step + 1, config.steps + 1):
             watch = Stopwatch(run.device)
-            prompts = run.prompts.take(config.prompts_per_step)
-            requests = requests_of(prompts, config.num_samples, seed=config.seed, step=step)
-            with watch("generate"):
-                completions = grouped(run.generator.generate(requests), config.num_samples)
-            with watch("reward"):
-                rewards = compute_rewards(
-                    run.rewards, prompts, completions,
-                    step=step, max_steps=config.steps, timeout=config.reward_timeout,
-                )  # fmt: skip
-            valid = scorable(completions, rewards.valid, config.truncated)
-            total = rewards.total.masked_fill(~valid, 0.0)
-            batch = RolloutBatch(prompts, completions, total, valid, policy_version=step - 1)
+            drawn = draw_batch(run, step, watch)
+            batch, rewards = drawn.batch, drawn.rewards
             set_learning_rate(run.optimizer, learning_rate(step, config))
             objective = run.objective.at(run.controller.coef)
             outcome = update(run.policy, run.reference, run.optimizer, batch, objective, run.limits, watch, step=step)
-            run.commit(step, batch, outcome)
+            run.commit(step, drawn.num_tokens, outcome)
             stop.release()
             with watch("sync"):
                 run.generator.sync(run.policy.model)
             skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
             by_function, coef = rewards.by_function, objective.penalty.coef
-            run.record(StepReport(step, batch, by_function, coef, outcome, rewards.notes), watch)
+            run.record(StepReport(step, batch, by_function, coef, outcome, rewards.notes, drawn.redraws), watch)
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(diagnosis(config, step))
             if stop.requested:

@@ -33,7 +33,7 @@ from fastkl.training.callbacks import notify
 from fastkl.training.memory import peak_gpu_bytes, peak_rss_bytes
 from fastkl.training.run_folder import way_on
 from fastkl.training.stopwatch import Stopwatch
-from fastkl.types import Breakdown, RolloutBatch, StepOutcome
+from fastkl.types import Breakdown, StepOutcome
 
 OFF_SUPPORT_NATS = 2.0
 """KL off the support, nats per completion, from which a run speaks of it."""
@@ -110,9 +110,9 @@ class Run:
         """Where policy and reference are."""
         return self.policy.device
 
-    def commit(self, step: int, batch: RolloutBatch, outcome: StepOutcome) -> None:
+    def commit(self, step: int, num_tokens: int, outcome: StepOutcome) -> None:
         """The step is complete: beta follows the KL if it has a target, the reference is renewed if it is time, and
-        the snapshot is taken that a checkpoint of this step will hold.
+        the snapshot is taken that a checkpoint of this step will hold. num_tokens: of all completions drawn for it.
         """
         before, config = self.completed, self.config
         if outcome.total.num_tokens:
@@ -123,7 +123,7 @@ class Run:
             step=step,
             prompts=self.prompts.state(),
             skipped_steps=before.skipped_steps + (not outcome.applied),
-            tokens_generated=before.tokens_generated + sum(len(c.token_ids) for g in batch.completions for c in g),
+            tokens_generated=before.tokens_generated + num_tokens,
             kl_coef=self.controller.coef,
         )
         self.between_steps = False

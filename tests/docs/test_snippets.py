@@ -323,6 +323,27 @@ def test_the_reward_takes_texts_and_chats(page, page_folder):
     assert brevity(prompts=[[], []], completions=chats, limit=[0, 0]) == [-0.3, -0.1]
 
 
+def test_the_pages_server_gives_rewards(page_folder):
+    import threading
+    from http.server import ThreadingHTTPServer
+
+    from fastkl.rewards.call import compute_rewards
+    from fastkl.rewards.load import load_rewards
+    from fastkl.types import Completion, Prompt
+
+    page_folder(ROOT / "docs" / "rewards.md")
+    score = importlib.import_module("score_server").Score
+    score.log_message = lambda *arguments: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), score)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    rewards = load_rewards([f"http://127.0.0.1:{server.server_port}/score"], None)
+    completions = [Completion((1,), (0.0,), "stop", text) for text in ("it is 51", "it is 50")]
+    result = compute_rewards(rewards, [Prompt((1,), "p", "p", 1, {"answer": "51"})], [completions], step=1)
+    server.shutdown()
+    server.server_close()
+    assert result.total.tolist() == [[1.0, 0.0]]
+
+
 def test_the_drop_in_loss_raises_what_is_better_than_its_baseline():
     """A step down the README's loss, without its KL, makes tokens with an advantage likelier and the others rarer."""
     import torch
