@@ -67,7 +67,7 @@ NOT_HERE: dict[str, str] = {
     ),
     "fp16": "float16 overflows; use --dtype bfloat16",
     "logging_steps log_completions": "every step is logged; --sample-every says how often completions are shown",
-    "push_to_hub": "`fastkl export RUN --push-to-hub ID` uploads a finished model",
+    "push_to_hub": "the command `fastkl export` uploads a finished model",
     "max_prompt_length prompt_max_len data.max_prompt_length": (
         "prompts are never cut; one that does not fit the model's context is refused"
     ),

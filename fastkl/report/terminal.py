@@ -49,6 +49,9 @@ WIDE_COLUMNS = 120  # from here on, the sample stands beside the numbers
 ROOMY_HEIGHT = 30  # from here on, blank lines part the panel's blocks
 
 
+WARM_UP_RATIO = 1.3  # a first step that takes this much longer than the second is explained
+
+
 PLAIN_CHARACTERS = 2000  # of a sample in plain lines
 
 
@@ -85,6 +88,20 @@ def stage_seconds(history: Sequence[Metrics]) -> dict[str, float]:
 
     named = {stage: mean(f"time/{stage}_s") for stage in STAGES}
     return {**named, "other": max(0.0, mean("time/step_s") - sum(named.values()))}
+
+
+def warm_up(first: Metrics, second: Metrics) -> str:
+    """Where the first step's time went, in a sentence, if it took much longer than the second; else nothing."""
+    taken, usual = (finite(step.get("time/step_s")) for step in (first, second))
+    if taken < WARM_UP_RATIO * usual or taken - usual < 1:
+        return ""
+    keys = {stage: f"time/{stage}_s" for stage in STAGES}
+    stage = max(STAGES, key=lambda stage: finite(first.get(keys[stage])) - finite(second.get(keys[stage])))
+    before, after = (finite(step.get(keys[stage])) for step in (first, second))
+    return (
+        f"The first step took {taken:.1f} s, the second {usual:.1f} s: it compiles and fills caches, most of it in "
+        f"{stage} ({before:.1f} s, then {after:.1f} s)."
+    )
 
 
 def one_line(text: str) -> str:
@@ -141,6 +158,8 @@ class View:
         self._step_ends.append(time.monotonic())
         if not self.is_live:
             self._print(self._plain_line(metrics))
+        if len(self._step_ends) == 3 and (why := warm_up(*self._history[-2:])):
+            self.note(why)
 
     def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Show the completion with the highest reward of a step's records of samples.jsonl, if any has a reward."""
@@ -195,7 +214,9 @@ class View:
     def _render(self) -> RenderableType:
         width, height = self._console.width, self._console.height
         gap = [Text()] if height >= ROOMY_HEIGHT else []
-        numbers = Group(self._progress(), *gap, self._numbers(width), *self._brief(), *gap, *self._stages(width))
+        numbers = Group(
+            self._progress(), *gap, self._numbers(width), *self._waiting(), *self._brief(), *gap, *self._stages(width)
+        )
         body: RenderableType = numbers
         if self._sample and width >= WIDE_COLUMNS:
             body = Table.grid(expand=True, padding=(0, 2))
@@ -257,9 +278,13 @@ class View:
             now, first = metric.write(series[-1]), metric.write(series[0])
             history = Text(blocks(series, spark_width), colour)
             rows.add_row(metric.name, Text(now, f"bold {colour}"), first, metric.unit, history)
-        if len(self._step_ends) < 2:
-            rows.add_row(Text("sampling the first completions …", "dim italic"))
         return rows
+
+    def _waiting(self) -> list[Text]:
+        """What takes so long at first."""
+        if len(self._step_ends) > 1:
+            return []
+        return [Text("sampling the first completions … the first step warms up and takes longer", "dim italic")]
 
     def _brief(self) -> list[Text]:
         """The small numbers of the last step, one after another."""

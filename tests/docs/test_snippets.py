@@ -246,6 +246,7 @@ WORK = {
     "score": "fastkl.score_files.command.score_file",
     "report": "fastkl.report.page.write.write_report",
     "doctor": "fastkl.audit.doctor.diagnose",
+    "export": "fastkl.training.export.export",
     "bench": "fastkl.microbench.run.run_bench",
     "storyteller": "tools.storyteller.make.make_storyteller",
 }
@@ -282,6 +283,10 @@ def make_what_is_continued(arguments: list[str], folder: Path) -> None:
     if "--resume" in arguments:
         output = arguments[arguments.index("--output") + 1] if "--output" in arguments else TrainConfig().output
         (folder / output / "checkpoints" / "step-1").mkdir(parents=True)
+    if "--fork" in arguments:
+        run, _, step = arguments[arguments.index("--fork") + 1].partition(":")
+        (folder / run / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        (folder / run / "checkpoints" / f"step-{step}" / "checkpoint.json").write_text('{"config": {}}')
     if arguments[0] in ("report", "doctor"):
         for name in arguments[1:]:
             if not name.startswith("-") and "." not in name:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
+import re
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +44,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from fastkl.audit.doctor import diagnose
 from fastkl.errors import UserError
 from fastkl.integrations.trl import fastkl_scoring
 from fastkl.integrations.trl.checks import REPLACED
@@ -516,6 +521,33 @@ def test_an_unknown_head_is_refused(folder: Path, tmp_path: Path):
     trainer.model.lm_head.register_forward_hook(lambda module, args, logits: logits * 1.5)
     with pytest.raises(UserError, match="does not know"), fastkl_scoring(trainer):
         pytest.fail("the block ran")
+
+
+def test_the_recipe_of_the_docs_dumps_rollouts_that_the_doctor_reads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
+    for title, code in re.findall(r'```python title="(\w+\.py)"\n(.*?)```', page, re.S):
+        (tmp_path / title).write_text(code)
+        compile(code, title, "exec")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(trl, "RLOOTrainer", importlib.import_module("recorded_trl").Recorded)
+    try:
+        trainer = make_trainer("rloo", folder / "llama", tmp_path)
+        trainer.train()
+    finally:
+        for name in ("record", "recorded_trl"):
+            sys.modules.pop(name, None)
+    found = diagnose(tmp_path / "trl.jsonl")
+    assert found.num_completions == 40 and found.exit_code == 0
+    rows = [json.loads(line) for line in (tmp_path / "trl.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [step for step in range(1, 6) for _ in range(8)]
+    for step, kl in enumerate(metric(trainer, "kl"), start=1):
+        of_step = [row for row in rows if row["step"] == step]
+        nats = sum(sum(row["logprobs"]) - sum(row["ref_logprobs"]) for row in of_step)
+        assert nats / sum(len(row["logprobs"]) for row in of_step) == pytest.approx(kl, abs=1e-4), step
+    assert abs(metric(trainer, "kl")[-1]) > 1e-3, "the policy has moved"
 
 
 def test_the_trainer_is_given_back_as_it_was_whatever_ends_the_block(folder: Path, tmp_path: Path):

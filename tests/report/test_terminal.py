@@ -221,6 +221,18 @@ def test_of_a_chat_the_last_question_and_the_answer_are_shown_by_their_roles() -
     assert shown._story(300).plain.splitlines()[1:] == ["assistant: The sum is 7."]
 
 
+def test_a_long_first_step_is_explained_by_the_stage_that_took_the_time(capsys) -> None:
+    first = METRICS | {"step": 1, "time/generate_s": 16.0, "time/update_s": 2.5, "time/step_s": 29.6}
+    second = METRICS | {"step": 2, "time/generate_s": 6.5, "time/step_s": 19.2}
+    with View("run", total_steps=40) as shown:
+        for step in (first, second, second | {"step": 3}):
+            shown.step(step)
+    (why,) = [line for line in capsys.readouterr().out.splitlines() if "first step" in line]
+    assert "took 29.6 s, the second 19.2 s" in why and "most of it in generate (16.0 s, then 6.5 s)" in why
+    assert view_module.warm_up(first, first) == view_module.warm_up(METRICS, METRICS) == ""
+    assert view_module.warm_up({"time/step_s": 0.9}, {"time/step_s": 0.1}) == ""  # of no interest
+
+
 def test_a_resumed_run_shows_the_history_of_the_whole_run() -> None:
     shown = View("run", total_steps=40, first_step=3, console=terminal(100))
     shown.recall([{"step": step, "reward/raw": float(step), "time/step_s": 4.0} for step in (1, 2)])
