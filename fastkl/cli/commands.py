@@ -246,6 +246,7 @@ def export(
     *,
     output: Annotated[Path, about("DIR", "The new folder.")],
     step: Annotated[str, about("N|best", "Which checkpoint. [the newest]")] = "",
+    merge: Annotated[bool, about(None, "Add a run's adapters to the weights, for a model without any.")] = False,
     push_to_hub: Annotated[str, about("ID", "Upload it to the hub, too; a new repository is private.")] = "",
 ) -> int:
     """Write a run's model as a folder of its own.
@@ -255,7 +256,7 @@ def export(
     """
     from fastkl.training.export import export, push
 
-    print(export(run.expanduser(), output.expanduser(), step))
+    print(export(run.expanduser(), output.expanduser(), step, merge=merge))
     if push_to_hub:
         print(push(output.expanduser(), push_to_hub))
     return 0

@@ -28,6 +28,9 @@ OURS: dict[str, str] = {
     "--max-new-tokens": "max_completion_length generate_max_len data.max_response_length",
     "--generator": "use_vllm actor_rollout_ref.rollout.name",
     "--gpu-memory-utilization": "vllm_gpu_memory_utilization actor_rollout_ref.rollout.gpu_memory_utilization",
+    "--lora-rank": "lora_r actor_rollout_ref.model.lora_rank",
+    "--lora-alpha": "actor_rollout_ref.model.lora_alpha",
+    "--lora-targets": "lora_target_modules target_modules actor_rollout_ref.model.target_modules",
     "--lr": "learning_rate actor_learning_rate actor_rollout_ref.actor.optim.lr",
     "--lr-decay": "lr_scheduler_type lr_scheduler",
     "--warmup-steps": "warmup_ratio lr_warmup_ratio",
@@ -58,10 +61,10 @@ NOT_HERE: dict[str, str] = {
     "scale_rewards normalize_advantages normalize_reward": (
         "rewards are not scaled; write an advantage of your own: --advantage FILE.py:FUNCTION"
     ),
-    "use_peft lora_r lora_rank lora_alpha lora_dropout lora_target_modules load_in_4bit load_in_8bit": (
-        "all weights are trained, in float32"
-    ),
     "critic_pretrain critic_learning_rate gamma lambd": "there is no critic",
+    "use_peft": "adapters are asked for by their rank: --lora-rank 16",
+    "lora_dropout": "dropout would count as KL; adapters have none",
+    "load_in_4bit load_in_8bit": "weights are float32; adapters (--lora-rank) save what training them takes",
     "deepspeed fsdp zero_stage vllm_tensor_parallel_size trainer.n_gpus_per_node trainer.nnodes": (
         "one process trains on one GPU or on the CPU"
     ),

@@ -82,6 +82,15 @@ class TrainConfig(SamplingSettings):
     gpu_memory_utilization: Annotated[float, SHARE] = 0.3
     """Share of the GPU's memory that vLLM may take; ignored without a GPU."""
 
+    lora_rank: Annotated[int, Heading("Adapters"), AT_LEAST_0] = 0
+    """Rank of LoRA adapters, which are then all that is trained; the reference is the same model with them off. 0
+    trains every weight."""
+    lora_alpha: Annotated[float, AT_LEAST_0] = 32.0
+    """Their scale is lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """The layers that carry adapters, by the ends of their names (q_proj v_proj); "all-linear": every matrix but the
+    head."""
+
     steps: Annotated[int, Heading("Optimisation"), AT_LEAST_1] = 40
     """Optimizer steps."""
     lr: Annotated[float, AT_LEAST_0] = 1e-3
@@ -163,6 +172,13 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError(
             f"min_tokens: {config.min_tokens} is more than max_new_tokens ({config.max_new_tokens}); lower it."
         )
+    if config.lora_rank and config.reference_every:
+        raise UserError(
+            "reference_every: the reference of a run with adapters is the model without them, which never changes; "
+            "leave it at 0, or train without lora_rank."
+        )
+    if config.lora_rank and not config.lora_targets:
+        raise UserError("lora_targets: names no layer; give all-linear or the ends of layers' names.")
     if config.kl_target and not config.kl_coef:
         raise UserError("kl_coef: 0 cannot be steered to kl_target; start from a value above 0.")
     if config.allowed_token_ids and set(config.allowed_token_ids) <= set(config.banned_token_ids):

@@ -77,7 +77,7 @@ def penalize(scores: TokenScores, rewards: torch.Tensor, cu_seqlens: torch.Tenso
     kl_tokens = _reduced(find_estimator(penalty.estimator).value(scores), cu_seqlens, penalty)
     kl = sequence_sums(kl_tokens, cu_seqlens)
     if penalty.placement == "loss" or not penalty.coef:  # what costs nothing may be infinite
-        return Penalized(kl_tokens, kl, rewards)
+        return Penalized(kl_tokens, kl, rewards.to(kl.dtype))
     return Penalized(kl_tokens, kl, rewards - penalty.coef * kl.view_as(rewards))
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from fastkl.scoring.adapters import merged
+
 
 def push_weights(llm: Any, policy: nn.Module) -> None:
-    """Copies the policy's parameters into the running engine (cast to the engine's dtype)."""
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(policy.named_parameters())})
+    """Copies the policy's parameters, adapters merged, into the running engine (cast to the engine's dtype)."""
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged(policy)})
     if getattr(policy.config, "tie_word_embeddings", False):
         llm.apply_model(_repack_tied_head)
     llm.reset_prefix_cache()

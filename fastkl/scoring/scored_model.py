@@ -20,6 +20,7 @@ from fastkl.kernels.types import CoefficientsFunction, Head, TokenScores
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
 from fastkl.scoring import backbone
+from fastkl.scoring.adapters import switched_off
 from fastkl.scoring.head import head_of
 from fastkl.types import PackedBatch
 
@@ -42,11 +43,15 @@ class Scored(NamedTuple):
 class ScoredModel(nn.Module):
     """model: a causal language model of transformers; layout: what `choose_layout` found for it.
 
+    adapters: off for a reference that is the policy's module without them (adapters.py).
     dtype: of the backbone's matrix products, under autocast unless it is float32; head and scores are float32.
     """
 
-    def __init__(self, model: nn.Module, layout: str = "packed", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: nn.Module, layout: str = "packed", dtype: torch.dtype = torch.float32, *, adapters: bool = True
+    ) -> None:
         super().__init__()
+        self.adapters = adapters
         self.model: Any = model
         self.layout = layout
         self.dtype = dtype
@@ -64,7 +69,7 @@ class ScoredModel(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Hidden:
         """The backbone's part: how the reference takes part in the policy's forward. Differentiable."""
-        with self._autocast():
+        with self._autocast(), nullcontext() if self.adapters else switched_off(self.model):
             return Hidden(backbone.hidden_states(self.model, batch, self.layout), head_of(self.model))
 
     def forward(

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastkl.audit.json_lines import rows_of_steps
 from fastkl.config.settings import TrainConfig
+from fastkl.scoring.adapters import is_adapter
 from fastkl.training import checkpoint
 from fastkl.training.state import Run, Snapshot
 from fastkl.types import Prompt
@@ -57,7 +58,11 @@ def fingerprints(config: TrainConfig, prompts: Sequence[Prompt], reference: nn.M
 
     found = {
         "prompts": digest(repr((prompt.token_ids, dict(prompt.columns))).encode() for prompt in prompts),
-        "reference": digest(p.detach().flatten()[:256].cpu().numpy().tobytes() for p in reference.parameters()),
+        "reference": digest(
+            p.detach().flatten()[:256].cpu().numpy().tobytes()
+            for name, p in reference.named_parameters()
+            if not is_adapter(name)
+        ),
     }
     for name in config.reward:
         file = Path(name.rpartition(":")[0]).expanduser()

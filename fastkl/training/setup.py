@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from fastkl.rollout.generator import GENERATORS, Generator, choose_generator
 from fastkl.rollout.requests import EngineOptions
 from fastkl.sampling.params import Sampling, check_ids
 from fastkl.scoring import backbone, models
+from fastkl.scoring.adapters import WEIGHTS, add_adapters, check_adapters, load_adapters
 from fastkl.scoring.head import check_head
 from fastkl.scoring.memory import micro_batch_tokens
 from fastkl.scoring.pack import pack
@@ -45,6 +46,9 @@ from fastkl.training.resume import fingerprints, resume
 from fastkl.training.run_folder import has_checkpoint, lock_run_folder, prepare_run_folder
 from fastkl.training.state import Run, StepLimits
 from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
     """Everything that a user can get wrong, in the order of cost. Raises UserError."""
     check_config(config)
     check_report_to(config.report_to)
+    check_adapters(config.lora_rank, config.lora_targets)
     device = choose_device(config.device)
     rewards = load_rewards(config.reward, config.reward_weights, taken_reward_names())
     models.quiet_transformers()
@@ -127,9 +132,7 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
     prepare_rewards(inputs.rewards, device)
     title = f"{config.model} → {', '.join(config.reward)}, β {config.kl_coef:g}"
     view = View(title, total_steps=config.steps, first_step=resumed.step + 1 if resumed else 1)
-    reference = models.load_model(inputs.source, device).requires_grad_(False)
-    policy = models.load_model(str(resumed.folder) if resumed else inputs.source, device)
-    check_same_shape(policy, reference, resumed)
+    policy, reference = load_models(config, inputs)
     check_head(reference, list(inputs.prompts[0].token_ids))
     dtype = compute_dtype(config.dtype, device)
     probe = probe_batch(inputs.prompts[0], device)
@@ -153,9 +156,14 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
         config=config,
         folder=inputs.folder,
         policy=scored,
-        reference=ScoredModel(reference, layout, dtype),
+        reference=ScoredModel(reference, layout, dtype, adapters=not config.lora_rank),
         tokenizer=inputs.tokenizer,
-        optimizer=torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True),
+        optimizer=torch.optim.AdamW(
+            [p for p in policy.parameters() if p.requires_grad],
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=True,
+        ),
         prompts=PromptSource(inputs.prompts, seed=config.seed),
         rewards=inputs.rewards,
         generator=generator,
@@ -176,6 +184,8 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
         inputs=fingerprints(config, inputs.prompts, reference),
     )
     record_environment(inputs.folder, first_step=resumed.step + 1 if resumed else 1, device=device, dtype=dtype)
+    if not config.reference_every:
+        models.store_as_computed(reference, dtype)
     if resumed:
         (begin if inputs.is_fork else resume)(run, resumed)
     elif config.resume:
@@ -196,6 +206,23 @@ def check_trainable(policy: ScoredModel, probe: PackedBatch) -> None:
         policy.zero_grad(set_to_none=True)
     if policy.device.type == "cuda":
         torch.cuda.empty_cache()  # an engine measures what is free
+
+
+def load_models(config: TrainConfig, inputs: Inputs) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Policy and reference: one module, whose reference is without its adapters, or two."""
+    device, resumed = inputs.device, inputs.resumed
+    if config.lora_rank:
+        policy = models.load_model(inputs.source, device)
+        add_adapters(policy, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+        if resumed:
+            load_adapters(resumed.folder, policy)
+        return policy, policy
+    if resumed and (resumed.folder / WEIGHTS).is_file():
+        raise UserError(f"lora_rank: the checkpoint {str(resumed.folder)!r} holds adapters; give the rank they have.")
+    reference = models.load_model(inputs.source, device).requires_grad_(False)
+    policy = models.load_model(str(resumed.folder) if resumed else inputs.source, device)
+    check_same_shape(policy, reference, resumed)
+    return policy, reference
 
 
 @contextlib.contextmanager

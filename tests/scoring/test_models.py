@@ -9,10 +9,11 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy import toy_model
+from toy import toy_batch, toy_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastkl.errors import UserError
+from fastkl.scoring import backbone, models
 from fastkl.scoring.head import check_head, head_of
 from fastkl.scoring.models import (
     backbone_of,
@@ -23,6 +24,8 @@ from fastkl.scoring.models import (
     text_config,
     without_dropout,
 )
+from fastkl.scoring.pack import pack
+from fastkl.scoring.scored_model import ScoredModel
 
 CPU = torch.device("cpu")
 
@@ -183,3 +186,32 @@ def test_weights_lie_where_torch_puts_them_wherever_the_file_has_them(saved, tmp
         loaded = load_model(str(file.parent), CPU)
         assert {parameter.data_ptr() % 64 for parameter in loaded.parameters()} == {0}
         assert all(parameter.equal(weights[name]) for name, parameter in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_reference_that_is_stored_as_it_is_computed_scores_to_the_last_bit_alike_in_two_thirds_of_the_memory(layout):
+    backbone.register_packed_attention()
+    model = toy_model(dtype=torch.float32, tie_word_embeddings=False).requires_grad_(False)
+    scored = ScoredModel(model, layout, torch.bfloat16)
+    ((_, micro),) = pack(toy_batch(toy_model()), [0, 1, 2], 1 << 30, CPU)
+
+    def states() -> torch.Tensor:
+        with scored.scoring(), torch.no_grad():
+            return scored.hidden(micro).states
+
+    def held() -> int:
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+
+    before, bytes_before = states(), held()
+    models.store_as_computed(model, torch.float32)
+    assert held() == bytes_before
+    models.store_as_computed(model, torch.bfloat16)
+    assert held() < 0.7 * bytes_before
+    assert torch.equal(states(), before)
+    assert model.lm_head.weight.dtype == model.model.norm.weight.dtype == torch.float32
+
+
+def test_what_is_trained_keeps_its_digits():
+    model = toy_model(dtype=torch.float32)
+    models.store_as_computed(model, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

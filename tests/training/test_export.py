@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastkl import TrainConfig, train
 from fastkl.cli import main
 from fastkl.scoring.models import load_model, load_tokenizer, resolve_model
 from fastkl.training.checkpoint import RandomState, save_checkpoint
@@ -129,3 +131,41 @@ def test_the_model_is_uploaded_only_when_asked_and_to_a_private_repository(run, 
     assert main(["export", str(run), "--output", str(tmp_path / "two"), "--push-to-hub", "me/mine"]) == 0
     assert calls[0] == ("me/mine", {"private": True, "exist_ok": True})
     assert calls[1] == ("me/mine", sorted(path.name for path in (tmp_path / "two").iterdir()))
+
+
+@pytest.fixture(scope="module")
+def run_with_adapters(tmp_path_factory) -> Path:
+    """A run of two steps that has trained adapters."""
+    folder = tmp_path_factory.mktemp("adapters")
+    train(
+        TrainConfig(
+            lora_rank=4, lora_alpha=8, lr=1e-2, steps=2, prompts_per_step=1, num_samples=4, max_new_tokens=8,
+            generator="transformers", dtype="float32", report_to=(), save_every=0, output=str(folder / "run"),
+        )
+    )  # fmt: skip
+    return folder / "run"
+
+
+def test_adapters_are_exported_as_peft_loads_them_and_merged_they_are_a_model_that_scores_alike(
+    run_with_adapters, tmp_path
+):
+    """Against PEFT's own loading and merging."""
+    source = resolve_model("storyteller")
+    assert main(["export", str(run_with_adapters), "--output", str(tmp_path / "adapters")]) == 0
+    adapted = PeftModel.from_pretrained(load_model(source, torch.device("cpu")), tmp_path / "adapters")
+    expected = adapted.merge_and_unload().state_dict()
+    assert main(["export", str(run_with_adapters), "--merge", "--output", str(tmp_path / "merged")]) == 0
+    assert not list((tmp_path / "merged").glob("adapter*"))
+    found, base = weights(tmp_path / "merged"), weights(Path(source))
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        # rounded once to the storyteller's float16; a last bit may flip between two orders of the float32 sum
+        torch.testing.assert_close(weight, expected[name].half().float(), rtol=2**-10, atol=1e-7)
+    assert sum(not torch.equal(found[name], base[name]) for name in found) > 10
+    AutoTokenizer.from_pretrained(tmp_path / "merged")
+
+
+def test_a_run_without_adapters_has_nothing_to_merge(run, tmp_path, capsys):
+    assert main(["export", str(run), "--merge", "--output", str(tmp_path / "out")]) == 2
+    assert "has no adapters to merge" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
