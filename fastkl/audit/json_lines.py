@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import codecs
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from fastkl.errors import UserError
 
+LARGEST = 1e100
+"""What is beyond is no measurement, and its square is no float."""
+
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether it is a finite number that a float can hold (NaN compares false)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Whether it is a finite number up to LARGEST (NaN compares false)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:

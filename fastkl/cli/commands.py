@@ -24,7 +24,7 @@ from fastkl.config.setting import Setting
 from fastkl.config.settings import TrainConfig, check_config, settings
 from fastkl.errors import UserError, printable
 from fastkl.sampling.params import replayed_names
-from fastkl.training.run_folder import check_run_folder, started_with
+from fastkl.training.run_folder import check_run_folder, nothing_left, started_with
 
 HEADINGS = tuple(dict.fromkeys(setting.heading for setting in settings().values()))
 VALUES = {str: "TEXT", int: "N", float: "X", bool: None}
@@ -102,12 +102,16 @@ def train(*, config: ConfigFile = None, **given: Any) -> int:
 
     Without options: the embedded main job, a story model that learns to alliterate.
     Settings come from the defaults [in brackets], then from --config, then from
-    options; with --resume, the run's own config.yaml takes the place of the
-    defaults, with --fork that of the run that is forked.
+    options; with --resume, the run's own settings take the place of the
+    defaults, with --fork those of the run that is forked. Where no step is left,
+    --resume says so and ends with 0.
     """
     run = merged(given, config)
     check_config(run)
     check_run_folder(run)
+    if finished := nothing_left(run):
+        print(printable(finished))
+        return 0
     from fastkl.rollout.agreement import StaleEngineError
     from fastkl.training import loop
 

@@ -15,7 +15,7 @@ from functools import cache
 from inspect import get_annotations
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from fastkl.errors import UserError, nearest
+from fastkl.errors import UserError, nearest, short
 from fastkl.sampling.params import Heading, Range
 
 KINDS = {
@@ -24,6 +24,9 @@ KINDS = {
     float: ("a number", "a list of numbers"),
     bool: ("true or false", ""),
 }
+
+
+LARGEST_WHOLE = (1 << 63) - 1  # what torch and the generators take
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +89,15 @@ class Setting:
                 return self._one(given)
             items = [given] if isinstance(given, str | int | float) else list(given or ())
             return () if items == ["none"] else tuple(map(self._one, items))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             shown = list(given) if isinstance(given, tuple) else given
-            raise UserError(f"{self.name}: {shown!r} is not {KINDS[self.type][self.is_list]}.") from None
+            raise UserError(f"{self.name}: {short(shown)} is not {KINDS[self.type][self.is_list]}.") from None
 
     def _one(self, given: Any) -> Any:
         if isinstance(given, bool) != (self.type is bool) or (self.type is str and not isinstance(given, str)):
             raise TypeError
+        if self.type is str:
+            given.encode()  # UnicodeEncodeError, a ValueError: bytes of the command line that are no UTF-8
         return whole_number(given) if self.type is int else self.type(given)
 
     def check(self, value: Any) -> None:
@@ -100,12 +105,19 @@ class Setting:
         for item in value if self.is_list else (value,):
             if self.choices and item not in self.choices and not (self.own and (":" in item or item.endswith(".py"))):
                 raise UserError(
-                    f"{self.name}: unknown {item!r}.{nearest(item, self.choices)} Choose from {', '.join(self.choices)}"
-                    f"{' or FILE.py:FUNCTION' if self.own else ''}."
+                    f"{self.name}: unknown {short(item)}.{nearest(item, self.choices)} Choose from "
+                    f"{', '.join(self.choices)}{' or FILE.py:FUNCTION' if self.own else ''}."
                 )
-            if self.type in (int, float) and not (math.isfinite(item) and (not self.range or self.range.fits(item))):
-                wanted = self.range.text if self.range else "finite"
-                raise UserError(f"{self.name}: {item} is out of range; it must be {wanted}.")
+            if wanted := self._wanted(item):
+                raise UserError(f"{self.name}: {short(item)} is out of range; it must be {wanted}.")
+
+    def _wanted(self, item: Any) -> str:
+        """What a number must be and is not; empty where it is in order, and for a text."""
+        if self.type is int and item > LARGEST_WHOLE:
+            return "below 2^63"
+        if (self.range and not self.range.fits(item)) or (self.type is float and not math.isfinite(item)):
+            return self.range.text if self.range else "finite"
+        return ""
 
 
 def whole_number(given: Any) -> int:

@@ -27,10 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from fastkl import gym
+from fastkl.data.chat import has_template, is_chat, rendered
 from fastkl.errors import UserError
 from fastkl.types import Prompt
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # and the datasets loader for each
+
+
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 TOKENIZER_BATCH = 1024  # prompts tokenised at a time
@@ -136,11 +140,6 @@ def check_system_prompt(text: str, tokenizer: Any) -> None:
         raise UserError(f"system_prompt: the model's chat template leaves it out; {remedy}")
 
 
-def has_template(tokenizer: Any) -> bool:
-    """Whether chat messages can be rendered."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
 def read_rows(source: str) -> Iterator[Row]:
     """The rows of `source`, each with a checked `prompt`. UserError for what cannot be read."""
     if source.startswith("text:"):
@@ -182,7 +181,7 @@ def _from_path(path: Path) -> Iterator[Row]:
 def _from_jsonl(path: Path) -> Iterator[Row]:
     """One JSON object per line; empty lines are skipped."""
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _parsed(line, f"line {number} of {str(path)!r}", number)
@@ -235,6 +234,8 @@ def _from_datasets(name: str, kind: str | None, **options: Any) -> Iterator[Row]
 
     datasets.disable_progress_bars()
     try:
+        if kind == "csv":  # "NA" and "None" are texts; an empty cell is none
+            options |= {"keep_default_na": False, "na_values": [""]}
         data = datasets.load_from_disk(name) if kind is None else datasets.load_dataset(kind, **options)
     except Exception as failure:  # datasets raises many types; all mean that there is nothing to read
         reason = " ".join(str(failure).split())[:300]
@@ -266,13 +267,6 @@ def _checked(rows: Iterable[Row]) -> Iterator[Row]:
         yield where, number, columns
 
 
-def is_chat(prompt: Any) -> bool:
-    def is_message(item: Any) -> bool:
-        return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
-
-    return isinstance(prompt, list) and bool(prompt) and all(map(is_message, prompt))
-
-
 def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[Prompt]:
     """The rows tokenised together: texts with special tokens, rendered chats (which bring their own) without."""
     raws = [columns["prompt"] for _, _, columns in rows]
@@ -280,6 +274,11 @@ def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[Prompt]:
         raw if isinstance(raw, str) else rendered(raw, where, tokenizer)
         for raw, (where, _, _) in zip(raws, rows, strict=True)
     ]
+    for text, (where, _, _) in zip(texts, rows, strict=True):
+        if HALF_CHARACTER.search(text):
+            raise UserError(
+                f"prompts: {where} holds half of a surrogate pair, or a byte that is not UTF-8: no character; mend it."
+            )
     ids: list[Sequence[int]] = [()] * len(rows)
     for is_text in (True, False):
         chosen = [i for i, raw in enumerate(raws) if isinstance(raw, str) == is_text]
@@ -303,19 +302,3 @@ def as_beginning(token_ids: Sequence[int], text: str, tokenizer: Any) -> Sequenc
     if begin is not None and list(token_ids[:2]) == [begin] * 2 and not text.startswith(tokenizer.bos_token * 2):
         token_ids = token_ids[1:]
     return token_ids
-
-
-def rendered(messages: list[dict[str, str]], where: str, tokenizer: Any) -> str:
-    """The chat rendered as the model's text, up to where the assistant's answer begins (or continues, if the last
-    message is its own)."""
-    if not has_template(tokenizer):
-        raise UserError(
-            f"prompts: {where} holds chat messages, but the model's tokenizer has no chat template; use texts."
-        )
-    own_words = messages[-1]["role"] == "assistant"
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not own_words, continue_final_message=own_words
-        )
-    except Exception as failure:  # templates are programs and may raise anything
-        raise UserError(f"prompts: the chat template refuses {where} ({failure}).") from failure

@@ -89,6 +89,11 @@ class RunLog:
             if not self._attempt(name, self._trackers[name].log, metrics, spread(samples, TEXT_SAMPLES)):
                 del self._trackers[name]  # its connection or file is broken; the JSON files go on
 
+    def digests(self) -> dict[str, str]:
+        """Of what both files hold, by name: a checkpoint records them, and a resumed run sees whether lines are lost,
+        damaged or edited."""
+        return {f"{name}.jsonl": file.digest.hexdigest() for name, file in self._files.items()}
+
     def flush(self) -> None:
         """Has the system write both files to the disk. Raises nothing."""
         for name, file in self._files.items():
@@ -130,23 +135,26 @@ class _JsonLines:
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self.path = path
-        self._waiting: deque[str] = deque(maxlen=MAX_WAITING_LINES)
+        self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING_LINES)
+        self.digest = _digest()  # of all lines, those that wait, too
         if resume_step is not None:
-            drop_later_steps(path, resume_step)
+            self.digest = drop_later_steps(path, resume_step)
         elif path.exists() and path.stat().st_size:
             raise UserError(f"output: {path.parent} already holds a run; add --resume or choose another --output.")
         path.touch()
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append the waiting lines and `rows`. On OSError the file is cut back to whole lines and all of them wait."""
-        self._waiting.extend([to_json(row) + "\n" for row in rows])
+        for line in [f"{to_json(row)}\n".encode() for row in rows]:
+            self._waiting.append(line)
+            self.digest.update(line)
         if not self._waiting:
             return
         file = self.path.open("ab")
         size_bytes = file.tell()
         try:
             with file:
-                file.write("".join(self._waiting).encode())
+                file.write(b"".join(self._waiting))
         except OSError:
             os.truncate(self.path, size_bytes)
             raise
@@ -176,18 +184,28 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | None) else str(value)
 
 
-def drop_later_steps(path: Path, last_step: int) -> None:
-    """Keep the lines of `path` whose step is at most `last_step`, atomically; a half-written last line goes too."""
+def drop_later_steps(path: Path, last_step: int) -> hashlib.blake2b:
+    """Keep the lines of `path` whose step is at most `last_step`, atomically; a half-written last line goes too.
+
+    Returns the digest of what is kept.
+    """
+    digest = _digest()
     if not path.exists():
-        return
+        return digest
     partial = path.with_name(path.name + ".partial")
     with path.open("rb") as old, partial.open("wb") as new:
         for line in old:
             if line.endswith(b"\n") and _step_of(line) <= last_step:
                 new.write(line)
+                digest.update(line)
         new.flush()
         os.fsync(new.fileno())
     os.replace(partial, path)
+    return digest
+
+
+def _digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=16)
 
 
 def _step_of(line: bytes) -> float:

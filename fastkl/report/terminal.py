@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
 import termios
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -123,6 +124,7 @@ class View:
         self._step_ends: list[float] = []  # seconds on the monotonic clock; the first entry is the start
         self._sample: Sample | None = None
         self._closing: list[str] = []
+        self._unsaid: list[str] = []  # what came in the middle of another line, from the handler of a signal
         self._live = Live(
             get_renderable=self._render,
             console=self._console,
@@ -138,13 +140,15 @@ class View:
             self._open.enter_context(keys_unechoed(self._console.file))
             self._open.enter_context(self._live)
         else:
-            self._print(f"{self.title}: steps {self.first_step} to {self.total_steps}")
+            left = f"steps {self.first_step} to {self.total_steps}"
+            self._print(f"{self.title}: {left if self.first_step <= self.total_steps else 'no step is left'}")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
+        with suppress(OSError):  # the terminal may be gone
+            self._open.close()
         for line in self._closing:
             self._print(line)
 
@@ -174,9 +178,11 @@ class View:
             self._print(f"  {self._sample.about}: {text}")
 
     def note(self, message: str) -> None:
-        """Print a message that stays, above the panel."""
+        """Print a message that stays, above the panel. Raises nothing: signals' handlers call it, at any moment, and
+        the terminal may be gone."""
         if self.is_live:
-            self._console.print(Text(printable(message)))
+            with suppress(OSError, RuntimeError):
+                self._console.print(Text(printable(message)))
         else:
             self._print(message)
 
@@ -194,14 +200,19 @@ class View:
         return int(self._history[-1]["step"] or 0) if self._history else self.first_step - 1
 
     def _print(self, line: str) -> None:
-        """One plain line, written out at once; never fatal (the reader may be gone, the encoding may lack
-        characters)."""
+        """One plain line, written out at once; never fatal (the reader may be gone, the disk may be full, the encoding
+        may lack characters)."""
         stream = self._console.file
         encoding = getattr(stream, "encoding", None) or "utf-8"
+        lines, self._unsaid = [*self._unsaid, printable(line).encode(encoding, "replace").decode(encoding)], []
         try:
-            print(printable(line).encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+            print("\n".join(lines), file=stream, flush=True)
+        except RuntimeError:  # the handler of a signal that came while another line was being written
+            self._unsaid = lines
         except OSError:
             self._print = lambda line: None  # type: ignore[method-assign]
+            if stream is sys.stdout:
+                sys.stdout = None  # otherwise the interpreter would try again at its end, and exit with 120
 
     def _plain_line(self, metrics: Metrics) -> str:
         line = f"step {metrics['step']:>{len(str(self.total_steps))}}/{self.total_steps}"

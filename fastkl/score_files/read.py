@@ -14,7 +14,8 @@ from typing import Any
 
 from fastkl.config.files import with_settings
 from fastkl.config.settings import TrainConfig, check_config
-from fastkl.data.prompts import as_beginning, is_chat, rendered
+from fastkl.data.chat import is_chat, rendered
+from fastkl.data.prompts import as_beginning
 from fastkl.errors import UserError
 from fastkl.sampling.params import Sampling, check_ids, replayed_names
 from fastkl.sampling.rules import FILES, check_parameters

@@ -8,6 +8,7 @@ logit_scale * softcap * tanh((hidden @ weight.T + bias) / softcap).
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,8 @@ def resolve_model(name: str) -> str:
 def check_hub(name: str) -> None:
     """UserError, within two seconds, where the hub cannot be reached and the model is not in the local cache.
 
-    A cached model is loaded without asking the hub then, which would retry for half a minute.
+    A cached model is loaded without asking the hub then, which would retry for half a minute; a note says so, since it
+    holds for all that this process loads from now on.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -66,6 +68,11 @@ def check_hub(name: str) -> None:
                 "network."
             ) from failure
         constants.HF_HUB_OFFLINE = True
+        print(
+            f"fastkl: the hub cannot be reached ({failure}); {name!r} is loaded from the local cache, and from now on "
+            "this process asks the hub for nothing.",
+            file=sys.stderr,
+        )
 
 
 def quiet_transformers() -> None:

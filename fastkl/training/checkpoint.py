@@ -25,15 +25,10 @@ import torch
 from torch import nn
 
 from fastkl.errors import UserError
+from fastkl.training.manifest import FORMAT, MANIFEST, REMEDY, checksum, read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FORMAT = 2
-
-
-MANIFEST = "checkpoint.json"
-
 
 TENSORS = "trainer.safetensors"
 
@@ -90,7 +85,7 @@ def save_checkpoint(
             "random": random.states,
             "files": {path.relative_to(scratch).as_posix(): _fingerprint(path) for path in _files_in(scratch)},
         }
-        manifest["checksum"] = _checksum(manifest)
+        manifest["checksum"] = checksum(manifest)
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _as_umask_asks(_files_in(scratch))
         flush_folder(scratch)
@@ -156,24 +151,12 @@ def set_aside_newer(checkpoint: Checkpoint) -> None:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Verifies format, sizes and hashes of every file."""
-    remedy = "delete that folder to continue from the one before it, or start a new run with another --output"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files, step = manifest["files"], int(manifest["step"])
-        known = manifest["format"] in (1, FORMAT)  # 1: without a checksum
-        intact = manifest["format"] == 1 or manifest.pop("checksum") == _checksum(manifest)
-    except (OSError, ValueError, KeyError, TypeError) as failure:
-        message = f"resume: {str(folder)!r} is not a checkpoint of fastkl (no readable {MANIFEST}); {remedy}."
-        raise UserError(message) from failure
-    if not known:
-        raise UserError(f"resume: {str(folder)!r} has checkpoint format {manifest['format']}, not {FORMAT}; {remedy}.")
-    if not intact:
-        raise UserError(f"resume: the checkpoint file {str(folder / MANIFEST)!r} is damaged; {remedy}.")
-    for name, expected in files.items():
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file() or _fingerprint(path) != expected:
-            raise UserError(f"resume: the checkpoint file {str(path)!r} is missing or damaged; {remedy}.")
-    return Checkpoint(folder, step, manifest)
+            raise UserError(f"resume: the checkpoint file {str(path)!r} is missing or damaged; {REMEDY}.")
+    return Checkpoint(folder, int(manifest["step"]), manifest)
 
 
 def restore_training_state(checkpoint: Checkpoint, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -288,11 +271,6 @@ def _as_umask_asks(files: Iterable[Path]) -> None:
     os.umask(umask)
     for path in files:
         path.chmod(0o666 & ~umask)
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    """Of everything in the manifest but the checksum itself."""
-    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _fingerprint(path: Path) -> list[Any]:

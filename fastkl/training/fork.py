@@ -7,7 +7,6 @@ run resumed, bit for bit.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
 from fastkl.report.loggers import LOG_FILES
 from fastkl.training import checkpoint
+from fastkl.training.manifest import read_manifest
 from fastkl.training.resume import resume
 from fastkl.training.run_folder import has_checkpoint, unused_name
 from fastkl.training.state import Run
@@ -46,10 +46,9 @@ def settings_of(folder: Path) -> TrainConfig:
 def recorded(folder: Path) -> TrainConfig:
     """The settings that a checkpoint holds. UserError where it does not."""
     try:
-        config = json.loads((folder / checkpoint.MANIFEST).read_text(encoding="utf-8"))["config"]
-        return with_settings(TrainConfig(), dict(map(renamed, config.items())))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as failure:
-        raise UserError(f"fork: {str(folder)!r} is not a checkpoint of fastkl ({failure}).") from failure
+        return with_settings(TrainConfig(), dict(map(renamed, read_manifest(folder)["config"].items())))
+    except UserError as mistake:
+        raise UserError(f"fork: {str(mistake).removeprefix('resume: ')}") from mistake
 
 
 def forked(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:

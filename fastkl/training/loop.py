@@ -65,12 +65,12 @@ def run_steps(run: Run) -> TrainResult:
             objective = run.objective.at(run.controller.coef)
             outcome = update(run.policy, run.reference, run.optimizer, batch, objective, run.limits, watch, step=step)
             run.commit(step, drawn.num_tokens, outcome)
-            stop.release()
             with watch("sync"):
                 run.generator.sync(run.policy.model)
             skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
             by_function, coef = rewards.by_function, objective.penalty.coef
             run.record(StepReport(step, batch, by_function, coef, outcome, rewards.notes, drawn.redraws), watch)
+            stop.release()
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(diagnosis(config, step))
             if stop.requested:
@@ -130,7 +130,7 @@ def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:
 
 @contextmanager
 def updates_whole(run: Run, stop: StopRequest) -> Iterator[None]:
-    """From the optimizer's step to the commit of the step nothing is interrupted, and nothing is saved."""
+    """From the optimizer's step until the step is logged nothing is interrupted; until its commit nothing is saved."""
 
     def begin(*_: Any) -> None:
         stop.hold()

@@ -42,6 +42,10 @@ def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
     run.view.recall(rows_of_steps(run.folder / "metrics.jsonl", []))
     if lost := lost_lines(run.folder / "metrics.jsonl", saved.step):
         run.view.note(f"metrics.jsonl lacks the lines of {lost}; training itself goes on from where it was.")
+    claimed = state.get("logs", {})
+    for name, digest in run.log.digests().items():
+        if claimed.get(name, digest) != digest and not (lost and name == "metrics.jsonl"):
+            run.view.note(f"{name} has lost, damaged or edited lines; training itself goes on from where it was.")
 
 
 def fingerprints(config: TrainConfig, prompts: Sequence[Prompt], reference: nn.Module) -> dict[str, str]:
@@ -74,8 +78,8 @@ def fingerprints(config: TrainConfig, prompts: Sequence[Prompt], reference: nn.M
 def lost_lines(path: Path, last_step: int) -> str:
     """The steps up to `last_step` that have no line in metrics.jsonl, in words; empty if all have one."""
     logged = set()
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             logged.add(json.loads(line)["step"])
     missing = [step for step in range(1, last_step + 1) if step not in logged]
     more = f" and {len(missing) - 5} more steps" if len(missing) > 5 else ""

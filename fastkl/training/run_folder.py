@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shlex
 from dataclasses import fields
@@ -13,6 +12,7 @@ from typing import TextIO
 
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
+from fastkl.training.manifest import read_manifest
 
 STARTED_BY = "FASTKL_STARTED_BY"
 """The environment variable that the Makefile sets."""
@@ -57,7 +57,12 @@ def check_run_folder(config: TrainConfig) -> None:
                 f"another name, for example `{command_with(f'--output {shlex.quote(str(unused_name(folder)))}')}`."
             )
         return
-    if not holds_run(folder) and not (folder / "config.yaml").is_file():
+    if not has_checkpoint(folder) and not (folder / "config.yaml").is_file():
+        if holds_run(folder):
+            raise UserError(
+                f"resume: {str(folder)!r} holds neither a checkpoint nor config.yaml, so nothing says how its run was "
+                "started; delete that folder, or choose another --output, and start without --resume."
+            )
         raise UserError(f"resume: there is no checkpoint in {str(folder)!r}; start without --resume.")
     check_same_run(config, folder)
 
@@ -65,16 +70,35 @@ def check_run_folder(config: TrainConfig) -> None:
 def started_with(folder: Path) -> TrainConfig | None:
     """The settings that the run in `folder` was started with; None where there is no such run.
 
-    Those of its newest readable checkpoint: config.yaml is a copy for people, which may have been edited since. Only a
-    run that ended before its first checkpoint has no other record.
+    Those of its newest checkpoint whose manifest is whole: config.yaml is a copy for people, which may have been edited
+    since. Only a run that ended before its first checkpoint has no other record, and then it must be as it was written.
     """
-    from fastkl.config.files import load_config, renamed, with_settings
+    from fastkl.config.files import load_own_config, renamed, with_settings
 
     for checkpoint in sorted((folder / "checkpoints").glob("step-*"), key=_step_of, reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            recorded = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))["config"]
-            return with_settings(TrainConfig(), dict(map(renamed, recorded.items())))
-    return load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
+        with contextlib.suppress(UserError):
+            return with_settings(TrainConfig(), dict(map(renamed, read_manifest(checkpoint)["config"].items())))
+    return load_own_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
+
+
+def nothing_left(config: TrainConfig) -> str | None:
+    """Why there is nothing to resume: the newest whole checkpoint is of the last step, or of a later one. None where
+    steps are left, or where it is set-up's business to say what is wrong. Reads the checkpoint, and no model.
+    """
+    folder = Path(config.output).expanduser()
+    newest = max(map(_step_of, (folder / "checkpoints").glob("step-*")), default=0)
+    if not config.resume or newest < config.steps:
+        return None
+    from fastkl.training.checkpoint import newest_checkpoint
+
+    output = f"--output {shlex.quote(config.output)}"
+    with contextlib.suppress(UserError):
+        if (step := newest_checkpoint(folder / "checkpoints").step) >= config.steps:
+            return (
+                f"The run in {str(folder)!r} is finished: it stands at step {step} of {config.steps}. Go on with more, "
+                f"for example: {command_with(f'{output} --steps {step + max(1, step // 2)} --resume')}"
+            )
+    return None
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -17,7 +17,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 @dataclass(slots=True)
 class StopRequest:
     """Set by one of SIGNALS: the step under way is finished and saved. A second signal interrupts at once, but not
-    between `hold` and `release`, while weights, counters and random states change from one step's to the next's.
+    between `hold` and `release`, while weights, counters, random states and logs change from one step's to the next's;
+    a third one interrupts there, too, should an engine or a callback hang.
     """
 
     say: Callable[[str], None] = lambda message: None
@@ -26,7 +27,7 @@ class StopRequest:
     waiting: bool = False  # an interruption that came while held
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and not self.held:
+        if self.requested and not self.held or self.waiting:
             raise KeyboardInterrupt
         self.waiting = self.requested
         if not self.requested:

@@ -216,6 +216,7 @@ class Run:
                     "tokens_generated": done.tokens_generated,
                     "kl_coef": done.kl_coef,
                     "inputs": self.inputs,
+                    "logs": self.log.digests(),
                 },
                 random=done.random,
                 reference=self.reference.model if self.config.reference_every else None,

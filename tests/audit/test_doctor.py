@@ -10,7 +10,8 @@ import torch
 
 from fastkl.audit.alarm import KlAlarm, Moments, is_negative, mean_and_error
 from fastkl.audit.doctor import diagnose, diagnose_rollouts, read_rollouts
-from fastkl.audit.rollout_checks import Rollouts
+from fastkl.audit.rollout_checks import Gaps, Rollout, size_bin
+from fastkl.audit.thresholds import NOISE
 from fastkl.cli import main
 from fastkl.errors import UserError
 
@@ -133,9 +134,7 @@ def test_a_window_of_steps_can_be_negative_although_the_whole_is_not():
         for _ in range(20):
             k = g.gauss(-1.0 if 10 <= step < 18 else 1.0, 1.0)
             rows.append({"logprobs": [k], "ref_logprobs": [0.0], "step": step})
-    from fastkl.audit.rollout_checks import Rollout
-
-    diagnosis = diagnose_rollouts("x", Rollouts([Rollout(**row) for row in rows]))
+    diagnosis = diagnose_rollouts("x", (Rollout(**row) for row in rows))
     assert diagnosis.mean > 0
     assert diagnosis.negative
 
@@ -156,7 +155,7 @@ def test_a_line_that_does_not_fit_is_named(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"logprobs": [1], "ref_logprobs": [1]}\n{"logprobs": [1, 2], "ref_logprobs": [1]}\n')
     with pytest.raises(UserError, match="line 2 of .*differ in length"):
-        read_rollouts(path)
+        list(read_rollouts(path))
 
 
 def test_the_command_exits_with_one_for_a_negative_estimate_and_reads_run_folders(tmp_path, capsys):
@@ -335,6 +334,9 @@ NO_ROLLOUTS = [
     ('{"logprobs": [NaN, -1], "ref_logprobs": [-1, -1]}', r"logprobs\[0\] is nan"),
     ('{"logprobs": [-1], "ref_logprobs": [-Infinity]}', r"ref_logprobs\[0\] is -inf"),
     ('{"logprobs": [1%s], "ref_logprobs": [-1]}' % ("0" * 400), r"logprobs\[0\] is 1000"),
+    ('{"logprobs": [%s], "ref_logprobs": [-1]}' % ("9" * 5000), "not JSON"),
+    ({"logprobs": [-1e308, -1e308], "ref_logprobs": [-1, -1]}, r"logprobs\[0\] is -1e\+308, not a finite"),
+    ({"logprobs": [{"-1": 2}], "ref_logprobs": [[-1]]}, r"logprobs\[0\] is \{'-1': 2\}, not a finite"),
     (GOOD | {"sampler_logprobs": [None, -1.0]}, r"sampler_logprobs\[0\] is None, not a finite number"),
     (GOOD | {"logprobs": None}, "it has no logprobs or old_per_token_logps"),
     ({"logprobs": [], "ref_logprobs": []}, "logprobs is empty"),
@@ -362,7 +364,7 @@ def test_what_is_no_number_or_no_rollout_is_refused_by_line_and_field(line, word
     path = tmp_path / "rollouts.jsonl"
     path.write_text("\n".join([json.dumps(GOOD), "", line if isinstance(line, str) else json.dumps(line)]))
     with pytest.raises(UserError, match=f"line 3 of .*{words}"):
-        read_rollouts(path)
+        list(read_rollouts(path))
     assert main(["doctor", str(path)]) == 2
     assert "line 3" in capsys.readouterr().err
 
@@ -390,7 +392,7 @@ def test_names_of_other_trainers_are_understood(tmp_path):
     ours = ["logprobs", "ref_logprobs", "sampler_logprobs", "mask", "token_ids"]
     for theirs in names.values():
         path.write_text(json.dumps(dict(zip(theirs.split(), lists, strict=True)) | {"rewards": 1.0, "index": None}))
-        (row,) = read_rollouts(path).rows
+        (row,) = read_rollouts(path)
         assert [getattr(row, name) for name in ours] == lists
 
 
@@ -398,10 +400,9 @@ def test_settings_hold_for_the_lines_below_and_those_in_a_row_for_that_row(tmp_p
     path = tmp_path / "rollouts.jsonl"
     own = GOOD | {"settings": {"top_k": 5, "eos_token_ids": 2}}
     path.write_text("\n".join(map(json.dumps, [GOOD, own, {"settings": {"top_k": 9}}, GOOD, own])))
-    found = read_rollouts(path)
-    assert [row.settings.get("top_k") for row in found.rows] == [None, 5, 9, 5]
-    assert found.rows[1].settings["eos_token_ids"] == [2]
-    assert found.truncating() == ["top_k"]
+    found = list(read_rollouts(path))
+    assert [row.settings.get("top_k") for row in found] == [None, 5, 9, 5]
+    assert found[1].settings["eos_token_ids"] == [2]
 
 
 def test_one_eos_token_id_is_as_good_as_a_list(tmp_path):
@@ -436,7 +437,7 @@ def test_separators_of_unicode_and_a_byte_order_mark_are_no_damage(tmp_path):
     assert diagnose(tmp_path) == expected
     path = tmp_path / "rollouts.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD | {"text": "a\u2028b"}, ensure_ascii=False).encode())
-    assert len(read_rollouts(path).rows) == 1
+    assert len(list(read_rollouts(path))) == 1
 
 
 def test_the_audit_of_a_run_holds_no_samples(tmp_path):
@@ -452,6 +453,52 @@ def test_the_audit_of_a_run_holds_no_samples(tmp_path):
         tracemalloc.stop()
     assert (tmp_path / "samples.jsonl").stat().st_size > 9e6
     assert peaks[1] < peaks[0] + 2e5
+
+
+def test_the_audit_of_rollouts_holds_none_of_them(tmp_path):
+    """Forty times as many rows, the same memory; and what is planted in them is still found."""
+    import tracemalloc
+
+    rows, peaks, path = padded(rollouts(top_k=4)), [], tmp_path / "rollouts.jsonl"
+    for times in (1, 40):
+        with path.open("w") as file:
+            file.write(json.dumps({"settings": {"eos_token_ids": [END]}}) + "\n")
+            for _ in range(times):
+                file.writelines(json.dumps(row | {"text": "x" * 500}) + "\n" for row in rows)
+        tracemalloc.start()
+        diagnosis = diagnose(path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert diagnosis.num_completions == times * NUM
+        assert "padding is scored" in {finding.cause for finding in diagnosis.findings}
+    assert path.stat().st_size > 9e6
+    assert peaks[1] < peaks[0] + 2e5
+
+
+def test_gaps_of_parts_are_those_of_the_whole_and_their_sizes_are_known_to_a_bin():
+    g = random.Random(0)
+    values = [g.choice((-1, 1)) * 10 ** g.uniform(-6, 2) for _ in range(500)]
+    parts = [Gaps(), Gaps(), Gaps()]
+    for i, value in enumerate(values):
+        parts[i % 2].add(value)
+    total = parts[0] + parts[1] + parts[2]
+    assert (total.count, total.higher, total.lower) == (
+        500, sum(v > NOISE for v in values), sum(v < -NOISE for v in values),
+    )  # fmt: skip
+    assert total.spread == pytest.approx(sum(map(abs, values)) / 500, rel=1e-12)
+    assert total.mean == pytest.approx(sum(values) / 500, rel=1e-9)
+    assert total.beyond(NOISE) == sum(abs(v) > NOISE for v in values)
+    for size in (0.01, 0.3, 5.0):
+        at_most, at_least = (sum(abs(v) > size * factor for v in values) for factor in (1.0, 2**0.5))
+        assert at_least <= total.beyond(size) <= at_most
+    assert [size_bin(x) for x in (0.0, NOISE, 1.01 * NOISE, -1e9, 1e99)] == [0, 0, 1, 31, 31]
+
+
+def test_odd_numbers_in_a_run_folder_are_no_measurements(tmp_path):
+    config, metrics, samples = healthy_run()
+    expected = audit_run(tmp_path, config, metrics, samples)
+    odd = [samples[0] | {"kl": kl} for kl in (1e308, -1e308, "1", None, True, [1.0])]
+    assert audit_run(tmp_path, config, metrics, samples + odd).estimate == expected.estimate
 
 
 def test_moments_of_parts_are_those_of_the_whole():

@@ -424,6 +424,7 @@ def test_sweep_stops_at_a_failed_run_and_resumes_there(stand_in, capsys):
 
 def test_sweep_hands_a_run_without_checkpoint_to_resume_which_starts_it_anew(stand_in, capsys):
     (stand_in / "s" / "kl_coef-1").mkdir(parents=True)
+    save_config(TrainConfig(kl_coef=1.0), stand_in / "s" / "kl_coef-1" / "config.yaml")
     (stand_in / "s" / "kl_coef-1" / "metrics.jsonl").write_text('{"step": 1}\n')
     code, _, _ = run(capsys, "sweep", "--kl-coef", "1", "--resume", "--output", str(stand_in / "s"))
     assert code == 0 and "--resume" in calls(stand_in / "s")[0][2]

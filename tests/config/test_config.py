@@ -6,19 +6,24 @@ import dataclasses
 import json
 import math
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from odd_yaml import ODD_YAML
 
 import fastkl
+from fastkl.cli import main
 from fastkl.config import settings as table
-from fastkl.config.files import as_markdown, load_config, save_config, with_settings
+from fastkl.config.files import as_markdown, load_config, load_own_config, save_config, with_settings
 from fastkl.config.settings import TrainConfig, check_config
 from fastkl.errors import UserError
 from fastkl.objective.advantages import ADVANTAGES
 from fastkl.objective.kl_estimators import ESTIMATORS
+from fastkl.training.manifest import checksum
 from fastkl.training.run_folder import lock_run_folder, prepare_run_folder, started_with
 
 
@@ -196,6 +201,66 @@ def test_wrong_yaml_is_refused_on_one_line_with_the_file(tmp_path, text, message
     assert message in str(refused.value) and str(path) in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(("text", "words"), ODD_YAML.values(), ids=ODD_YAML)
+def test_no_yaml_makes_a_command_spin_or_fail_with_a_traceback(tmp_path, capsys, text, words):
+    """train --config, sweep --config, and --resume of a run whose config.yaml it is: a sentence, in less than 1 s."""
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for arguments in (
+        ["train", "--config", str(path), "--output", str(tmp_path / "new")],
+        ["sweep", "--kl-coef", "1", "--config", str(path), "--output", str(tmp_path / "new")],
+        ["train", "--resume", "--output", str(tmp_path)],
+    ):
+        start = time.process_time()
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert time.process_time() - start < 1.0
+        assert said.count("\n") == 1 and len(said) < 700 and words in said, said
+    assert {p.name for p in tmp_path.iterdir()} == {"config.yaml"}
+
+
+def test_a_file_with_a_byte_order_mark_is_read_and_any_text_comes_back(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbfsteps: 3\n")
+    assert load_config(tmp_path / "c.yaml").steps == 3
+    rng = random.Random(0)
+    odd = [*map(chr, (*range(0x20), 0x7F, 0x85, 0xA0, 0x2028, 0x2029, 0xFEFF, 0xFFFE)), *"a :#'\"\\é🦊[{&*!%"]
+    for _ in range(300):
+        config = changed(prompts="".join(rng.choices(odd, k=rng.randrange(1, 8))))
+        save_config(config, tmp_path / "c.yaml")
+        assert load_config(tmp_path / "c.yaml") == config
+        assert load_own_config(tmp_path / "c.yaml") == config
+
+
+def test_a_run_without_a_checkpoint_is_resumed_only_with_the_settings_that_it_wrote(tmp_path):
+    """config.yaml is their only record then: every flipped bit is refused, or changes no setting."""
+    config = changed(output=str(tmp_path), kl_coef=0.25)
+    prepare_run_folder(config)
+    whole, rng, refused = (tmp_path / "config.yaml").read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        (tmp_path / "config.yaml").write_bytes(flipped)
+        try:
+            assert started_with(tmp_path) == config
+        except UserError:
+            refused += 1
+    assert refused > 30
+    for edited in (b"", whole.replace(b"0.25", b"0.5")):
+        (tmp_path / "config.yaml").write_bytes(edited)
+        with pytest.raises(UserError, match="not as the run wrote it.* delete .* and start without --resume"):
+            started_with(tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="neither a checkpoint nor config.yaml"):
+        prepare_run_folder(dataclasses.replace(config, resume=True))
+
+
+def test_bytes_of_the_command_line_that_are_no_utf_8_are_refused_by_the_settings_name():
+    for name in ("output", "model", "prompts"):
+        with pytest.raises(UserError, match=f"^{name}: 'a\\\\udcff' is not a text"):
+            with_settings(TrainConfig(), {name: "a\udcff"})
+
+
 def test_config_of_version_0_1_0_is_read_under_todays_names(tmp_path):
     (tmp_path / "c.yaml").write_text("baseline: leave_one_out  # ...\nreward_weights: null\nkl_coef: 0.5\n")
     assert load_config(tmp_path / "c.yaml") == changed(advantage="rloo", kl_coef=0.5)
@@ -260,6 +325,7 @@ def test_resume_needs_a_run_and_says_how_to_go_on_without(tmp_path):
     with pytest.raises(UserError, match="no checkpoint in .*; start without --resume"):
         prepare_run_folder(changed(output=str(tmp_path / "new"), resume=True))
     assert not (tmp_path / "new").exists()
+    prepare_run_folder(changed(output=str(tmp_path)))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     prepare_run_folder(changed(output=str(tmp_path), resume=True))  # it was killed before: it starts anew
 
@@ -289,13 +355,27 @@ def test_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
         prepare_run_folder(changed(output=str(tmp_path)))
 
 
+def test_settings_in_a_damaged_manifest_are_not_those_of_the_run(tmp_path):
+    """A flipped bit makes 0.25 of 0.35: the checkpoint is refused, and its settings must be, too."""
+    config = changed(output=str(tmp_path), kl_coef=0.25)
+    prepare_run_folder(config)
+    for step, damage in ((3, (b"0.25", b"0.25")), (6, (b"0.25", b"0.35"))):
+        folder = tmp_path / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        manifest = {"format": 2, "step": step, "files": {}, "config": dataclasses.asdict(config)}
+        written = json.dumps(manifest | {"checksum": checksum(manifest)}).encode()
+        (folder / "checkpoint.json").write_bytes(written.replace(*damage))
+    assert started_with(tmp_path) == config
+
+
 @pytest.mark.parametrize("edit", ["kl_coef: 5.0", "", None], ids=["edited", "emptied", "deleted"])
 def test_the_checkpoints_own_settings_decide_whatever_has_become_of_config_yaml(tmp_path, edit):
     config = changed(output=str(tmp_path), kl_coef=0.25)
     prepare_run_folder(config)
     with_checkpoint(tmp_path)
     folder = next((tmp_path / "checkpoints").iterdir())
-    (folder / "checkpoint.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
+    manifest = {"format": 2, "step": 10, "files": {}, "config": dataclasses.asdict(config)}
+    (folder / "checkpoint.json").write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
     if edit is None:
         (tmp_path / "config.yaml").unlink()
     else:

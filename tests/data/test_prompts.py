@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import Counter
 
 import pytest
 
+from fastkl.data import chat
 from fastkl.data.prompts import PromptSource, load_prompts
 from fastkl.errors import UserError
 from fastkl.types import Prompt
@@ -90,6 +93,26 @@ def test_every_kind_of_data_set_gives_the_same_prompts(tokenizer, tmp_path, monk
         assert [p.row for p in prompts] == [1, 2, 3], name
 
 
+def test_a_byte_order_mark_is_passed_over_and_na_in_a_table_is_a_text(tokenizer, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "one"}\n{"prompt": "two"}\n')
+    assert [p.text for p in load(tmp_path / "p.jsonl", tokenizer)] == ["one", "two"]
+    (tmp_path / "p.csv").write_text("prompt,level\nNA,1\nNone,\nnull,3\nnan,4\n")
+    prompts = load(tmp_path / "p.csv", tokenizer)
+    assert [p.text for p in prompts] == ["NA", "None", "null", "nan"]
+    assert [p.columns["level"] for p in prompts] == [1, None, 3, 4]
+
+
+@pytest.mark.parametrize("prompt", ["one \ud800", [{"role": "user", "content": "\udfff"}]])
+def test_half_of_a_character_is_refused_with_its_line(tokenizer, tmp_path, prompt):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "one"}) + "\n" + json.dumps({"prompt": prompt}))
+    with pytest.raises(UserError, match="line 2 of .* holds half of a surrogate pair"):
+        load(tmp_path / "p.jsonl", tokenizer)
+    with pytest.raises(UserError, match="the text holds half of a surrogate pair"):
+        load("text:one \udcff", tokenizer)  # what Python makes of a byte that is no UTF-8 on the command line
+
+
 def test_data_set_without_train_split_is_explained(tokenizer, tmp_path):
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(ROWS)
@@ -121,6 +144,28 @@ def test_chats_are_rendered_by_the_template_with_one_bos(tokenizer, tmp_path):
     assert prompts[0].raw == CHAT
     assert prompts[1].token_ids == (0, 3)
     assert prompts[2].text == "<s> user : tell a story assistant : one day"
+
+
+SPINS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_chat_template_gets_its_time_and_its_length(tokenizer, tmp_path, monkeypatch):
+    """It comes with the model: nested loops would run for minutes, a product of texts would fill the memory."""
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": CHAT}])
+    monkeypatch.setattr(chat, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(tokenizer, "chat_template", SPINS)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"template has not rendered line 1 of .* in 0.5 s; mend"):
+        load(path, tokenizer)
+    assert time.monotonic() - start < 10
+    deadline = time.monotonic() + 30
+    while any("work" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "the template still runs"
+        time.sleep(0.05)
+    monkeypatch.setattr(chat, "MAX_SECONDS", 60.0)
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ 'a' * 20000000 }}")
+    with pytest.raises(UserError, match="makes 20,000,000 characters of line 1 of .*, more than 10,000,000"):
+        load(path, tokenizer)
 
 
 def test_chats_need_a_chat_template(tokenizer, tmp_path, monkeypatch):

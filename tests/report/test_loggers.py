@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -65,6 +66,30 @@ def test_a_half_written_line_goes_even_if_its_step_is_early_enough(tmp_path: Pat
     path.write_text('{"step": 1}\n{"step": 2}')  # complete JSON, but no end of line: a longer line was on its way
     drop_later_steps(path, 5)
     assert path.read_text() == '{"step": 1}\n'
+
+
+def test_digests_are_those_of_the_lines_across_a_resume_and_of_no_others(tmp_path: Path) -> None:
+    def digests(folder: Path, steps: range, resume_step: int | None) -> dict[str, str]:
+        with RunLog(folder, (), {}, resume_step) as log:
+            for step in steps:
+                log.log({"step": step, "reward/raw": step / 4}, [sample(f"story {step}")])
+            return log.digests()
+
+    whole = digests(tmp_path / "whole", range(1, 7), None)
+    assert whole == {
+        name: hashlib.blake2b((tmp_path / "whole" / name).read_bytes(), digest_size=16).hexdigest()
+        for name in ("metrics.jsonl", "samples.jsonl")
+    }
+    claimed = digests(tmp_path / "parts", range(1, 5), None)
+    with (tmp_path / "parts" / "samples.jsonl").open("a") as file:
+        file.write('{"step": 5, "comp')  # later lines, whole or not, are dropped
+    assert digests(tmp_path / "parts", range(0), 4) == claimed
+    assert digests(tmp_path / "parts", range(5, 7), 4) == whole
+    path = tmp_path / "parts" / "samples.jsonl"
+    path.write_text(path.read_text().replace("story 2", "story 3"))
+    changed = digests(tmp_path / "parts", range(0), 4)
+    assert changed["metrics.jsonl"] == claimed["metrics.jsonl"]
+    assert changed["samples.jsonl"] != claimed["samples.jsonl"]
 
 
 def test_a_new_run_refuses_a_folder_that_holds_one(tmp_path: Path) -> None:

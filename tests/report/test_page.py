@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +20,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
+from odd_yaml import ODD_YAML
 
+from fastkl.cli import main
 from fastkl.errors import UserError
 from fastkl.report.charts import stacked_shares
 from fastkl.report.numbers import number
@@ -269,6 +272,18 @@ def test_settings_that_stand_for_endless_lists_are_left_out(tmp_path: Path) -> N
     bomb = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(9))
     (run / "config.yaml").write_text(bomb)
     assert ">a8<" not in write_report([run]).read_text()
+
+
+@pytest.mark.parametrize("text", [text for text, _ in ODD_YAML.values()], ids=ODD_YAML)
+def test_no_config_yaml_keeps_a_run_from_its_page_and_its_audit(text: str | bytes, tmp_path: Path) -> None:
+    """At once, alone and beside another run; what the settings would have said is left out."""
+    runs = [fake_run(tmp_path / name, steps=4) for name in ("odd", "sound")]
+    (runs[0] / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    start = time.process_time()
+    assert main(["report", str(runs[0])]) == 0
+    assert main(["report", *map(str, runs)]) == 0
+    assert main(["doctor", str(runs[0])]) in (0, 1, 3)
+    assert time.process_time() - start < 3.0
 
 
 def test_a_run_of_one_step_has_a_page(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import random
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -371,3 +373,60 @@ def test_standard_output_is_the_default(capsys: pytest.CaptureFixture[str]) -> N
     with View("run", total_steps=1) as shown:
         assert not shown.is_live and shown._console.file is sys.stdout
     assert capsys.readouterr().out == "run: steps 1 to 1\n"
+
+
+class SignalledWhileWriting(io.RawIOBase):
+    """An output whose first write is interrupted by a signal, as any write to a slow disk or pipe may be."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.signals = [signal.SIGUSR1]
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        while self.signals:
+            os.kill(os.getpid(), self.signals.pop())
+        self.written += bytes(data)
+        return len(data)
+
+
+def test_what_a_signals_handler_says_in_the_middle_of_a_line_comes_with_the_next_line() -> None:
+    """Python refuses to print there (RuntimeError: reentrant call), and the run must not end of it."""
+    raw = SignalledWhileWriting()
+    view = View(
+        "title", total_steps=3, console=Console(file=io.TextIOWrapper(io.BufferedWriter(raw)), force_terminal=False)
+    )
+    before = signal.signal(signal.SIGUSR1, lambda *_: view.note("SIGUSR1: heard"))
+    try:
+        view.note("a line")
+        view.note("the next")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert sorted(raw.written.decode().splitlines()) == ["SIGUSR1: heard", "a line", "the next"]
+
+
+class GoneTerminal(io.StringIO):
+    """A terminal whose window has been closed: SIGHUP has come, and nothing can be written any more."""
+
+    gone = False
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(5, "Input/output error")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_terminal_that_is_gone_ends_nothing(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_module, "can_redraw", lambda console: live)
+    file = GoneTerminal()
+    with View("title", total_steps=3, console=Console(file=file, force_terminal=live, width=100)) as view:
+        view.step(METRICS)
+        file.gone = True
+        view.note("SIGHUP: this step is finished")
+        view.step(METRICS)

@@ -215,3 +215,19 @@ def test_what_is_trained_keeps_its_digits():
     model = toy_model(dtype=torch.float32)
     models.store_as_computed(model, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_cached_model_is_loaded_offline_with_a_note_where_the_hub_cannot_be_reached(monkeypatch, capsys):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "https://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert resolve_model("some/model") == "some/model"
+    assert constants.HF_HUB_OFFLINE
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "the hub cannot be reached" in said
+    assert "'some/model' is loaded from the local cache" in said and "asks the hub for nothing" in said

@@ -87,7 +87,7 @@ def test_only_the_newest_are_kept(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["_flush", "_fingerprint", "_checksum"])
+@pytest.mark.parametrize("stage", ["_flush", "_fingerprint", "checksum"])
 def test_a_failure_at_any_stage_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, stage):
     model, optimizer = trained()
     save(tmp_path, 1, model, optimizer)
@@ -95,7 +95,7 @@ def test_a_failure_at_any_stage_leaves_the_last_good_checkpoint(tmp_path, monkey
 
     def fails_on_third(*args):
         calls.append(args)
-        if len(calls) == (1 if stage == "_checksum" else 3):
+        if len(calls) == (1 if stage == "checksum" else 3):
             raise OSError(28, "No space left on device")
         return original(*args)
 

@@ -26,9 +26,6 @@ BROWSED_STEPS, BROWSED_SAMPLES, BROWSED_CHARACTERS = 12, 64, 300
 """Of how many steps the page holds how many completions for browsing, and half of the characters of each."""
 
 
-LARGEST = 1e100  # what is beyond is a gap, like inf: sums of such numbers overflow, and so do axes
-
-
 @dataclass(slots=True)
 class BrowsedStep:
     """Completions of a step that the page holds for browsing: its first ones, bounded in number and length."""
@@ -202,4 +199,4 @@ def _labels(folders: Sequence[Path], configs: Sequence[dict[str, Any]]) -> list[
 
 
 def _number(value: Any) -> float:
-    return float(value) if is_number(value) and abs(value) <= LARGEST else math.nan
+    return float(value) if is_number(value) else math.nan
