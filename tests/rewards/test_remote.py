@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_rewards import rollouts
 
+import fastkl
 from fastkl.errors import UserError
 from fastkl.rewards import remote
 from fastkl.rewards.call import compute_rewards
@@ -241,3 +242,25 @@ def test_addresses_that_cannot_work_are_explained(address, words):
         load_rewards([address], None)
     assert all(word in str(refused.value) for word in words), str(refused.value)
     assert "\n" not in str(refused.value) and "secret" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_a_run_is_rewarded_by_a_server_and_a_model_and_says_what_they_took(judge, tmp_path):
+    from test_reward_model import saved
+
+    folder = saved(tmp_path / "rm", "Llama")
+    judge.plan = [500]
+    config = fastkl.TrainConfig(
+        output=str(tmp_path / "run"), generator="transformers", steps=2, prompts_per_step=2, num_samples=3,
+        max_new_tokens=6, report_to=(), dtype="float32", dynamic_sampling=1,
+        reward=(judge.url, f"model:{folder}", "regex?pattern=a"), reward_weights=(1.0, 0.5, 2.0),
+    )  # fmt: skip
+    metrics = fastkl.train(config).metrics
+    assert {"reward/score", "reward/rm", "reward/regex", "reward/drawn", "groups/replaced"} <= set(metrics)
+    assert min(metrics[f"time/reward/{name}"] for name in ("score", "rm", "regex")) > 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["time/retried/score"] for line in lines] == [1, 0]
+    for sample in map(json.loads, (tmp_path / "run" / "samples.jsonl").read_text().splitlines()):
+        score, by_model, found = (sample["rewards"][name] for name in ("score", "rm", "regex"))
+        assert score == len(sample["completion"]) / 4 and found == ("a" in sample["completion"])
+        assert sample["reward"] == pytest.approx(score + 0.5 * by_model + 2 * found, abs=1e-5)
