@@ -118,7 +118,7 @@ class RemoteReward(PreparedReward):
         keys, size = list(items), self.options.batch
         batches = [keys[i : i + size] for i in range(0, len(keys), size)]
         free = asyncio.Semaphore(self.options.concurrency)
-        limits = httpx.Limits(max_connections=self.options.concurrency)
+        limits = httpx.Limits(max_connections=None)  # who waits for the semaphore has not been asked yet
         own_network = self.host in LOOPBACK  # where no proxy leads
         async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=not own_network) as client:
             try:
