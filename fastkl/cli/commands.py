@@ -18,7 +18,9 @@ from cyclopts.help import DefaultFormatter, PanelSpec
 from rich.box import SIMPLE
 
 import fastkl.audit
+import fastkl.comparison
 import fastkl.score_files
+from fastkl.comparison.names import SHARED as EVALUATED
 from fastkl.config.files import load_config, with_settings
 from fastkl.config.setting import Setting
 from fastkl.config.settings import TrainConfig, check_config, settings
@@ -29,6 +31,7 @@ from fastkl.training.run_folder import check_run_folder, nothing_left, started_w
 HEADINGS = tuple(dict.fromkeys(setting.heading for setting in settings().values()))
 VALUES = {str: "TEXT", int: "N", float: "X", bool: None}
 MAIN_JOB, SWEEP = TrainConfig(), TrainConfig(output="runs/sweep")
+NO_TASK = TrainConfig(prompts="", reward=())
 Command = Callable[..., int]
 
 app = App(
@@ -171,6 +174,32 @@ def sweep(
     if not varied:
         raise UserError(f"sweep: name what to vary. Example: {EXAMPLE}")
     return sweep(with_settings(load_config(config, SWEEP) if config else SWEEP, given), varied)
+
+
+@command(
+    "--model NAME ... [OPTION ...]",
+    "fastkl eval --model a b --prompts q.jsonl --reward rewards.py:score",
+    fastkl.comparison.__doc__,
+    options=[name for name in settings() if name in EVALUATED],
+    defaults=NO_TASK,
+)
+def eval(
+    *,
+    model: Annotated[tuple[str, ...], about("NAME ...", "The models or checkpoints to compare.")] = (),
+    samples: Annotated[int, about("N", "Completions of each prompt. [8]")] = 8,
+    temperature: Annotated[float, about("X", "Sampling temperature; 0 takes the likeliest token. [1.0]")] = 1.0,
+    pass_mark: Annotated[float, about("X", "A reward of at least this much is a pass. [0.99]", name="--pass")] = 0.99,
+    text: Annotated[str, about("FILE", "A text whose loss is measured, in nats per token.")] = "",
+    reference: Annotated[str, about("NAME", "A model to which the exact KL is measured.")] = "",
+    output: Annotated[Path, about("FILE.json", "The same as JSON. [eval.json]")] = Path("eval.json"),
+    **given: Any,
+) -> int:
+    """Evaluate models on prompts that they were not trained on, and compare."""
+    shared = with_settings(NO_TASK, given)
+    from fastkl.comparison.command import EvalConfig, compare
+
+    print(compare(EvalConfig(model, output, samples, temperature, pass_mark, text, reference, shared)))
+    return 0
 
 
 @command(

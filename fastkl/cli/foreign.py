@@ -44,6 +44,11 @@ OURS: dict[str, str] = {
     "--save-every": "save_steps trainer.save_freq",
     "--keep-checkpoints": "save_total_limit max_ckpt_num",
     "--resume": "resume_from_checkpoint load_checkpoint trainer.resume_mode",
+    "--eval-prompts": "eval_dataset eval_data data.val_files do_eval eval_on_start trainer.val_before_train",
+    "--eval-every": "eval_steps eval_strategy trainer.test_freq",
+    "--eval-samples": "num_generations_eval eval_n_samples_per_prompt actor_rollout_ref.rollout.val_kwargs.n",
+    "--eval-temperature": "actor_rollout_ref.rollout.val_kwargs.temperature",
+    "--best": "metric_for_best_model load_best_model_at_end",
     "--report-to": "use_wandb use_tensorboard trainer.logger",
 }
 """Our option, and its names elsewhere."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from inspect import get_annotations
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from fastkl.errors import UserError, nearest, short
@@ -50,6 +51,7 @@ class Setting:
     heading: str
     registry: Registry
     range: Range | None = None
+    is_optional: bool = False  # "none" on the command line, null in YAML, None in Python
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -73,7 +75,9 @@ class Setting:
 
     @property
     def default_text(self) -> str:
-        """The default as it is typed; "none" is the empty list."""
+        """The default as it is typed; "none" is the empty list, or no value."""
+        if self.default is None:
+            return "none"
         return " ".join(map(str, self.default)) or "none" if self.is_list else str(self.default)
 
     @property
@@ -85,6 +89,8 @@ class Setting:
     def converted(self, given: Any) -> Any:
         """`given`, a text or a plain value, as this setting's type. UserError where it is something else."""
         try:
+            if self.is_optional and given in (None, "none"):
+                return None
             if not self.is_list:
                 return self._one(given)
             items = [given] if isinstance(given, str | int | float) else list(given or ())
@@ -102,7 +108,7 @@ class Setting:
 
     def check(self, value: Any) -> None:
         """UserError for a value that is out of range, or none of the choices."""
-        for item in value if self.is_list else (value,):
+        for item in value if self.is_list else () if value is None and self.is_optional else (value,):
             if self.choices and item not in self.choices and not (self.own and (":" in item or item.endswith(".py"))):
                 raise UserError(
                     f"{self.name}: unknown {short(item)}.{nearest(item, self.choices)} Choose from "
@@ -143,11 +149,13 @@ def table_of(config: type) -> dict[str, Setting]:
         about = {type(note): note for note in notes}
         heading = about[Heading].title if Heading in about else heading
         registry = about.get(Registry, Registry({}))
-        is_list = get_origin(hint) is tuple
-        item = get_args(hint)[0] if is_list else hint
+        is_list, is_optional = get_origin(hint) is tuple, get_origin(hint) is UnionType
+        item = get_args(hint)[0] if is_list or is_optional else hint
         if get_origin(item) is Literal:
             item, registry = str, Registry({}, besides=get_args(item))
-        found.append(Setting(field.name, config, item, is_list, field.default, heading, registry, about.get(Range)))
+        found.append(
+            Setting(field.name, config, item, is_list, field.default, heading, registry, about.get(Range), is_optional)
+        )
     headings = list(dict.fromkeys(setting.heading for setting in found if setting.name in own))
     return {setting.name: setting for setting in sorted(found, key=lambda setting: headings.index(setting.heading))}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Literal
 
+from fastkl.config.held_out import check_evaluation, samples_of
 from fastkl.config.setting import Registry, Setting, table_of
 from fastkl.errors import UserError
 from fastkl.objective.advantages import ADVANTAGES, find_advantage
@@ -113,6 +114,24 @@ class TrainConfig(SamplingSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"cpu", "cuda", or "auto"."""
 
+    eval_prompts: Annotated[str, Heading("Held-out evaluation")] = ""
+    """Prompts that are not trained on, as in prompts, or a share of these, such as 0.1, chosen by a hash of each."""
+    eval_every: Annotated[int, AT_LEAST_0] = 10
+    """Steps between evaluations; besides, there is one before the first step and one after the last. 0: these two."""
+    eval_samples: Annotated[int, AT_LEAST_1] = 4
+    """Completions of each held-out prompt."""
+    eval_temperature: Annotated[float | None, AT_LEAST_0] = None
+    """Their temperature; none is the training's, 0 takes the likeliest token (and one completion of each prompt)."""
+    eval_reward: tuple[str, ...] = ()
+    """Their reward functions, as in reward; none: those of the training."""
+    eval_pass: float = 0.99
+    """A reward of at least this much is a pass."""
+    eval_text: str = ""
+    """A text file: its loss in nats per token shows whether the model still writes as it did."""
+    best: str = ""
+    """The measure by which checkpoints/best is kept, such as eval/pass@1; for losses less is better, "min:" or "max:"
+    in front says otherwise."""
+
     output: Annotated[str, Heading("The run")] = "runs/alliteration"
     """Run folder: config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, report.html."""
     seed: Annotated[int, SEEDS] = 0
@@ -183,6 +202,8 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError("kl_coef: 0 cannot be steered to kl_target; start from a value above 0.")
     if config.allowed_token_ids and set(config.allowed_token_ids) <= set(config.banned_token_ids):
         raise UserError("allowed_token_ids: banned_token_ids bans them all; leave one to be sampled.")
+    num_samples = samples_of(config.eval_samples, config.eval_temperature)
+    check_evaluation(config.eval_prompts, config.eval_text, config.eval_reward, num_samples, config.best)
 
 
 def penalty_of(config: TrainConfig, coef: float | None = None) -> Penalty:

@@ -1,4 +1,5 @@
-"""Writes what happens in a run: metrics.jsonl, samples.jsonl, TensorBoard, and W&B or trackio where asked.
+"""Writes what happens in a run: metrics.jsonl, samples.jsonl, TensorBoard, and W&B or trackio where asked; besides,
+eval_samples.jsonl where there are evaluations.
 
 In: one dict of metrics and one list of sample dicts per step. Out: one JSON object per line, passed to the operating
 system before `log` returns. A number that is not finite becomes null, so that every line is JSON for every reader. A
@@ -27,6 +28,9 @@ from fastkl.report.metrics import markdown as metrics_page
 LOG_FILES = ("metrics", "samples")  # .jsonl
 
 
+EVALUATIONS = "eval_samples"  # the third, where there are any
+
+
 MAX_WAITING_LINES = 20_000  # lines kept in memory while the disk refuses them; the oldest go first
 
 
@@ -52,8 +56,9 @@ class RunLog:
 
     folder: the run folder, made if it is missing. report_to: any of "tensorboard", "wandb", "trackio".
     config: the run's settings, JSON-able, shown by W&B and trackio.
-    resume_step: the step whose checkpoint training continues from; later lines are dropped from both files, as is a
-    half-written last one. None starts a new log, and a folder that already holds one is a UserError.
+    resume_step: the step whose checkpoint training continues from, -1 to start anew; later lines are dropped from the
+    files, as is a half-written last one. None starts a new log, and a folder that already holds one is a UserError.
+    evaluates: whether there is a third file, eval_samples.jsonl.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class RunLog:
         config: dict[str, Any],
         resume_step: int | None,
         *,
+        evaluates: bool = False,
         report_problem: Callable[[str], None] | None = None,
     ) -> None:
         check_report_to(report_to)
@@ -71,7 +77,9 @@ class RunLog:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._files = {name: _JsonLines(folder / f"{name}.jsonl", resume_step) for name in LOG_FILES}
+            held = evaluates or (folder / f"{EVALUATIONS}.jsonl").exists()
+            names = (*LOG_FILES, *[EVALUATIONS] * held)
+            self._files = {name: _JsonLines(folder / f"{name}.jsonl", resume_step) for name in names}
         except OSError as error:
             raise UserError(f"output: cannot write in {folder} ({error.strerror}); free it or name another.") from error
         self._trackers: dict[str, Tracker] = {}
@@ -94,8 +102,13 @@ class RunLog:
         damaged or edited."""
         return {f"{name}.jsonl": file.digest.hexdigest() for name, file in self._files.items()}
 
+    def log_evaluation(self, step: int, samples: Iterable[Sample]) -> None:
+        """Append the completions of an evaluation. Raises nothing."""
+        rows = [{"step": step, **sample} for sample in samples]
+        self._attempt(f"{EVALUATIONS}.jsonl", self._files[EVALUATIONS].append, rows)
+
     def flush(self) -> None:
-        """Has the system write both files to the disk. Raises nothing."""
+        """Has the system write all files to the disk. Raises nothing."""
         for name, file in self._files.items():
             self._attempt(f"{name}.jsonl", file.flush)
 

@@ -45,6 +45,7 @@ class Metric:
     whole: str = ""  # key of a family's sum; the members are drawn as shares of it
     change: bool = False  # the page compares the last step with the first
     summary: Literal["last", "median"] = "last"  # the one number of a whole run
+    sparse: bool = False  # measured before the first step and now and then: a line goes from one value to the next
 
     @property
     def name(self) -> str:
@@ -75,7 +76,7 @@ class Metric:
         closer = [other for other in METRICS if other.is_family and len(other.key) > len(self.key)]
         members = [key for key in keys if self.may_hold(key) and key not in own]
         members = [key for key in members if not any(other.may_hold(key) for other in closer)]
-        return {key: key[len(start) : len(key) - len(end)] for key in members}
+        return {key: self.label + key[len(start) : len(key) - len(end)] for key in members}
 
     def may_hold(self, key: str) -> bool:
         """Whether a family's `key` has the form of its own."""
@@ -94,11 +95,27 @@ CAPTIONS = {  # of charts that several metrics share
     "KL from the original": "Summed over a completion: estimated from the samples (k1), and exact.",
     "Cross entropies": "Of the completions, under both models; the area between is the KL per token.",
     "Where the time goes": "Each stage's share of the time.",
+    "Held-out pass rate": "At least one of k samples passes; the band is one standard error.",
 }
 
 
+def _held_out(key: str) -> Callable[[FinishedStep], Value]:
+    return lambda s: s.evaluation.get(key)
+
+
+def _held_out_family(start: str) -> Callable[[FinishedStep], Mapping[str, Value]]:
+    """Those of `evaluation` that begin so and are no entries of their own."""
+    own = {f"{start}1"} if start == "eval/pass@" else set()
+    return lambda s: {
+        key.removeprefix(start): value
+        for key, value in s.evaluation.items()
+        if key.startswith(start) and key not in own
+    }
+
+
 METRICS: tuple[Metric, ...] = (
-    Metric("step", "Step", "Number of the step.", "", "1, 2, ...", lambda s: s.report.step),
+    Metric("step", "Step", "Number of the step; 0 is an evaluation before the first.", "", "0, 1, 2, ...",
+           lambda s: s.report.step),
     Metric("reward/raw", "Reward", "Mean per completion.", "mean per completion",
            "mean_i r_i over the samples with a reward", lambda s: float(s.rewards.mean()),
            label="reward", panel=True, card=True, plain="  reward {text}", chart="Reward", band="reward/std",
@@ -187,6 +204,38 @@ METRICS: tuple[Metric, ...] = (
            lambda s: s.report.redraws.num_replaced if s.report.redraws else None),
     Metric("steps/skipped", "Steps skipped", "Steps so far whose loss or gradient was not finite.", "steps",
            "number of steps without an update, since the run began", lambda s: s.skipped_steps),
+    Metric("eval/reward", "Held-out reward", "Mean per completion of the held-out prompts.", "mean per completion",
+           "mean over the held-out prompts of mean_k r_k", _held_out("eval/reward"),
+           label="held-out reward", panel=True, card=True, sparse=True, band="eval_error/reward"),
+    Metric("eval/reward/NAME", "Held-out reward function NAME",
+           "Each function's own mean, before weights, where there are several.",
+           "mean per completion", "as reward/NAME, over the held-out completions", _held_out_family("eval/reward/"),
+           sparse=True),
+    Metric("eval/pass@1", "Held-out pass@1", "Share of the held-out completions whose reward is a pass.",
+           "of completions", "as eval/pass@K", _held_out("eval/pass@1"),
+           label="held-out pass@1", write=percent, panel=True, card=True, chart="Held-out pass rate", sparse=True,
+           band="eval_error/pass@1", from_zero=True),
+    Metric("eval/pass@K", "Held-out pass@K", "At least one of K samples of a held-out prompt passes.", "of prompts",
+           "mean over the held-out prompts of 1 - C(n - c, K) / C(n, K), c of n samples with r >= --eval-pass; K = 1, "
+           "2, 4, ... and n (Chen et al. 2021)", _held_out_family("eval/pass@"),
+           label="held-out pass@", write=percent, chart="Held-out pass rate", sparse=True, from_zero=True),
+    Metric("eval/length", "Held-out length", "Mean length of a held-out completion.", "tokens",
+           "mean over the held-out prompts of mean_k T_k", _held_out("eval/length"), label="held-out length",
+           sparse=True),
+    Metric("eval/truncated_share", "Held-out completions cut", "Held-out completions cut at max_new_tokens among all.",
+           "of completions", "as completion/truncated_share", _held_out("eval/truncated_share"),
+           label="held-out cut", write=percent, sparse=True),
+    Metric("eval/kl", "Held-out KL from the original",
+           "Exact, over the whole vocabulary at every position of the held-out completions.", "nats per completion",
+           "mean over the held-out prompts of mean_k sum_t KL_t(pi, q), at the training's temperature, v any id",
+           _held_out("eval/kl"), label="held-out KL", sparse=True),
+    Metric("eval/loss", "Held-out loss", "Of the text of --eval-text, at temperature 1 over the whole vocabulary.",
+           "nats per token", "-(1 / N) sum_t log pi(y_t), N the text's tokens", _held_out("eval/loss"),
+           label="held-out loss", chart="Held-out loss", sparse=True),
+    Metric("eval_error/NAME", "Standard error of eval/NAME", "Over the held-out prompts.", "that of eval/NAME",
+           "sqrt(var(x) / P), x_1 ... x_P the prompts' own values", _held_out_family("eval_error/"), sparse=True),
+    Metric("time/eval_s", "Time of the evaluation", "Not a part of time/step_s.", "seconds",
+           "time that it took, where there was one", _held_out("time/eval_s"), sparse=True),
     Metric("loss", "Loss", "Its gradient is the update's; its value has no meaning of its own.", "",
            "-(1 / normalizer) sum_i A_i sum_t log pi(y_it), plus the KL where it is in the loss",
            lambda s: s.total.loss),
@@ -289,9 +338,9 @@ def markdown() -> str:
 
 INTRODUCTION = """# Metrics
 
-Every step of a run writes one line of `metrics.jsonl`; TensorBoard, W&B and trackio get the same keys, the terminal and
-the report page show some of them. This page is made from the table in `fastkl/report/metrics.py` by
-`python -m fastkl.report.metrics > docs/metrics.md`.
+Every step of a run writes one line of `metrics.jsonl`; an evaluation before the first step writes one with step 0.
+TensorBoard, W&B and trackio get the same keys, the terminal and the report page show some of them. This page is made
+from the table in `fastkl/report/metrics.py` by `python -m fastkl.report.metrics > docs/metrics.md`.
 
 Notation: sample i of the step has the completion y_i1 ... y_iT_i; r_i is its reward, beta the KL coefficient. pi is the
 policy, q the reference, e the generator's record; log pi(y) and log q(y) are those on the ids that could be sampled.

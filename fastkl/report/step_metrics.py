@@ -7,7 +7,7 @@ metrics.py read (`FinishedStep`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -77,14 +77,15 @@ class StepReport:
                         "num_tokens": num_tokens,
                         "finish_reason": completion.finish_reason,
                     }
-                    | self.extra(place)
+                    | extra_of(self.reward_notes, place)
                 )
         return records
 
-    def extra(self, place: int) -> dict[str, Any]:
-        """What the reward functions gave to log_extra for one completion of the B * K."""
-        columns = self.reward_notes.columns
-        return {"extra": {column: values[place] for column, values in columns.items()}} if columns else {}
+
+def extra_of(notes: RewardNotes, place: int) -> dict[str, Any]:
+    """What the reward functions gave to log_extra for one completion of the B * K."""
+    columns = notes.columns
+    return {"extra": {column: values[place] for column, values in columns.items()}} if columns else {}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class FinishedStep:
     kl_alarm: bool = False
     peak_rss_bytes: int | None = None  # so far; None where it was not measured
     peak_gpu_bytes: int | None = None
+    evaluation: Mapping[str, float] = field(default_factory=dict)  # eval/* and eval_error/* where there was one
 
     @property
     def total(self) -> Breakdown:

@@ -83,6 +83,7 @@ def blocks(values: Sequence[float], width: int) -> str:
 
 def stage_seconds(history: Sequence[Metrics]) -> dict[str, float]:
     """Mean seconds per step in each stage over `history`, and what is left of the step as "other"."""
+    history = [step for step in history if step.get("step") != 0]  # that is no step but an evaluation
 
     def mean(key: str) -> float:
         return sum(finite(step.get(key)) for step in history) / max(1, len(history))
@@ -153,7 +154,7 @@ class View:
             self._print(line)
 
     def recall(self, earlier: Iterable[Metrics]) -> None:
-        """Takes in the steps of a resumed run that earlier processes have run, in order."""
+        """Takes in the steps of a resumed run that earlier processes have run, in order, or an evaluation of step 0."""
         self._history += [step for step in earlier if isinstance(step.get("step"), int)]
 
     def step(self, metrics: Metrics) -> None:

@@ -269,7 +269,11 @@ def sample(
     """One token per row by inversion: logits f32 [rows, V], uniforms f64 [rows] in [0, 1), support: of these rows.
 
     Returns token ids i64 [rows] and their log-probs f32 [rows] under softmax(logits / temperature) on the support.
+    Temperature 0 is the limit: the likeliest token, the first of equals, with log-prob 0.
     """
+    if temperature == 0:
+        allowed = logits if support is None else logits.masked_fill(~keep_mask(support, logits), -torch.inf)
+        return allowed.argmax(dim=-1), torch.zeros(len(logits), device=logits.device)
     logits = logits / temperature
     if support is not None:
         logits = logits.masked_fill(~keep_mask(support, logits), -torch.inf)

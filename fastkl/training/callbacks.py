@@ -4,7 +4,7 @@ A callback is any object with some of these methods; what they raise ends the ru
 
     on_step_end(metrics, samples)   after each step: its line of metrics.jsonl, and its records of samples.jsonl
     on_checkpoint(step, folder)     after each checkpoint that has been written
-    on_eval(metrics)                after each evaluation; no evaluation is built in yet
+    on_eval(metrics)                after each evaluation: its step, its eval/* and their errors (eval_error/*)
 """
 
 from __future__ import annotations

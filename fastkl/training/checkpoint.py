@@ -3,7 +3,7 @@
 checkpoints/step-N/ holds the policy and its tokenizer in Hugging Face format (from_pretrained loads it), the
 optimizer's moments and torch's random state as safetensors (trainer.safetensors), the reference where the run renews it
 (reference.safetensors), and checkpoint.json: step, prompt position, Python's and NumPy's random states, the run's
-settings, and size and hash of every other file. Nothing is pickled.
+settings, and size and hash of every other file. Nothing is pickled. checkpoints/best/ is one of them by another name.
 
 It is written under another name, flushed to disk, and renamed last: a kill at any moment leaves the last good one.
 """
@@ -100,6 +100,27 @@ def save_checkpoint(
         for old in list_checkpoints(root)[:-keep]:
             shutil.rmtree(old)
     return final
+
+
+def keep_as(saved: Path, name: str) -> Path:
+    """Makes `name`, beside it, the same checkpoint as `saved`, which may be deleted later: of hard links, or of copies
+    where the file system has none. What was called so before is deleted. Raises OSError.
+    """
+    final, scratch = saved.with_name(name), saved.with_name(f".{name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(saved, scratch, copy_function=_link_or_copy)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(scratch, final)
+    _flush(saved.parent)
+    return final
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -202,6 +223,10 @@ class RandomState:
     def now(cls) -> RandomState:
         """That of this moment."""
         return cls(_random_states(), _random_tensors())
+
+    def restore(self) -> None:
+        """Puts the generators back to it."""
+        _restore_random(self.states, self.tensors)
 
 
 def _random_tensors() -> dict[str, torch.Tensor]:

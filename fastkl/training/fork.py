@@ -15,7 +15,7 @@ from pathlib import Path
 from fastkl.config.files import renamed, with_settings
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
-from fastkl.report.loggers import LOG_FILES
+from fastkl.report.loggers import EVALUATIONS, LOG_FILES
 from fastkl.training import checkpoint
 from fastkl.training.manifest import read_manifest
 from fastkl.training.resume import resume
@@ -65,8 +65,8 @@ def forked(config: TrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
 
 
 def copy_lines(saved: checkpoint.Checkpoint, folder: Path) -> None:
-    """Both logs of the run that is forked; RunLog then drops what comes after the step."""
-    for name in LOG_FILES:
+    """The logs of the run that is forked; RunLog then drops what comes after the step."""
+    for name in (*LOG_FILES, EVALUATIONS):
         source, target = saved.folder.parents[1] / f"{name}.jsonl", folder / f"{name}.jsonl"
         if source.is_file():
             shutil.copyfile(source, target.with_suffix(".partial"))

@@ -57,6 +57,7 @@ def run_steps(run: Run) -> TrainResult:
         saved_on_failure(run),
         updates_whole(run, stop),
     ):
+        run.evaluate(0)
         for step in range(run.completed.step + 1, config.steps + 1):
             watch = Stopwatch(run.device)
             drawn = draw_batch(run, step, watch)
@@ -67,6 +68,7 @@ def run_steps(run: Run) -> TrainResult:
             run.commit(step, drawn.num_tokens, outcome)
             with watch("sync"):
                 run.generator.sync(run.policy.model)
+            run.evaluate(step)
             skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
             by_function, coef = rewards.by_function, objective.penalty.coef
             run.record(StepReport(step, batch, by_function, coef, outcome, rewards.notes, drawn.redraws), watch)

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastkl.audit.json_lines import rows_of_steps
 from fastkl.config.settings import TrainConfig
+from fastkl.evaluation.evaluate import Evaluator
 from fastkl.scoring.adapters import is_adapter
 from fastkl.training import checkpoint
 from fastkl.training.state import Run, Snapshot
@@ -32,6 +33,10 @@ def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
     run.completed = Snapshot(
         saved.step, state["prompts"], state["skipped_steps"], state["tokens_generated"], run.controller.coef
     )
+    if run.best and own:
+        run.best.load_state(state.get("best", {}))
+        if run.best.step == saved.step and not run.best.is_kept(saved.folder.parent):  # killed in between
+            run.best.keep(saved.folder.parent)
     if own:
         note = f" ({saved.note})" if saved.note else ""
         run.view.note(f"continuing after step {saved.step} from {saved.folder}{note}")
@@ -48,7 +53,9 @@ def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
             run.view.note(f"{name} has lost, damaged or edited lines; training itself goes on from where it was.")
 
 
-def fingerprints(config: TrainConfig, prompts: Sequence[Prompt], reference: nn.Module) -> dict[str, str]:
+def fingerprints(
+    config: TrainConfig, prompts: Sequence[Prompt], reference: nn.Module, evaluator: Evaluator | None = None
+) -> dict[str, str]:
     """Hashes of what a run reads from outside: a resumed run says which of them have changed.
 
     Of the reference the first numbers of every tensor: another training changes them all.
@@ -68,7 +75,10 @@ def fingerprints(config: TrainConfig, prompts: Sequence[Prompt], reference: nn.M
             if not is_adapter(name)
         ),
     }
-    for name in config.reward:
+    if evaluator:
+        found["eval_prompts"] = digest(repr((p.token_ids, dict(p.columns))).encode() for p in evaluator.prompts)
+        found["eval_text"] = digest(repr(window).encode() for window in evaluator.text)
+    for name in (*config.reward, *config.eval_reward):
         file = Path(name.rpartition(":")[0]).expanduser()
         if file.suffix == ".py" and file.is_file():
             found[f"reward {name}"] = digest([file.read_bytes()])

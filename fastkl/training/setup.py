@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from torch import nn
 
+from fastkl.config.held_out import best_by
 from fastkl.config.settings import TrainConfig, check_config, penalty_of
-from fastkl.data.prompts import PromptSource, load_prompts
+from fastkl.data.prompts import PromptSource
 from fastkl.errors import UserError
+from fastkl.evaluation.evaluate import Evaluator
+from fastkl.evaluation.plan import eval_rewards, evaluator_of, prompts_of, split, text_windows
 from fastkl.objective.advantages import find_advantage
 from fastkl.objective.kl_control import KlController
 from fastkl.objective.rloo import Objective
@@ -39,6 +42,7 @@ from fastkl.scoring.memory import micro_batch_tokens
 from fastkl.scoring.pack import pack
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training import checkpoint
+from fastkl.training.best import Best
 from fastkl.training.callbacks import check_callbacks
 from fastkl.training.environment import record_environment
 from fastkl.training.fork import begin, copy_lines, forked
@@ -61,6 +65,7 @@ class Inputs:
     tokenizer: Any
     rewards: tuple[RewardFunction, ...]
     prompts: list[Prompt]
+    evaluator: Evaluator | None
     sampling: Sampling
     generator: str
     generator_reason: str
@@ -77,18 +82,18 @@ def check_inputs(config: TrainConfig) -> Inputs:
     check_adapters(config.lora_rank, config.lora_targets)
     device = choose_device(config.device)
     rewards = load_rewards(config.reward, config.reward_weights, taken_reward_names())
+    rewards_of_held = eval_rewards(config, rewards)
     models.quiet_transformers()
     source = models.resolve_model(config.model)
     model_config, tokenizer = models.load_config(source), models.load_tokenizer(source)
-    prompts = load_prompts(
-        config.prompts,
-        tokenizer,
-        max_prompt_tokens=room_for_prompt(config, model_config),
-        system_prompt=config.system_prompt,
-    )
+    room = room_for_prompt(config, model_config)
+    prompts = prompts_of(config, config.prompts, tokenizer, room)
     check_columns(rewards, dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+    prompts, held = split(config, prompts, tokenizer, room)
+    text = text_windows(config, tokenizer, models.context_length(model_config))
     sampling = Sampling.of(config, models.stop_token_ids(model_config, source, tokenizer))
-    check_vocabulary(models.vocabulary(model_config), prompts, sampling)
+    check_vocabulary(models.vocabulary(model_config), [*prompts, *held], sampling)
+    evaluator = evaluator_of(config, held, prompts, rewards_of_held, sampling, text)
     generator, reason = choose_generator(config.generator, model_config, device)
     lock = lock_run_folder(config)
     with closed_on_failure(lock):
@@ -97,8 +102,8 @@ def check_inputs(config: TrainConfig) -> Inputs:
         resumed = checkpoint.newest_checkpoint(folder / "checkpoints") if saved else None
         fork = forked(config, folder)
     return Inputs(
-        *(device, source, model_config, tokenizer, rewards, prompts, sampling, generator, reason, folder, lock),
-        resumed or fork,
+        *(device, source, model_config, tokenizer, rewards, prompts, evaluator, sampling, generator, reason, folder),
+        *(lock, resumed or fork),
         is_fork=fork is not None,
     )
 
@@ -129,7 +134,8 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
     device, resumed = inputs.device, inputs.resumed
     if device.type == "cpu":
         keep_freed_memory()
-    prepare_rewards(inputs.rewards, device)
+    of_held = inputs.evaluator.rewards if inputs.evaluator else ()
+    prepare_rewards((*inputs.rewards, *(reward for reward in of_held if reward not in inputs.rewards)), device)
     title = f"{config.model} → {', '.join(config.reward)}, β {config.kl_coef:g}"
     view = View(title, total_steps=config.steps, first_step=resumed.step + 1 if resumed else 1)
     policy, reference = load_models(config, inputs)
@@ -174,18 +180,23 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
             inputs.folder,
             config.report_to,
             dataclasses.asdict(config),
-            resumed.step if resumed else 0 if config.resume else None,
+            resumed.step if resumed else -1 if config.resume else None,
+            evaluates=inputs.evaluator is not None,
             report_problem=view.note,
         ),
         view=view,
         well_formed=storyteller_checker(config.model, inputs.model_config),
+        evaluator=inputs.evaluator,
+        best=Best(best_by(config.best)) if config.best else None,
         callbacks=callbacks,
         lock=inputs.lock,
-        inputs=fingerprints(config, inputs.prompts, reference),
+        inputs=fingerprints(config, inputs.prompts, reference, inputs.evaluator),
     )
     record_environment(inputs.folder, first_step=resumed.step + 1 if resumed else 1, device=device, dtype=dtype)
     if not config.reference_every:
         models.store_as_computed(reference, dtype)
+    for note in inputs.evaluator.notes if inputs.evaluator else ():
+        view.note(note)
     if resumed:
         (begin if inputs.is_fork else resume)(run, resumed)
     elif config.resume:
@@ -268,8 +279,9 @@ def start_generator(inputs: Inputs, config: TrainConfig, policy: nn.Module, dtyp
 
 
 def max_sequence_tokens(inputs: Inputs, config: TrainConfig) -> int:
-    """Tokens of the longest prompt with its completion."""
-    return max(len(prompt.token_ids) for prompt in inputs.prompts) + config.max_new_tokens
+    """Tokens of the longest prompt, a held-out one included, with its completion."""
+    held = inputs.evaluator.prompts if inputs.evaluator else ()
+    return max(len(prompt.token_ids) for prompt in (*inputs.prompts, *held)) + config.max_new_tokens
 
 
 def check_same_shape(policy: nn.Module, reference: nn.Module, resumed: checkpoint.Checkpoint | None) -> None:

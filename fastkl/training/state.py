@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import nn
 from fastkl.audit.alarm import KlAlarm
 from fastkl.config.settings import TrainConfig
 from fastkl.data.prompts import PromptSource
+from fastkl.evaluation.evaluate import Evaluator, evaluate
+from fastkl.evaluation.plan import due
 from fastkl.objective.kl_control import KlController, renew_reference
 from fastkl.objective.kl_estimators import find_estimator
 from fastkl.objective.rloo import Objective
@@ -29,6 +32,7 @@ from fastkl.rollout.generator import Generator
 from fastkl.scoring import models
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training import checkpoint
+from fastkl.training.best import Best
 from fastkl.training.callbacks import notify
 from fastkl.training.memory import peak_gpu_bytes, peak_rss_bytes
 from fastkl.training.run_folder import way_on
@@ -94,6 +98,8 @@ class Run:
     log: RunLog
     view: View
     well_formed: Callable[[list[str]], float] | None  # the checker of the storyteller's language, where it applies
+    evaluator: Evaluator | None = None  # None: nothing is held out
+    best: Best | None = None
     callbacks: tuple[object, ...] = ()
     lock: TextIO | None = None  # keeps other processes out of the folder while it is open
     inputs: dict[str, str] = field(default_factory=dict)  # hashes of what the run reads from outside
@@ -101,6 +107,7 @@ class Run:
     saved_step: int = 0
     between_steps: bool = False  # the weights have left the completed step and not reached the next
     last_metrics: dict[str, Any] = field(default_factory=dict)  # of the completed step
+    evaluation: dict[str, float] = field(default_factory=dict)  # of the completed step, until its line is written
     alarm: KlAlarm = field(default_factory=KlAlarm)
     alarm_rang: bool = False
     noted: set[str] = field(default_factory=set)  # what has been said once
@@ -128,6 +135,42 @@ class Run:
         )
         self.between_steps = False
 
+    def evaluate(self, step: int) -> None:
+        """Measures the held-out data after `step`, if it is time. To the training nothing has happened."""
+        if self.evaluator is None or step != self.completed.step or not due(self.config, step):
+            return
+        random, start = checkpoint.RandomState.now(), time.perf_counter()
+        tokens = self.limits.micro_batch_tokens
+        found = evaluate(
+            self.evaluator, self.generator, self.policy, self.reference, step=step, micro_batch_tokens=tokens
+        )
+        random.restore()  # a reward function may draw from the global generators
+        self.evaluation = found.metrics | {"time/eval_s": time.perf_counter() - start}
+        self.log.log_evaluation(step, found.samples)
+        self.view.note(f"held out, step {step}: {found.in_words()}")
+        if not step:
+            line = {"step": step, **self.evaluation}
+            self.log.log(line, [])
+            self.view.recall([line])
+            self.keep_if_best(step)
+        notify(self.callbacks, "on_eval", {"step": step, **found.metrics})
+
+    def keep_if_best(self, step: int) -> None:
+        """Keeps the model of `step` as checkpoints/best, if its evaluation is the best so far."""
+        evaluation, self.evaluation = self.evaluation, {}
+        if self.best is None or not evaluation or not self.best.beaten_by(evaluation):
+            return
+        before = self.best.step, self.best.value
+        self.best.step, self.best.value = step, evaluation[self.best.by.key]
+        if not step:
+            return  # it is the model that the run starts from
+        self.save()
+        try:
+            self.best.keep(self.folder / "checkpoints")
+        except OSError as failure:  # or the checkpoint itself could not be written, which has been said
+            self.best.step, self.best.value = before
+            self.view.note(f"checkpoints/best stays as it was ({models.first_line(failure)}).")
+
     def record(self, report: StepReport, watch: Stopwatch) -> None:
         """Logs and shows a completed step."""
         lr = self.optimizer.param_groups[0]["lr"]
@@ -144,6 +187,7 @@ class Run:
                 kl_alarm=warning is not None,
                 peak_rss_bytes=peak_rss_bytes(),
                 peak_gpu_bytes=peak_gpu_bytes(),
+                evaluation=self.evaluation,
             )
         )
         if warning and not self.alarm_rang:
@@ -157,6 +201,7 @@ class Run:
         if self.config.sample_every and report.step % self.config.sample_every == 0:
             self.view.samples(samples)
         notify(self.callbacks, "on_step_end", metrics, samples)
+        self.keep_if_best(report.step)
 
     def warn_off_support(self, total: Breakdown) -> None:
         """Says once that the policy moves where its sampler cannot follow and the penalty charges nothing."""
@@ -217,6 +262,7 @@ class Run:
                     "kl_coef": done.kl_coef,
                     "inputs": self.inputs,
                     "logs": self.log.digests(),
+                    **({"best": self.best.state()} if self.best else {}),
                 },
                 random=done.random,
                 reference=self.reference.model if self.config.reference_every else None,
@@ -242,6 +288,8 @@ class Run:
         last, steps = self.completed.step, self.config.steps
         where = self.folder / "checkpoints" / f"step-{self.saved_step}" if self.saved_step else "none is saved"
         self.view.close_with(f"Step {last} of {steps}. Model: {where}")
+        if self.best:
+            self.view.close_with(self.best.in_words(self.folder / "checkpoints"))
         if last < steps:
             self.view.close_with(f"Go on with: {way_on(self.config.output)}")
 

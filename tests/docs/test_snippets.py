@@ -243,6 +243,7 @@ def check_script(script: Path, arguments: list[str], monkeypatch) -> None:
 WORK = {
     "train": "fastkl.training.loop.train",
     "sweep": "fastkl.training.sweep.sweep",
+    "eval": "fastkl.comparison.command.compare",
     "score": "fastkl.score_files.command.score_file",
     "report": "fastkl.report.page.write.write_report",
     "doctor": "fastkl.audit.doctor.diagnose",

@@ -88,7 +88,7 @@ def _card(run: RunFiles, metric: Metric) -> dict[str, Any]:
         "start": first,
         "end": metric.write(end),
         "more": more,
-        "spark": sparkline(run.series(key)),
+        "spark": sparkline(run.values(key)),
     }
 
 
@@ -113,7 +113,19 @@ def frontier(run: RunFiles) -> dict[str, Any] | None:
 def charts(run: RunFiles) -> list[dict[str, Any]]:
     """The charts over steps that the table of metrics asks for."""
     headings = dict.fromkeys(metric.chart for metric in metrics.METRICS if metric.chart)
-    return [found for heading in headings for found in _charts(run, heading)]
+    found = [found for heading in headings for found in _charts(run, heading)]
+    return [_held_out_reward(run), *found] if run.has("eval/reward") else found
+
+
+def _held_out_reward(run: RunFiles) -> dict[str, Any]:
+    """The reward on held-out prompts, beside that of the training where the functions are the same."""
+    held = next(metric for metric in metrics.METRICS if metric.key == "eval/reward")
+    series = [_series(run, held, held.key, "held out", 1)]
+    title, caption = held.title, "The band is one standard error."
+    if not run.config.get("eval_reward"):
+        series.insert(0, Series("training", run.step_numbers(), run.series("reward/raw"), 0))
+        title, caption = "Held-out against training reward", f"Mean per completion. {caption}"
+    return {"title": title, "caption": caption, "plot": metric_chart(title, held, series)}
 
 
 Drawn = tuple[Metric, str, str]  # a metric, one of its keys, that key's label
@@ -141,7 +153,7 @@ def _charts(run: RunFiles, heading: str) -> list[dict[str, Any]]:
 
 def on_axes_of_their_own(run: RunFiles, drawn: list[Drawn]) -> list[list[Drawn]]:
     """The lines in groups, each for one chart: none is more than SAME_AXIS times larger than another beside it."""
-    sizes = {key: max(abs(v) for v in run.series(key) if math.isfinite(v)) for _, key, _ in drawn}
+    sizes = {key: max(map(abs, run.values(key))) for _, key, _ in drawn}
     groups: list[list[Drawn]] = []
     for one in sorted(drawn, key=lambda one: -sizes[one[1]]):
         if groups and (not sizes[one[1]] or sizes[groups[-1][0][1]] <= SAME_AXIS * sizes[one[1]]):
@@ -162,9 +174,10 @@ def _chart(run: RunFiles, heading: str, drawn: list[Drawn]) -> dict[str, Any]:
 
 
 def _series(run: RunFiles, metric: Metric, key: str, label: str, colour: int) -> Series:
-    band = run.series(metric.band) if run.has(metric.band) else ()
+    has_band = run.has(metric.band) and key == metric.key
+    band = run.line(metric, key, at=metric.band)[1] if has_band else ()
     filled = (run.series(metric.area_to),) if run.has(metric.area_to) else ()
-    return Series(label, run.step_numbers(), run.series(key), colour, band, filled)
+    return Series(label, *run.line(metric, key), colour, band, filled)
 
 
 def metric_chart(heading: str, metric: Metric, series: list[Series]) -> Svg:

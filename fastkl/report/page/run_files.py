@@ -55,6 +55,7 @@ class RunFiles:
     label: str  # short and unique on the page
     config: dict[str, Any]
     steps: tuple[dict[str, Any], ...]  # the lines of metrics.jsonl
+    before: dict[str, Any]  # its line of step 0, an evaluation before the training; empty where there was none
     first_samples: tuple[dict[str, Any], ...]  # the first step's lines of samples.jsonl
     last_samples: tuple[dict[str, Any], ...]
     browsed: dict[int, BrowsedStep]  # completions of some steps, by step
@@ -69,19 +70,34 @@ class RunFiles:
         """The steps' own numbers, the x axis of most charts."""
         return [float(step["step"]) for step in self.steps]
 
+    def values(self, key: str) -> list[float]:
+        """The metric's finite values, that before the training first."""
+        return [value for value in (_number(self.before.get(key)), *self.series(key)) if math.isfinite(value)]
+
+    def line(self, metric: Metric, key: str, at: str = "") -> tuple[list[float], list[float]]:
+        """Steps and values of the metric's line; of a sparse one those that were measured, from step 0.
+
+        at: another key, whose values are wanted at the same steps.
+        """
+        rows: Sequence[dict[str, Any]] = self.steps
+        if metric.sparse:
+            rows = [row for row in (self.before, *rows) if math.isfinite(_number(row.get(key)))]
+        return [float(row["step"]) for row in rows], [_number(row.get(at or key)) for row in rows]
+
     def has(self, key: str) -> bool:
         """Whether the metric has a number anywhere."""
-        return any(math.isfinite(value) for value in self.series(key))
+        return bool(self.values(key))
 
     def ends(self, key: str) -> tuple[float, float]:
         """First and last finite value; NaN twice where there is none."""
-        values = [value for value in self.series(key) if math.isfinite(value)]
+        values = self.values(key)
         return (values[0], values[-1]) if values else (math.nan, math.nan)
 
     def means(self, key: str) -> tuple[float, float]:
-        """The means over the first and over the last `window` finite values; NaN twice where there is none."""
-        values = [value for value in self.series(key) if math.isfinite(value)]
-        return (fmean(values[: self.window]), fmean(values[-self.window :])) if values else (math.nan, math.nan)
+        """The means over the first and over the last tenth of the finite values; NaN twice where there is none."""
+        values = self.values(key)
+        window = max(1, len(values) // 10)
+        return (fmean(values[:window]), fmean(values[-window:])) if values else (math.nan, math.nan)
 
     @property
     def window(self) -> int:
@@ -90,7 +106,7 @@ class RunFiles:
 
     def median(self, key: str) -> float:
         """The median over steps; NaN without values."""
-        values = [value for value in self.series(key) if math.isfinite(value)]
+        values = self.values(key)
         return median(values) if values else math.nan
 
     def total(self, key: str) -> float:
@@ -109,7 +125,7 @@ class RunFiles:
     @property
     def keys(self) -> list[str]:
         """The keys of all steps."""
-        return list(dict.fromkeys(key for step in self.steps for key in step))
+        return list(dict.fromkeys(key for step in (self.before, *self.steps) for key in step))
 
     @property
     def kl_key(self) -> str:
@@ -149,13 +165,14 @@ def _load(folder: Path, label: str, config: dict[str, Any]) -> RunFiles:
     damaged: list[str] = []
     metrics = list(rows_of_steps(path, damaged))
     rows = {row["step"]: row for row in metrics}
+    before = rows.pop(0, {})
     if not rows:
         raise UserError(f"report: {path} holds no finished step yet; try again once the run has logged one.")
     browsed = {step: BrowsedStep() for step in every_kth(sorted(rows), BROWSED_STEPS)}
     first, last, totals = _read_samples(folder / "samples.jsonl", browsed, damaged)
     record = None if damaged else RunRecord(config, metrics, totals)
     return RunFiles(
-        *(folder, label, config, tuple(rows[step] for step in sorted(rows)), first, last),
+        *(folder, label, config, tuple(rows[step] for step in sorted(rows)), before, first, last),
         {step: found for step, found in browsed.items() if found.num_samples},
         _processes(folder / "environment.jsonl"),
         record,

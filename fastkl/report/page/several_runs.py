@@ -65,11 +65,17 @@ class Seeds:
         found = [dict(zip(run.step_numbers(), run.series(key), strict=True)) for run in self.runs]
         return [[run[step] for step in self.steps()] for run in found]
 
-    def line(self, key: str, colour: int) -> Series:
-        """The mean over the runs at every step; the band is one standard deviation."""
-        columns = list(zip(*self.series(key), strict=True))
+    def line(self, key: str, colour: int, metric: Metric | None = None) -> Series:
+        """The mean over the runs at every step that all have; the band is one standard deviation.
+
+        metric: the key's, where it may be a sparse one.
+        """
+        lines = [run.line(metric, key) if metric else (run.step_numbers(), run.series(key)) for run in self.runs]
+        found = [dict(zip(*line, strict=True)) for line in lines]
+        steps = sorted(set.intersection(*map(set, found)))
+        columns = [[run[step] for run in found] for step in steps]
         spread = list(map(deviation, columns)) if len(self.runs) > 1 else ()
-        return Series(self.label, self.steps(), [fmean(column) for column in columns], colour, spread)
+        return Series(self.label, steps, [fmean(column) for column in columns], colour, spread)
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -197,7 +203,7 @@ def charts(runs: Sequence[Seeds]) -> list[dict[str, Any]]:
 
 def _chart(runs: Sequence[Seeds], metric: Metric) -> dict[str, Any] | None:
     key = metric.exact if metric.exact and all(run.has(metric.exact) for run in runs) else metric.key
-    series = [run.line(key, i) for i, run in enumerate(runs) if run.has(key)]
+    series = [run.line(key, i, metric) for i, run in enumerate(runs) if run.has(key)]
     if not series:
         return None
     seeds = " Mean over the seeds; the band is one standard deviation." if any(line.spread for line in series) else ""
