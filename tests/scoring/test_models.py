@@ -113,6 +113,8 @@ def test_a_nested_configuration_is_read_where_its_text_part_is():
     config = AutoConfig.for_model("gemma3")
     assert context_length(config) == config.text_config.max_position_embeddings
     assert text_config(config).head_dim == config.text_config.head_dim
+    assert context_length(AutoConfig.for_model("whisper")) == 448
+    assert context_length(AutoConfig.for_model("xlnet")) is None  # which it calls -1
 
 
 def test_the_head_is_checked_on_a_few_tokens_of_a_long_prompt():
