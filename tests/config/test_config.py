@@ -139,8 +139,8 @@ def test_every_field_has_a_help_text_and_a_heading():
     assert table.settings()["kl_coef"].heading == "The objective"
     assert table.settings()["top_k"].help == "Keep only the k likeliest tokens; 0 keeps all."
     assert list(dict.fromkeys(setting.heading for setting in table.settings().values())) == [
-        *("What is trained, on what, for what", "The objective", "Sampling", "Optimisation", "Held-out evaluation"),
-        "The run",
+        *("What is trained, on what, for what", "The objective", "Sampling", "Adapters", "Optimisation"),
+        *("Held-out evaluation", "The run"),
     ]
 
 
