@@ -21,12 +21,13 @@ import fastkl.audit
 import fastkl.comparison
 import fastkl.score_files
 from fastkl.comparison.names import SHARED as EVALUATED
+from fastkl.config.defaults import output_of, resolved
 from fastkl.config.files import load_config, with_settings
 from fastkl.config.setting import Setting
-from fastkl.config.settings import TrainConfig, check_config, settings
+from fastkl.config.settings import TrainConfig, settings
 from fastkl.errors import UserError, printable
 from fastkl.sampling.params import replayed_names
-from fastkl.training.run_folder import check_run_folder, nothing_left, started_with
+from fastkl.training.run_folder import nothing_left, started_with
 
 HEADINGS = tuple(dict.fromkeys(setting.heading for setting in settings().values()))
 VALUES = {str: "TEXT", int: "N", float: "X", bool: None}
@@ -109,9 +110,10 @@ def train(*, config: ConfigFile = None, **given: Any) -> int:
     defaults, with --fork those of the run that is forked. Where no step is left,
     --resume says so and ends with 0.
     """
-    run = merged(given, config)
-    check_config(run)
-    check_run_folder(run)
+    run = resolved(merged(given, config))
+    from fastkl.training.early import check_names
+
+    check_names(run)
     if finished := nothing_left(run):
         print(printable(finished))
         return 0
@@ -140,8 +142,7 @@ def merged(given: dict[str, Any], config: Path | None) -> TrainConfig:
         base = settings_of(origin(given["fork"]))
         given = given | {"fork": base.fork}
     if given.get("resume"):
-        output = given.get("output") or (load_config(config) if config else base).output
-        folder = Path(output).expanduser()
+        folder = Path(output_of(with_settings(load_config(config) if config else base, given))).expanduser()
         if (started := started_with(folder)) is not None:
             base = replace(started, output=str(folder))
     return with_settings(load_config(config, base) if config else base, given)

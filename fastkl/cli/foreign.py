@@ -14,6 +14,11 @@ OURS: dict[str, str] = {
     "--reward": "reward_funcs remote_rm_url custom_reward_function.path custom_reward_function.name",
     "--reward model:ID": "reward_pretrain reward_model_path reward_model.model.path",
     "--dynamic-sampling": "dynamic_filtering dynamic_filtering_enable filter_groups algorithm.filter_groups.enable",
+    "--prompts hub:ID?config=NAME&split=NAME": "dataset_config dataset_train_split",
+    "--prompt-column": "input_key data.prompt_key",
+    "--revision": "model_revision",
+    "--shuffle": "shuffle_dataset data.shuffle",
+    "--long-prompts": "data.filter_overlong_prompts",
     "--kl-coef": "beta init_kl_coef algorithm.kl_ctrl.kl_coef actor_rollout_ref.actor.kl_loss_coef",
     "--kl-estimator": "algorithm.kl_penalty actor_rollout_ref.actor.kl_loss_type",
     "--kl-placement": "use_kl_loss algorithm.use_kl_in_reward actor_rollout_ref.actor.use_kl_loss",
@@ -77,7 +82,7 @@ NOT_HERE: dict[str, str] = {
     "logging_steps log_completions": "every step is logged; --sample-every says how often completions are shown",
     "push_to_hub": "the command `fastkl export` uploads a finished model",
     "max_prompt_length prompt_max_len data.max_prompt_length": (
-        "prompts are never cut; one that does not fit the model's context is refused"
+        "prompts are never cut; --long-prompts says what becomes of one that does not fit the model's context"
     ),
 }
 """Names elsewhere, and why there is no such option here."""

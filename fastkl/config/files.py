@@ -39,6 +39,23 @@ def with_settings(base: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     return replace(base, **values)
 
 
+def plain(config: TrainConfig) -> TrainConfig:
+    """The settings with every value as its setting's type: paths, single texts and lists are taken where they make
+    sense. UserError for a value that is none of these."""
+
+    def as_text(value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    values = {name: getattr(config, name) for name in settings()}
+    return with_settings(
+        TrainConfig(),
+        {
+            name: tuple(map(as_text, value)) if isinstance(value, list | tuple) else as_text(value)
+            for name, value in values.items()
+        },
+    )
+
+
 def load_config(path: Path, base: TrainConfig | None = None) -> TrainConfig:
     """The settings in a YAML file over `base` (the defaults). UserError: unreadable file, unknown setting."""
     try:

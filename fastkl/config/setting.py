@@ -40,6 +40,13 @@ class Registry:
 
 
 @dataclass(frozen=True, slots=True)
+class Unset:
+    """What stands for no value on the command line and in help pages; None in Python and YAML."""
+
+    text: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
 class Setting:
     """All facts about a field."""
 
@@ -51,7 +58,8 @@ class Setting:
     heading: str
     registry: Registry
     range: Range | None = None
-    is_optional: bool = False  # "none" on the command line, null in YAML, None in Python
+    is_optional: bool = False  # `unset` on the command line, null in YAML, None in Python
+    unset: Unset = Unset()
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -75,10 +83,9 @@ class Setting:
 
     @property
     def default_text(self) -> str:
-        """The default as it is typed; "none" is the empty list, or no value."""
-        if self.default is None:
-            return "none"
-        return " ".join(map(str, self.default)) or "none" if self.is_list else str(self.default)
+        """The default as it is typed; "none" is the empty list, an empty text, or no value."""
+        default = " ".join(map(str, self.default)) if self.is_list else str(self.default)
+        return self.unset.text if self.default is None else default or "none"
 
     @property
     def takes(self) -> str:
@@ -89,7 +96,7 @@ class Setting:
     def converted(self, given: Any) -> Any:
         """`given`, a text or a plain value, as this setting's type. UserError where it is something else."""
         try:
-            if self.is_optional and given in (None, "none"):
+            if self.is_optional and given in (None, self.unset.text):
                 return None
             if not self.is_list:
                 return self._one(given)
@@ -154,7 +161,10 @@ def table_of(config: type) -> dict[str, Setting]:
         if get_origin(item) is Literal:
             item, registry = str, Registry({}, besides=get_args(item))
         found.append(
-            Setting(field.name, config, item, is_list, field.default, heading, registry, about.get(Range), is_optional)
+            Setting(
+                *(field.name, config, item, is_list, field.default, heading, registry, about.get(Range), is_optional),
+                about.get(Unset, Unset()),
+            )
         )
     headings = list(dict.fromkeys(setting.heading for setting in found if setting.name in own))
     return {setting.name: setting for setting in sorted(found, key=lambda setting: headings.index(setting.heading))}

@@ -13,7 +13,8 @@ from functools import cache
 from typing import Annotated, Literal
 
 from fastkl.config.held_out import check_evaluation, samples_of
-from fastkl.config.setting import Registry, Setting, table_of
+from fastkl.config.setting import Registry, Setting, Unset, table_of
+from fastkl.data.prompts import template_kwargs
 from fastkl.errors import UserError
 from fastkl.objective.advantages import ADVANTAGES, find_advantage
 from fastkl.objective.kl_estimators import ESTIMATORS, Penalty, check_penalty
@@ -27,13 +28,27 @@ class TrainConfig(SamplingSettings):
 
     model: Annotated[str, Heading("What is trained, on what, for what")] = "storyteller"
     """Policy and reference: "storyteller" (embedded), a local folder, or a hub id; safetensors, no remote code."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id, for model and tokenizer; empty is the newest."""
     prompts: str = "Once upon a time"
-    """One prompt as text, or a file (.jsonl, .json, .parquet, .csv), data set folder or hub id with a `prompt` column
-    (texts or chat messages); "text:" or "hub:" in front says which is meant. "gym:chain_sum?size=2000&max_terms=2":
-    questions of reasoning-gym (one user message where the tokenizer has a chat template), for the reward gym."""
+    """One prompt as text, or a file (.jsonl, .json, .parquet, .csv), data set folder or hub id with a column of texts
+    or chat messages; "text:" or "hub:" in front says which is meant. "hub:ID?config=main&split=train", "FOLDER?split=
+    test". "gym:chain_sum?size=2000&max_terms=2": questions of reasoning-gym (one user message where the tokenizer has a
+    chat template), for the reward gym."""
+    prompt_column: str = "prompt"
+    """The column of the prompts. Where there is no "prompt", "messages" is taken: conversations, of which the
+    assistant's last message is left out (in another column it is continued)."""
     system_prompt: str = ""
     """The system message that every prompt begins with, unless it has one of its own; a text becomes the user message
     after it. Empty for none."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Keywords for the chat template, KEY=VALUE, such as enable_thinking=false; a row's own column
+    `chat_template_kwargs` wins."""
+    long_prompts: Literal["error", "drop"] = "error"
+    """Prompts that leave no room for max_new_tokens in the model's context: "error" refuses the run, "drop" leaves them
+    out and says how many."""
+    shuffle: bool = True
+    """Prompts in a new random order in every epoch (the default); --no-shuffle keeps their own order in every epoch."""
     reward: tuple[str, ...] = ("alliteration",)
     """Reward functions: a built-in name (alliteration, starts_with_a, gym), one with its options (regex?pattern=TEXT,
     length?target=N, soft_overlong?max_tokens=N&cache=N, math_verify?answer=COLUMN), a server (http://HOST:PORT/PATH),
@@ -94,8 +109,9 @@ class TrainConfig(SamplingSettings):
 
     steps: Annotated[int, Heading("Optimisation"), AT_LEAST_1] = 40
     """Optimizer steps."""
-    lr: Annotated[float, AT_LEAST_0] = 1e-3
-    """Peak learning rate of AdamW."""
+    lr: Annotated[float | None, AT_LEAST_0, Unset("auto")] = None
+    """Peak learning rate of AdamW; auto: 1e-3 for the small embedded model, 1e-6 for any other (1e-5 with
+    adapters)."""
     warmup_steps: Annotated[int, AT_LEAST_0] = 2
     """Linear warm-up from 0."""
     lr_decay: Literal["linear", "cosine", "constant"] = "linear"
@@ -132,8 +148,9 @@ class TrainConfig(SamplingSettings):
     """The measure by which checkpoints/best is kept, such as eval/pass@1; for losses less is better, "min:" or "max:"
     in front says otherwise."""
 
-    output: Annotated[str, Heading("The run")] = "runs/alliteration"
-    """Run folder: config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, report.html."""
+    output: Annotated[str, Heading("The run")] = "auto"
+    """Run folder: config.yaml, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/, report.html. auto:
+    runs/MODEL-REWARD, runs/alliteration for the embedded job."""
     seed: Annotated[int, SEEDS] = 0
     """All randomness derives from it."""
     save_every: Annotated[int, AT_LEAST_0] = 10
@@ -161,12 +178,13 @@ def check_config(config: TrainConfig) -> None:
     for name, setting in settings().items():
         setting.check(getattr(config, name))
     check_combinations(config)
+    template_kwargs(config.chat_template_kwargs)
     check_penalty(penalty_of(config))
 
 
 def check_combinations(config: TrainConfig) -> None:
     """Settings that are valid one by one but not together."""
-    for name in ("model", "prompts", "output"):
+    for name in ("model", "prompts", "prompt_column", "output"):
         if not getattr(config, name).strip():
             raise UserError(f"{name}: is empty; `fastkl train --help` says what it takes.")
     if not config.reward or not all(name.strip() for name in config.reward):
@@ -198,6 +216,8 @@ def check_combinations(config: TrainConfig) -> None:
         )
     if config.lora_rank and not config.lora_targets:
         raise UserError("lora_targets: names no layer; give all-linear or the ends of layers' names.")
+    if "" in config.stop:
+        raise UserError("stop: an empty text would end every completion at its first token; leave it out.")
     if config.kl_target and not config.kl_coef:
         raise UserError("kl_coef: 0 cannot be steered to kl_target; start from a value above 0.")
     if config.allowed_token_ids and set(config.allowed_token_ids) <= set(config.banned_token_ids):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastkl.errors import UserError
@@ -29,9 +29,11 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def rendered(messages: list[dict[str, str]], where: str, tokenizer: Any) -> str:
+def rendered(
+    messages: list[dict[str, str]], where: str, tokenizer: Any, kwargs: Mapping[str, Any] | None = None
+) -> str:
     """The chat rendered as the model's text, up to where the assistant's answer begins (or continues, if the last
-    message is its own). UserError where the template is missing, refuses, or takes too long."""
+    message is its own). kwargs: for the template. UserError where that is missing, refuses, or takes too long."""
     if not has_template(tokenizer):
         raise UserError(
             f"prompts: {where} holds chat messages, but the model's tokenizer has no chat template; use texts."
@@ -40,7 +42,11 @@ def rendered(messages: list[dict[str, str]], where: str, tokenizer: Any) -> str:
 
     def render() -> str:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not own_words, continue_final_message=own_words
+            messages,
+            tokenize=False,
+            add_generation_prompt=not own_words,
+            continue_final_message=own_words,
+            **(kwargs or {}),
         )
 
     try:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from fastkl.config.held_out import samples_of, share_of
 from fastkl.config.settings import TrainConfig
-from fastkl.data.prompts import load_prompts
+from fastkl.data.prompts import PromptFormat, load_prompts
 from fastkl.errors import UserError
 from fastkl.evaluation.evaluate import Evaluator
 from fastkl.evaluation.split import hold_out, in_both
@@ -34,9 +34,16 @@ def due(config: TrainConfig, step: int) -> bool:
     return step in (0, config.steps) or bool(config.eval_every and step % config.eval_every == 0)
 
 
-def prompts_of(config: TrainConfig, source: str, tokenizer: Any, max_prompt_tokens: int) -> list[Prompt]:
-    """The prompts of `source`, for training or evaluation, read as the settings say."""
-    return load_prompts(source, tokenizer, max_prompt_tokens=max_prompt_tokens, system_prompt=config.system_prompt)
+def prompts_of(
+    config: TrainConfig,
+    source: Any,
+    tokenizer: Any,
+    max_prompt_tokens: int,
+    say: Callable[[str], None] = lambda message: None,
+) -> list[Prompt]:
+    """The prompts of `source`, for training or evaluation, read as the settings say. say: shows what was dropped."""
+    form = PromptFormat.of(config)
+    return load_prompts(source, tokenizer, max_prompt_tokens=max_prompt_tokens, form=form, say=say)
 
 
 def split(

@@ -11,7 +11,6 @@ from fastkl.plugins import find_function
 from fastkl.rewards.built_in import BUILT_IN
 from fastkl.rewards.prepared import PreparedReward
 from fastkl.rewards.remote import RemoteReward
-from fastkl.rewards.reward_model import ModelReward
 from fastkl.rewards.with_options import MAKERS, make
 
 if TYPE_CHECKING:
@@ -28,16 +27,17 @@ class RewardFunction:
 
 
 def load_rewards(
-    names: Sequence[str], weights: Sequence[float] | None, taken: Iterable[str] = ()
+    names: Sequence[str | Callable[..., Any]], weights: Sequence[float] | None, taken: Iterable[str] = ()
 ) -> tuple[RewardFunction, ...]:
-    """The functions behind `--reward`, each under a name of its own. UserError where one cannot be found.
+    """The functions behind `--reward`, or the functions themselves, each under a name of its own. UserError where one
+    cannot be found.
 
     taken: names that no function may have, since the trainer's own metrics have them.
     """
     taken = list(taken)
     loaded = []
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
-        function = find_reward(name)
+        function = name if callable(name) else find_reward(name)
         label = getattr(function, "__name__", type(function).__name__)
         taken.append(label)
         count = taken.count(label)
@@ -52,6 +52,8 @@ def find_reward(name: str) -> Callable[..., Any]:
     if name.partition("?")[0] in MAKERS:
         return make(name)
     if name.startswith("model:"):
+        from fastkl.rewards.reward_model import ModelReward  # which needs torch: other names are answered at once
+
         return ModelReward(name)
     if "://" in name:
         return RemoteReward(name)

@@ -71,12 +71,30 @@ def completion(
 ) -> Completion:
     """A finished completion, with its text."""
     stopped = bool(token_ids) and token_ids[-1] in sampling.stop_token_ids
+    stopped = stopped or completes_stop(request.prompt.token_ids, token_ids, sampling, tokenizer)
     return Completion(
         token_ids=tuple(token_ids),
         logprobs=tuple(logprobs),
         finish_reason="stop" if stopped else "length",
         text=decoded_after(request.prompt.token_ids, token_ids, tokenizer),
     )
+
+
+def completes_stop(prompt_ids: Sequence[int], token_ids: Sequence[int], sampling: Sampling, tokenizer: Any) -> bool:
+    """Whether the last of the completion's tokens completes one of the texts in `sampling.stop`.
+
+    As in vLLM a text counts that ends within what this token adds, and after the first min_tokens tokens. It may begin
+    in tokens before, but not in the prompt. Whether a completion ends here depends on its own tokens alone, so the
+    distribution of each of them is what it would be without a stop: they are scored as they are.
+    """
+    if not sampling.stop or len(token_ids) <= sampling.min_tokens:
+        return False
+    longest = max(len(text.encode()) for text in sampling.stop)  # a token holds a byte at least
+    start = max(0, len(token_ids) - 1 - longest)
+    context = [*prompt_ids, *token_ids[:start]][-CONTEXT_TOKENS:]
+    before = decoded_after(context, token_ids[start:-1], tokenizer).rstrip("\N{REPLACEMENT CHARACTER}")
+    after = decoded_after(context, token_ids[start:], tokenizer)
+    return any(after.find(text, max(0, len(before) - len(text) + 1)) >= 0 for text in sampling.stop)
 
 
 CONTEXT_TOKENS = 16

@@ -21,7 +21,7 @@ from torch import nn
 
 from fastkl.kernels.support import keep_mask
 from fastkl.kernels.types import Support
-from fastkl.rollout.requests import EngineOptions, Request, completion
+from fastkl.rollout.requests import EngineOptions, Request, completes_stop, completion
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
 from fastkl.scoring.head import head_of
@@ -154,11 +154,14 @@ class TransformersGenerator:
         rows = torch.arange(len(logits), device=logits.device)  # which sample each remaining row belongs to
         stop_ids = torch.tensor(self.sampling.stop_token_ids, device=logits.device, dtype=torch.int64)
         drawn: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        so_far: list[list[int]] = [[] for _ in requests]
         for step in range(self.sampling.max_new_tokens):
             support = support_of(self.sampling, torch.full_like(rows, step), logits.shape[-1])
             tokens, logprobs = sample(logits, self.sampling.temperature, uniforms[rows, step], support)
             drawn.append((rows, tokens, logprobs))
             going_on = ~torch.isin(tokens, stop_ids)
+            if self.sampling.stop:
+                going_on &= ~self._completes_stop(requests, so_far, rows, tokens)
             if not bool(going_on.all()):
                 kept = going_on.nonzero()[:, 0]
                 rows, tokens = rows[kept], tokens[kept]
@@ -170,6 +173,21 @@ class TransformersGenerator:
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = self._forward(tokens[:, None], mask, cache)
         return self._collect(drawn, requests)
+
+    def _completes_stop(
+        self, requests: Sequence[Request], so_far: list[list[int]], rows: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Which of the rows i64 [rows] complete a stop text with their new tokens i64 [rows], which join the token ids
+        of each sample `so_far`: bool [rows]."""
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            so_far[row].append(token)
+        return torch.tensor(
+            [
+                completes_stop(requests[row].prompt.token_ids, so_far[row], self.sampling, self.tokenizer)
+                for row in rows.tolist()
+            ],
+            device=rows.device,
+        )
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]

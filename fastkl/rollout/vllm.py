@@ -52,6 +52,7 @@ class VllmGenerator:
                     dtype=dtype,
                     max_model_len=max_model_len,
                     gpu_memory_utilization=gpu_memory_utilization,
+                    reads_text=bool(sampling.stop),
                 )
             except Exception as failure:  # the engine raises many types; the log has the details
                 raise UserError(
@@ -83,6 +84,8 @@ class VllmGenerator:
 
         arguments = vllm_arguments(self.sampling, self.llm.llm_engine.model_config.get_vocab_size())
         arguments |= {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
+        if self.sampling.stop:  # its tokens belong to the completion, and so does its text
+            arguments |= {"detokenize": True, "include_stop_str_in_output": True}
         return [SamplingParams(**arguments, seed=seed) for seed in seeds]
 
     def close(self) -> None:
@@ -117,7 +120,7 @@ def _sampled_logprobs(output: Any) -> list[float]:
     return logprobs
 
 
-def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utilization: float) -> Any:
+def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utilization: float, reads_text: bool) -> Any:
     """The engine, quiet, in this process. Its settings are read from the environment when vllm is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default takes most of the memory
@@ -142,7 +145,7 @@ def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utiliz
             enable_prefix_caching=False,  # a reload of weights does not empty that cache
             generation_config="vllm",  # ours are the sampling settings, not those in the model folder
             trust_remote_code=False,
-            skip_tokenizer_init=True,  # token ids in, token ids out
+            skip_tokenizer_init=not reads_text,  # token ids in, token ids out; a text that ends it needs the words
             disable_log_stats=True,
             **options,
         )

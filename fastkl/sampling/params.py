@@ -81,6 +81,8 @@ class SamplingSettings:
         tuple[int, ...], AT_LEAST_0, Rule(SUPPORT, f"all others are {NOT_DRAWN}", vllm=None)
     ] = ()
     """The only token ids that are sampled; none allows all."""
+    stop: Annotated[tuple[str, ...], ENDS_BY_TEXT] = ()
+    """Texts that end a completion, with the token that completes one of them; none for no such text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ VLLM: dict[str, Rule] = {
     **{rule.vllm or name: rule for name, rule in rules().items() if rule.vllm is not None},
     "allowed_token_ids": Rule(SUPPORT, rules()["allowed_token_ids"].why),
     **dict.fromkeys(("n", "seed"), SEED),
-    **dict.fromkeys(("stop", "repetition_detection"), ENDS_BY_TEXT),
+    "repetition_detection": ENDS_BY_TEXT,
     **dict.fromkeys(
         (
             *("logprobs", "prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start", "logprob_token_ids"),

@@ -27,6 +27,7 @@ from fastkl.scoring.head import head_of
 from fastkl.scoring.pack import pack
 from fastkl.scoring.score_tokens import check_same_logits, layout_of
 from fastkl.scoring.scored_model import Hidden, ScoredModel
+from fastkl.scoring.source import resolve_model
 from fastkl.training.setup import choose_device, compute_dtype
 from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch
 from fastkl.version import __version__
@@ -131,7 +132,7 @@ def header(config: ScoreConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 def job_reader(config: ScoreConfig) -> JobReader:
     """The reader of the input's lines for the policy's tokenizer, vocabulary and context."""
-    source = models.resolve_model(config.model)
+    source = resolve_model(config.model)
     model_config, tokenizer = models.load_config(source), models.load_tokenizer(source)
     return JobReader(
         config.input,
@@ -180,7 +181,7 @@ class Scorer:
 
         dtype: of the backbone's matrix products; weights, head and scores are float32.
         """
-        sources = [models.resolve_model(name) for name in (config.model, config.reference) if name is not None]
+        sources = [resolve_model(name) for name in (config.model, config.reference) if name is not None]
         loaded = {source: models.load_model(source, device).requires_grad_(False) for source in dict.fromkeys(sources)}
         scored = [ScoredModel(loaded[source], layout_of(loaded[source], dtype), dtype) for source in sources]
         policy, reference = scored[0], scored[1] if len(scored) == 2 else None

@@ -7,72 +7,20 @@ logit_scale * softcap * tanh((hidden @ weight.T + bias) / softcap).
 
 from __future__ import annotations
 
-import socket
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from torch import nn
 
 from fastkl.errors import UserError
+from fastkl.scoring.source import first_line
+from fastkl.scoring.source import resolve_model as resolve_model  # who loads a model resolves its name first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def resolve_model(name: str) -> str:
-    """The folder or hub id to load: "storyteller" is the embedded model. UserError if a folder lacks what is needed."""
-    if name == "storyteller":
-        from fastkl.storyteller import model_path
-
-        return str(model_path())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise UserError(f"model: the folder {name!r} holds no config.json; name a Hugging Face model folder.")
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(f"model: the folder {name!r} holds no .safetensors weights; save it with save_pretrained.")
-        return str(folder)
-    looks_like_hub_id = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and " " not in name
-    if not looks_like_hub_id or folder.exists():
-        raise UserError(
-            f"model: there is no model folder {name!r}; name an existing folder, a hub id, or 'storyteller'."
-        )
-    check_hub(name)
-    return name
-
-
-def check_hub(name: str) -> None:
-    """UserError, within two seconds, where the hub cannot be reached and the model is not in the local cache.
-
-    A cached model is loaded without asking the hub then, which would retry for half a minute; a note says so, since it
-    holds for all that this process loads from now on.
-    """
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    if constants.HF_HUB_OFFLINE or getproxies():
-        return  # the library fails at once, or goes through the proxy
-    address = urlsplit(constants.ENDPOINT)
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname, port), timeout=2).close()
-    except OSError as failure:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            raise UserError(
-                f"model: {name!r} is no folder, and the hub cannot be reached ({failure}); name a folder, or check the "
-                "network."
-            ) from failure
-        constants.HF_HUB_OFFLINE = True
-        print(
-            f"fastkl: the hub cannot be reached ({failure}); {name!r} is loaded from the local cache, and from now on "
-            "this process asks the hub for nothing.",
-            file=sys.stderr,
-        )
 
 
 def quiet_transformers() -> None:
@@ -312,9 +260,3 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def first_line(failure: BaseException) -> str:
-    """The first line of an exception's message, for one-line errors."""
-    text = str(failure).strip() or type(failure).__name__
-    return text.splitlines()[0][:200]

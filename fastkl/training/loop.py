@@ -8,12 +8,13 @@ its differentiable ones carry the gradient, so a step costs two forwards and one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 
+from fastkl.config.defaults import lr_of
 from fastkl.config.settings import TrainConfig
 from fastkl.objective.rloo import BatchObjective, Objective, whole_step
 from fastkl.report.step_metrics import StepReport
@@ -21,6 +22,7 @@ from fastkl.rollout.agreement import check_agreement
 from fastkl.scoring.pack import pack, scorable_groups
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training.draw import draw_batch
+from fastkl.training.given import Reward, taken
 from fastkl.training.schedule import learning_rate, set_learning_rate
 from fastkl.training.setup import set_up
 from fastkl.training.signals import StopRequest, stop_request
@@ -35,14 +37,29 @@ class Diverged(RuntimeError):
     """Loss or gradient was not finite for MAX_SKIPPED_IN_A_ROW steps in a row."""
 
 
-def train(config: TrainConfig, *, callbacks: Iterable[object] = ()) -> TrainResult:
-    """Runs the training that `config` describes; the files of the run are in `config.output`.
+def train(
+    config: TrainConfig | None = None,
+    *,
+    reward: Reward | Sequence[Reward] | None = None,
+    prompts: Any = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    callbacks: Iterable[object] = (),
+) -> TrainResult:
+    """Runs the training that `config` describes; the files of the run are in its `output`.
 
-    callbacks: objects with some of on_step_end, on_checkpoint, on_eval (callbacks.py). Raises UserError for a user's
-    mistake before anything expensive starts, Diverged and StaleEngineError for a run that had to stop, with its state
-    saved.
+    What is given besides takes the place of the setting of that name:
+
+    reward: a function, a name, or a list of these. prompts: an address, or rows (texts, lists of messages, columns by
+    name) as a list or a data set. model: a folder, a hub id, or a model of transformers in float32, which is trained in
+    place; the reference is a copy of it as it is now. tokenizer: that of such a model, where its folder has none.
+    callbacks: objects with some of on_step_end, on_checkpoint, on_eval (callbacks.py).
+
+    Raises UserError for a user's mistake before anything expensive starts, Diverged and StaleEngineError for a run that
+    had to stop, with its state saved.
     """
-    return run_steps(set_up(config, callbacks=callbacks))
+    config, given = taken(config or TrainConfig(), reward, prompts, model, tokenizer)
+    return run_steps(set_up(config, callbacks=callbacks, given=given))
 
 
 def run_steps(run: Run) -> TrainResult:
@@ -158,7 +175,7 @@ def saved_on_failure(run: Run) -> Iterator[None]:
 
 def diagnosis(config: TrainConfig, step: int) -> str:
     """What to try after divergence."""
-    remedies = [f"a smaller --lr (now {config.lr:g})"]
+    remedies = [f"a smaller --lr (now {lr_of(config):g})"]
     if not config.max_grad_norm:
         remedies.append("--max-grad-norm 1 (gradients are not clipped now)")
     if config.kl_coef == 0:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from fastkl.config.settings import TrainConfig
 from fastkl.evaluation.evaluate import Evaluator
 from fastkl.scoring.adapters import is_adapter
 from fastkl.training import checkpoint
+from fastkl.training.given import source_of
 from fastkl.training.state import Run, Snapshot
 from fastkl.types import Prompt
 
@@ -54,11 +56,16 @@ def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
 
 
 def fingerprints(
-    config: TrainConfig, prompts: Sequence[Prompt], reference: nn.Module, evaluator: Evaluator | None = None
+    config: TrainConfig,
+    prompts: Sequence[Prompt],
+    reference: nn.Module,
+    evaluator: Evaluator | None = None,
+    functions: Iterable[Any] = (),
 ) -> dict[str, str]:
     """Hashes of what a run reads from outside: a resumed run says which of them have changed.
 
-    Of the reference the first numbers of every tensor: another training changes them all.
+    functions: rewards that were handed over from Python. Of the reference the first numbers of every tensor are taken:
+    another training changes them all.
     """
 
     def digest(pieces: Iterable[bytes]) -> str:
@@ -75,6 +82,7 @@ def fingerprints(
             if not is_adapter(name)
         ),
     }
+    found |= {f"reward {name}": digest([source]) for name, source in source_of(functions).items()}
     if evaluator:
         found["eval_prompts"] = digest(repr((p.token_ids, dict(p.columns))).encode() for p in evaluator.prompts)
         found["eval_text"] = digest(repr(window).encode() for window in evaluator.text)

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
 
+from fastkl.config.defaults import resolved
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
 from fastkl.training.manifest import read_manifest
@@ -111,6 +112,7 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
     started = started_with(folder)
     if started is None:
         return
+    started, config = resolved(started), resolved(config)
     for name in (field.name for field in fields(config) if field.name not in MAY_CHANGE_ON_RESUME):
         before, now = getattr(started, name), getattr(config, name)
         if before != now:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from torch import nn
 
+from fastkl.config.defaults import lr_of, lr_warnings, resolved
 from fastkl.config.held_out import best_by
 from fastkl.config.settings import TrainConfig, check_config, penalty_of
 from fastkl.data.prompts import PromptSource
@@ -41,11 +42,14 @@ from fastkl.scoring.head import check_head
 from fastkl.scoring.memory import micro_batch_tokens
 from fastkl.scoring.pack import pack
 from fastkl.scoring.scored_model import ScoredModel
+from fastkl.scoring.source import resolve_model, snapshot
 from fastkl.training import checkpoint
 from fastkl.training.best import Best
 from fastkl.training.callbacks import check_callbacks
 from fastkl.training.environment import record_environment
 from fastkl.training.fork import begin, copy_lines, forked
+from fastkl.training.given import Given
+from fastkl.training.memory_plan import num_adapter_parameters, num_parameters, plan_of
 from fastkl.training.resume import fingerprints, resume
 from fastkl.training.run_folder import has_checkpoint, lock_run_folder, prepare_run_folder
 from fastkl.training.state import Run, StepLimits
@@ -73,21 +77,29 @@ class Inputs:
     lock: TextIO  # held while it is open
     resumed: checkpoint.Checkpoint | None  # what the run continues
     is_fork: bool  # `resumed` is another run's
+    given: Given  # objects in the place of what the settings name
 
 
-def check_inputs(config: TrainConfig) -> Inputs:
-    """Everything that a user can get wrong, in the order of cost. Raises UserError."""
+def check_inputs(
+    config: TrainConfig, given: Given | None = None, say: Callable[[str], None] = lambda message: None
+) -> Inputs:
+    """Everything that a user can get wrong, in the order of cost. Raises UserError.
+
+    given: objects in the place of what the settings name. say: shows a person what happens.
+    """
+    given = given or Given()
     check_config(config)
     check_report_to(config.report_to)
     check_adapters(config.lora_rank, config.lora_targets)
     device = choose_device(config.device)
-    rewards = load_rewards(config.reward, config.reward_weights, taken_reward_names())
+    rewards = load_rewards(given.rewards or config.reward, config.reward_weights, taken_reward_names())
     rewards_of_held = eval_rewards(config, rewards)
     models.quiet_transformers()
-    source = models.resolve_model(config.model)
-    model_config, tokenizer = models.load_config(source), models.load_tokenizer(source)
+    source = resolve_model(config.model, config.revision)
+    model_config = models.load_config(source)
+    tokenizer = given.tokenizer or models.load_tokenizer(source)
     room = room_for_prompt(config, model_config)
-    prompts = prompts_of(config, config.prompts, tokenizer, room)
+    prompts = prompts_of(config, config.prompts if given.prompts is None else given.prompts, tokenizer, room, say)
     check_columns(rewards, dict.fromkeys(name for prompt in prompts for name in prompt.columns))
     prompts, held = split(config, prompts, tokenizer, room)
     text = text_windows(config, tokenizer, models.context_length(model_config))
@@ -103,8 +115,7 @@ def check_inputs(config: TrainConfig) -> Inputs:
         fork = forked(config, folder)
     return Inputs(
         *(device, source, model_config, tokenizer, rewards, prompts, evaluator, sampling, generator, reason, folder),
-        *(lock, resumed or fork),
-        is_fork=fork is not None,
+        *(lock, resumed or fork, fork is not None, given),
     )
 
 
@@ -121,26 +132,33 @@ def check_vocabulary(vocab: int | None, prompts: Iterable[Prompt], sampling: Sam
             )
 
 
-def set_up(config: TrainConfig, *, callbacks: Iterable[object] = ()) -> Run:
-    """Checks everything, loads everything, and resumes if asked. Raises UserError for a user's mistake."""
-    checked = check_callbacks(callbacks)
-    inputs = check_inputs(config)
+def set_up(config: TrainConfig, *, callbacks: Iterable[object] = (), given: Given | None = None) -> Run:
+    """Checks everything, loads everything, and resumes if asked. Raises UserError for a user's mistake.
+
+    given: objects in the place of what the settings name.
+    """
+    checked, config = check_callbacks(callbacks), resolved(config)
+    view = View(f"{config.model} → {', '.join(config.reward)}, β {config.kl_coef:g}", total_steps=config.steps)
+    inputs = check_inputs(config, given, view.note)
     with closed_on_failure(inputs.lock):
-        return load(config, inputs, checked)
+        return load(config, inputs, checked, view)
 
 
-def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> Run:
+def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], view: View) -> Run:
     """The run that these inputs describe: models checked and loaded, generator started, state resumed."""
     device, resumed = inputs.device, inputs.resumed
     if device.type == "cpu":
         keep_freed_memory()
+    view.first_step = resumed.step + 1 if resumed else 1
+    dtype = compute_dtype(config.dtype, device)
+    say_what_it_takes(config, inputs, dtype, view.note)
+    view.note(f"loading {config.model} ...")
     of_held = inputs.evaluator.rewards if inputs.evaluator else ()
     prepare_rewards((*inputs.rewards, *(reward for reward in of_held if reward not in inputs.rewards)), device)
-    title = f"{config.model} → {', '.join(config.reward)}, β {config.kl_coef:g}"
-    view = View(title, total_steps=config.steps, first_step=resumed.step + 1 if resumed else 1)
+    if config.revision:
+        snapshot(config.model, config.revision, weights=True)
     policy, reference = load_models(config, inputs)
     check_head(reference, list(inputs.prompts[0].token_ids))
-    dtype = compute_dtype(config.dtype, device)
     probe = probe_batch(inputs.prompts[0], device)
     layout, layout_reason = backbone.choose_layout(
         reference, probe, dtype, max_tokens=max_sequence_tokens(inputs, config)
@@ -154,6 +172,7 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
     view.note(f"generator: {inputs.generator} ({inputs.generator_reason})")
     view.note(f"backbone: {layout} ({layout_reason}), {str(dtype).removeprefix('torch.')} on {device.type}")
     limits = limits_of(config, scored)
+    view.note(f"starting {inputs.generator} ...")
     generator = start_generator(inputs, config, policy, dtype)
     if inputs.is_fork and resumed:
         copy_lines(resumed, inputs.folder)
@@ -166,11 +185,11 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
         tokenizer=inputs.tokenizer,
         optimizer=torch.optim.AdamW(
             [p for p in policy.parameters() if p.requires_grad],
-            lr=config.lr,
+            lr=lr_of(config),
             weight_decay=config.weight_decay,
             fused=True,
         ),
-        prompts=PromptSource(inputs.prompts, seed=config.seed),
+        prompts=PromptSource(inputs.prompts, seed=config.seed, shuffle=config.shuffle),
         rewards=inputs.rewards,
         generator=generator,
         objective=objective_of(config, inputs.sampling),
@@ -190,7 +209,7 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...]) -> 
         best=Best(best_by(config.best)) if config.best else None,
         callbacks=callbacks,
         lock=inputs.lock,
-        inputs=fingerprints(config, inputs.prompts, reference, inputs.evaluator),
+        inputs=fingerprints(config, inputs.prompts, reference, inputs.evaluator, inputs.given.rewards),
     )
     record_environment(inputs.folder, first_step=resumed.step + 1 if resumed else 1, device=device, dtype=dtype)
     if not config.reference_every:
@@ -231,9 +250,43 @@ def load_models(config: TrainConfig, inputs: Inputs) -> tuple[PreTrainedModel, P
     if resumed and (resumed.folder / WEIGHTS).is_file():
         raise UserError(f"lora_rank: the checkpoint {str(resumed.folder)!r} holds adapters; give the rank they have.")
     reference = models.load_model(inputs.source, device).requires_grad_(False)
-    policy = models.load_model(str(resumed.folder) if resumed else inputs.source, device)
+    policy = policy_of(inputs)
     check_same_shape(policy, reference, resumed)
     return policy, reference
+
+
+def policy_of(inputs: Inputs) -> Any:
+    """The model that is trained: read from the checkpoint or the start, or the caller's own module, which is trained in
+    place and gets a checkpoint's weights."""
+    resumed, module = inputs.resumed, inputs.given.policy
+    if module is None:
+        return models.load_model(str(resumed.folder) if resumed else inputs.source, inputs.device)
+    module = models.without_dropout(module).to(inputs.device)
+    if resumed:
+        saved = models.load_model(str(resumed.folder), inputs.device)
+        check_same_shape(module, saved, resumed)
+        module.load_state_dict(saved.state_dict())
+    return module
+
+
+def say_what_it_takes(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, say: Callable[[str], None]) -> None:
+    """One line of memory arithmetic, and a warning where the learning rate is far above what the model's size bears."""
+    parameters = num_parameters(inputs.source)
+    if not parameters:
+        return
+    plan = plan_of(
+        config,
+        inputs.model_config,
+        parameters,
+        generator=inputs.generator,
+        device=inputs.device,
+        dtype=dtype,
+        max_tokens=max_sequence_tokens(inputs, config),
+        adapters=num_adapter_parameters(inputs.source, config.lora_rank) if config.lora_rank else 0,
+    )
+    say(plan.line())
+    for warning in () if config.lora_rank else lr_warnings(lr_of(config), parameters):
+        say(warning)
 
 
 @contextlib.contextmanager

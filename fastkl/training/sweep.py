@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from fastkl.config.defaults import resolved
 from fastkl.config.settings import TrainConfig, check_config, settings
 from fastkl.errors import UserError, nearest
 from fastkl.training.run_folder import check_run_folder, holds_run, prepare_run_folder
@@ -123,7 +124,7 @@ def run_config(config: TrainConfig, point: Point) -> TrainConfig:
     """The settings of the run at one point."""
     name = "-".join(f"{name}-{re.sub(r'[^A-Za-z0-9.,+=_-]+', '_', as_typed(value))}" for name, value in point.items())
     folder = Path(config.output).expanduser() / name[:200]
-    return replace(config, **point, output=str(folder), resume=config.resume and holds_run(folder))
+    return resolved(replace(config, **point, output=str(folder), resume=config.resume and holds_run(folder)))
 
 
 def is_finished(run: TrainConfig) -> bool:

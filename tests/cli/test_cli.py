@@ -19,6 +19,7 @@ from toy import VOCAB, toy_model
 
 import fastkl
 from fastkl.cli import command_line, foreign, main
+from fastkl.config.defaults import resolved
 from fastkl.config.files import load_config, save_config
 from fastkl.config.settings import TrainConfig, settings
 from fastkl.training import sweep
@@ -99,7 +100,7 @@ def test_train_help_has_every_setting_with_its_default_under_its_heading(capsys,
     entries = {entry.split()[0]: {*entry.split()} for entry in re.split(r"\n (?=--)", output)}
     for setting in settings().values():
         assert {*setting.help.split()} <= entries[setting.option], setting.name
-    assert "[runs/alliteration]" in words and f"[{TrainConfig().kl_coef}]" in words and "[tensorboard]" in words
+    assert "[auto]" in words and f"[{TrainConfig().kl_coef}]" in words and "[tensorboard]" in words
     blocks = re.split(r"\n *\n", output)
     assert next(block for block in blocks if "--kl-target X" in block).split("\n")[0].strip() == "The objective"
     assert next(block for block in blocks if "--top-k N" in block).split("\n")[0].strip() == "Sampling"
@@ -151,6 +152,7 @@ def trained(monkeypatch) -> list[TrainConfig]:
         return SimpleNamespace(step=config.steps, saved_step=config.steps, stopped=False)
 
     monkeypatch.setattr("fastkl.training.loop.train", train)
+    monkeypatch.setattr("fastkl.training.early.load_rewards", lambda names, weights: ())  # the functions are not there
     return configs
 
 
@@ -167,7 +169,7 @@ def test_options_win_over_the_file_and_the_file_over_the_defaults(trained, tmp_p
     Path("run.yaml").write_text("kl_coef: 0.25\nsteps: 7\nreward: [a.py:f, b.py:g]\n")
     assert main(["train", "--config", "run.yaml", "--steps=9", "--prompts_per_step", "3", "--output", "o"]) == 0
     expected = TrainConfig(kl_coef=0.25, steps=9, reward=("a.py:f", "b.py:g"), prompts_per_step=3, output="o")
-    assert trained == [expected]
+    assert trained == [resolved(expected)]
 
 
 def test_lists_switches_and_odd_spellings_are_understood(trained, tmp_path, monkeypatch):
@@ -176,7 +178,7 @@ def test_lists_switches_and_odd_spellings_are_understood(trained, tmp_path, monk
     assert main(["train", *options.split(), "--prompts", "text:--kl_coef"]) == 0
     config = trained[0]
     assert main(["train", "--steps", "3", "--no-gradient-checkpointing", "--steps", "4", "--output", "o"]) == 0
-    assert trained[1] == TrainConfig(steps=4, output="o")  # as in make's ARGS: the last one counts
+    assert trained[1] == resolved(TrainConfig(steps=4, output="o"))  # as in make's ARGS: the last one counts
     assert (config.reward, config.reward_weights) == (("a", "b", "c"), (1.0, -2.0, 0.3))
     assert (config.report_to, config.gradient_checkpointing, config.lr) == ((), True, 1e-5)
     assert config.prompts == "text:--kl_coef"
@@ -194,7 +196,8 @@ def test_resume_takes_the_settings_of_the_run(trained, tmp_path):
     save_config(TrainConfig(kl_coef=0.125, num_samples=4, output="elsewhere"), tmp_path / "config.yaml")
     (tmp_path / "checkpoints" / "step-10").mkdir(parents=True)
     assert main(["train", "--resume", "--output", str(tmp_path), "--steps", "50"]) == 0
-    assert trained == [TrainConfig(kl_coef=0.125, num_samples=4, output=str(tmp_path), resume=True, steps=50)]
+    expected = TrainConfig(kl_coef=0.125, num_samples=4, output=str(tmp_path), resume=True, steps=50)
+    assert trained == [resolved(expected)]
 
 
 def test_a_run_folder_that_was_moved_is_resumed_where_it_is(trained, tmp_path, monkeypatch):
@@ -202,7 +205,7 @@ def test_a_run_folder_that_was_moved_is_resumed_where_it_is(trained, tmp_path, m
     (tmp_path / "runs" / "alliteration" / "checkpoints" / "step-10").mkdir(parents=True)
     save_config(TrainConfig(seed=3, output="elsewhere"), tmp_path / "runs" / "alliteration" / "config.yaml")
     assert main(["train", "--resume"]) == 0
-    assert trained == [TrainConfig(seed=3, output="runs/alliteration", resume=True)]
+    assert trained == [resolved(TrainConfig(seed=3, output="runs/alliteration", resume=True))]
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

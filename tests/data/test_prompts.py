@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from fastkl.data import chat
-from fastkl.data.prompts import PromptSource, load_prompts
+from fastkl.data.prompts import PromptFormat, PromptSource, load_prompts
 from fastkl.errors import UserError
 from fastkl.types import Prompt
 
@@ -284,7 +284,7 @@ SYSTEM = {"role": "system", "content": "be brief"}
 
 
 def with_system(source, tokenizer, text="be brief") -> list[Prompt]:
-    return load_prompts(str(source), tokenizer, max_prompt_tokens=100, system_prompt=text)
+    return load_prompts(str(source), tokenizer, max_prompt_tokens=100, form=PromptFormat(system_prompt=text))
 
 
 def test_system_prompt_begins_every_prompt_that_has_none_and_makes_messages_of_texts(tokenizer, tmp_path):
@@ -319,3 +319,121 @@ def test_gym_questions_are_one_user_message_where_there_is_a_template(tokenizer,
     assert with_system(source, tokenizer)[0].raw == [SYSTEM, {"role": "user", "content": question}]
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert [p.raw for p in load(source, tokenizer)] == [p.columns["question"] for p in chats]
+
+
+# --------------------------------------------------------------------------------------------- data as people have it
+
+ANSWERED = [*CHAT, {"role": "assistant", "content": "one day"}]
+
+
+def shaped(source, tokenizer, max_prompt_tokens=100, say=print, **form) -> list[Prompt]:
+    return load_prompts(str(source), tokenizer, max_prompt_tokens=max_prompt_tokens, form=PromptFormat(**form), say=say)
+
+
+def test_another_column_is_the_prompt_and_reaches_reward_functions_too(tokenizer, tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"question": "two", "answer": 2}])
+    (prompt,) = shaped(path, tokenizer, prompt_column="question")
+    assert (prompt.text, prompt.columns) == ("two", {"question": "two", "answer": 2})
+    with pytest.raises(
+        UserError, match=r"no column 'prompt' \(its columns: 'question', 'answer'\)\. Name it with --pro"
+    ):
+        load(path, tokenizer)
+    with pytest.raises(UserError, match="no column 'qestion' .*Did you mean 'question'"):
+        shaped(path, tokenizer, prompt_column="qestion")
+
+
+def test_messages_lose_the_answer_that_ends_them_and_a_prompt_continues_it(tokenizer, tmp_path):
+    prompts = load(jsonl(tmp_path / "m.jsonl", [{"messages": m} for m in (ANSWERED, CHAT)]), tokenizer)
+    assert [p.raw for p in prompts] == [CHAT, CHAT]
+    assert prompts[0].columns == {"messages": ANSWERED}
+    rows = [{"messages": ANSWERED, "prompt": "two", "talk": ANSWERED}]
+    assert load(jsonl(tmp_path / "p.jsonl", rows), tokenizer)[0].raw == "two"
+    assert shaped(tmp_path / "p.jsonl", tokenizer, prompt_column="talk")[0].raw == ANSWERED
+    with pytest.raises(UserError, match="line 1 of .* hold nothing but an answer"):
+        load(jsonl(tmp_path / "a.jsonl", [{"messages": ANSWERED[1:]}]), tokenizer)
+
+
+def test_split_and_config_of_a_data_set_are_chosen_by_its_address(tokenizer, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    parts = {name: datasets.Dataset.from_list([{"prompt": text}]) for name, text in (("train", "one"), ("test", "two"))}
+    both = datasets.DatasetDict(parts)
+    both.save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    jsonl(tmp_path / "files" / "train.jsonl", [{"prompt": "one"}])
+    jsonl(tmp_path / "files" / "test-00000.jsonl", [{"prompt": "two"}])
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or both)
+    for name in ("saved", "files"):
+        assert [p.text for p in load(f"{tmp_path / name}?split=test", tokenizer)] == ["two"], name
+    assert load(tmp_path / "saved", tokenizer)[0].text == "one"
+    for source in ("hub:a/b?config=main&split=test", "a/b?split=test"):
+        assert load(source, tokenizer)[0].text == "two"
+    assert asked == [(("a/b",), {"name": "main"}), (("a/b",), {})]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("hub:a/b?splitt=test", ["'a/b' has no option 'splitt'", "Did you mean 'split'"]),
+        ("hub:a/b?split=dev", ["has no split 'dev' (it has train, test)", "a/b?split=NAME"]),
+        ("files?split=dev", ["no file in 'files' has the split 'dev' in its name (it has train.jsonl)"]),
+        ("files?config=main", ["'files' has no option 'config'"]),
+        ("files/train.jsonl?split=test", ["is a file, which has no splits"]),
+        ("saved?split=dev", ["has no splits; name it without ?split=dev"]),
+    ],
+)
+def test_an_address_that_names_nothing_is_explained(tokenizer, tmp_path, monkeypatch, source, words):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "files").mkdir()
+    jsonl(tmp_path / "files" / "train.jsonl")
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk("saved")
+    both = datasets.DatasetDict({"train": data, "test": data})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: both)
+    with pytest.raises(UserError) as refused:
+        load(source, tokenizer)
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+
+
+THINKS = (
+    "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    "{{ 'one' if enable_thinking else 'two' }}{{ ' ' + style if style }}"
+)
+
+
+def test_template_gets_the_keywords_and_the_rows_own_win(tokenizer, tmp_path, monkeypatch):
+    from fastkl.data.prompts import template_kwargs
+
+    monkeypatch.setattr(tokenizer, "chat_template", THINKS)
+    own = [{}, {"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template_kwargs": {"style": None}}]
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": CHAT, **columns} for columns in own])
+    kwargs = template_kwargs(["enable_thinking=true", "style=day"])
+    assert kwargs == {"enable_thinking": True, "style": "day"}
+    texts = [p.text for p in shaped(path, tokenizer, chat_template_kwargs=kwargs)]
+    assert texts == [f"tell a story {word} day" for word in ("one", "two", "one")]
+    assert load(path, tokenizer)[0].text == "tell a story two"
+    bad = jsonl(tmp_path / "b.jsonl", [{"prompt": CHAT, "chat_template_kwargs": {"tokenize": True}}])
+    with pytest.raises(
+        UserError, match="the 'chat_template_kwargs' in line 1 of .* are no keywords of a chat template"
+    ):
+        load(bad, tokenizer)
+
+
+def test_long_prompts_are_dropped_where_that_is_asked_for_and_counted(tokenizer, tmp_path):
+    path, said = jsonl(tmp_path / "p.jsonl", [{"prompt": p} for p in ("one", "two two two", "a day", "a a a a")]), []
+    kept = shaped(path, tokenizer, max_prompt_tokens=3, long_prompts="drop", say=said.append)
+    assert [p.text for p in kept] == ["one", "a day"]
+    assert said == [f"prompts: 2 of 4 dropped, of more than 3 tokens; the first is line 2 of {str(path)!r}"]
+    with pytest.raises(UserError, match="prompts: none fits; .* room for 1 tokens"):
+        shaped(path, tokenizer, max_prompt_tokens=1, long_prompts="drop")
+    with pytest.raises(UserError, match="line 2 of .* has 4 tokens.*--long-prompts drop"):
+        shaped(path, tokenizer, max_prompt_tokens=3)
+
+
+def test_without_shuffle_prompts_come_in_their_own_order_in_every_epoch():
+    source = PromptSource(numbered(3), seed=5, shuffle=False)
+    assert taken(source, 7) == [0, 1, 2, 0, 1, 2, 0]
+    resumed = PromptSource(numbered(3), seed=5, shuffle=False)
+    resumed.load_state(source.state())
+    assert taken(resumed, 3) == [1, 2, 0]

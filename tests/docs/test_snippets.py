@@ -28,6 +28,7 @@ from packaging.requirements import Requirement
 from pages import PAGES, ROOT, Snippet, commands, snippets
 
 import fastkl.cli
+from fastkl.config.defaults import output_of
 from fastkl.config.settings import TrainConfig, check_config
 from fastkl.rollout.generator import GENERATORS
 
@@ -268,6 +269,7 @@ def check_fastkl(arguments: list[str], folder: Path, monkeypatch) -> None:
         return
     if command in WORK:
         monkeypatch.setattr(WORK[command], work)
+    monkeypatch.setattr("fastkl.training.early.place_of", lambda source: "text")  # prompts.jsonl is the reader's own
     make_what_is_continued(arguments, folder)
     try:
         assert fastkl.cli.main(arguments) == 0
@@ -282,7 +284,7 @@ def check_fastkl(arguments: list[str], folder: Path, monkeypatch) -> None:
 def make_what_is_continued(arguments: list[str], folder: Path) -> None:
     """Run folders that a command reads."""
     if "--resume" in arguments:
-        output = arguments[arguments.index("--output") + 1] if "--output" in arguments else TrainConfig().output
+        output = arguments[arguments.index("--output") + 1] if "--output" in arguments else output_of(TrainConfig())
         (folder / output / "checkpoints" / "step-1").mkdir(parents=True)
     if "--fork" in arguments:
         run, _, step = arguments[arguments.index("--fork") + 1].partition(":")
@@ -296,7 +298,7 @@ def make_what_is_continued(arguments: list[str], folder: Path) -> None:
 
 def check_settings(config: TrainConfig) -> None:
     """The settings fit together, and the files and functions that they name are there."""
-    from fastkl.data.prompts import read_rows
+    from fastkl.data.rows import read_rows
     from fastkl.rewards.load import load_rewards
 
     check_config(config)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from fastkl.data.prompts import read_rows
+from fastkl.data.rows import read_rows
 from fastkl.errors import UserError
 from fastkl.gym import entries, task_of
 from fastkl.rewards.call import compute_rewards

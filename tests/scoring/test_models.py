@@ -20,12 +20,12 @@ from fastkl.scoring.models import (
     context_length,
     dropouts,
     load_model,
-    resolve_model,
     text_config,
     without_dropout,
 )
 from fastkl.scoring.pack import pack
 from fastkl.scoring.scored_model import ScoredModel
+from fastkl.scoring.source import resolve_model
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastkl import TrainConfig, train
 from fastkl.cli import main
-from fastkl.scoring.models import load_model, load_tokenizer, resolve_model
+from fastkl.scoring.models import load_model, load_tokenizer
+from fastkl.scoring.source import resolve_model
 from fastkl.training.checkpoint import RandomState, save_checkpoint
 
 
