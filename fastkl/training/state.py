@@ -209,11 +209,10 @@ class Run:
         charged = find_estimator(self.config.kl_estimator).over_all
         if charged or not off > max(OFF_SUPPORT_NATS, 2 * on):
             return
-        placed = "exact_full" if self.config.kl_placement == "loss" else "k1_full"
         self.note_once(
             "kl/off_support",
             f"{off:.3g} nats per completion lie on ids that cannot be drawn, where kl_estimator "
-            f"{self.config.kl_estimator} charges nothing; --kl-estimator {placed} charges them, too.",
+            f"{self.config.kl_estimator} charges nothing; --kl-estimator exact_full --kl-placement loss charges them.",
         )
 
     def warn_outside(self, total: Breakdown) -> None:
