@@ -31,9 +31,9 @@ class StopRequest:
             raise KeyboardInterrupt
         self.waiting = self.requested
         if not self.requested:
+            self.requested = True  # before it is said: the next signal may come at once
             name = signal.Signals(number).name
             self.say(f"{name}: this step is finished and saved, then the run ends; a second signal ends it at once.")
-        self.requested = True
 
     def hold(self) -> None:
         """From here on nothing is interrupted."""

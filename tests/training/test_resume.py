@@ -242,3 +242,17 @@ def test_an_output_that_cannot_be_written_costs_nothing(tmp_path):
     assert "Traceback" not in result.stderr
     assert [row["step"] for row in metrics(output)] == [1, 2]
     assert (output / "checkpoints" / "step-2" / "checkpoint.json").is_file()
+
+
+def test_a_second_signal_that_comes_while_the_first_is_answered_is_not_lost():
+    said: list[str] = []
+
+    def say(message: str) -> None:
+        said.append(message)
+        if len(said) == 1:
+            stop(signal.SIGINT, None)
+
+    stop = StopRequest(say)
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGINT, None)
+    assert len(said) == 1
