@@ -289,7 +289,9 @@ def make_what_is_continued(arguments: list[str], folder: Path) -> None:
     if "--fork" in arguments:
         run, _, step = arguments[arguments.index("--fork") + 1].partition(":")
         (folder / run / "checkpoints" / f"step-{step}").mkdir(parents=True)
-        (folder / run / "checkpoints" / f"step-{step}" / "checkpoint.json").write_text('{"config": {}}')
+        (folder / run / "checkpoints" / f"step-{step}" / "checkpoint.json").write_text(
+            json.dumps({"format": 1, "step": int(step), "files": {}, "config": {}})
+        )
     if arguments[0] in ("report", "doctor"):
         for name in arguments[1:]:
             if not name.startswith("-") and "." not in name:

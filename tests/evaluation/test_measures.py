@@ -72,3 +72,4 @@ def test_a_pass_reaches_the_mark_and_samples_without_a_reward_do_not_count():
     assert passes(rewards, 0.99, 1) == pytest.approx([2 / 3, 1 / 2])
     assert passes(rewards, 0.99, 2) == pytest.approx([1.0, 1.0])
     assert passes(rewards, 0.99, 3) == pytest.approx([1.0])
+    assert passes(rewards, 0.0, 1) == [1.0, 1.0], "a missing reward stands as 0, and is no pass where 0 is one"
