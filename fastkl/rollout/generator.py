@@ -33,8 +33,9 @@ class Generator(Protocol):
         """One completion for each request, in order."""
         ...
 
-    def sync(self, policy: nn.Module) -> None:
-        """Brings the generator up to the policy's weights; later completions are drawn with them."""
+    def sync(self, policy: nn.Module, step: int = 0) -> None:
+        """Brings the generator up to the policy's weights after this step (0: before the first); later completions are
+        drawn with them. One that holds a copy proves that it is equal, or raises StaleEngineError."""
         ...
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ of processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -43,6 +43,7 @@ class EngineOptions:
     max_model_len: int  # tokens, of the longest prompt with its completion
     gpu_memory_utilization: float
     log: Path  # where an engine's own messages go
+    note: Callable[[str], None] = print  # says what a user should know about the engine
 
 
 def sample_seed(seed: int, step: int, prompt: int, sample: int) -> int:

@@ -235,8 +235,8 @@ class TransformersGenerator:
             for request, ids, values in zip(requests, token_ids, logprobs, strict=True)
         ]
 
-    def sync(self, policy: nn.Module) -> None:
-        """See Generator. Nothing to do, since it decodes with the policy itself."""
+    def sync(self, policy: nn.Module, step: int = 0) -> None:
+        """See Generator. Nothing to do and nothing to compare: it decodes with the policy itself, not with a copy."""
 
     def close(self) -> None:
         """See Generator. Nothing to do, since it holds no memory of its own."""

@@ -17,11 +17,17 @@ from torch import nn
 
 from fastkl.errors import UserError
 from fastkl.rollout.requests import EngineOptions, Request, completion
-from fastkl.rollout.weight_sync import push_weights
+from fastkl.rollout.weight_sync import WeightSync
 from fastkl.sampling.params import Sampling, vllm_arguments
 from fastkl.sampling.rules import VLLM, check_parameters, vllm_parameters
 from fastkl.scoring.models import text_config
 from fastkl.types import Completion
+
+LATENT_ATTENTION = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "longcat_flash")
+"""Models whose attention vLLM runs on the latent keys and values themselves."""
+
+CPU_EXPERTS_BLOCK = 32
+"""Columns that vLLM's matrix products of experts take at a time on a CPU; it pads the other side itself."""
 
 
 class VllmGenerator:
@@ -61,6 +67,7 @@ class VllmGenerator:
                     "Use --generator transformers."
                 ) from failure
         check_parameters(vllm_parameters(self._params([0])[0]), VLLM)
+        self.weights = WeightSync(self.llm, getattr(torch, dtype))
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See Generator. Each request has its own seed; with one seed for all, the samples of a prompt would be
@@ -74,9 +81,9 @@ class VllmGenerator:
             for request, out in zip(requests, outputs, strict=True)
         ]
 
-    def sync(self, policy: nn.Module) -> None:
-        """See Generator: the weights are copied into the running engine."""
-        push_weights(self.llm, policy)
+    def sync(self, policy: nn.Module, step: int = 0) -> None:
+        """See Generator: the weights are copied into the running engine, and compared there."""
+        self.weights.push(policy, step)
 
     def _params(self, seeds: Sequence[int]) -> list[Any]:
         """vLLM's parameters for requests with these seeds, by the sampling of now."""
@@ -90,7 +97,7 @@ class VllmGenerator:
 
     def close(self) -> None:
         """See Generator."""
-        self.llm = None
+        self.llm = self.weights.llm = None
         gc.collect()  # the engine and its cache refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -108,6 +115,12 @@ def start(options: EngineOptions) -> VllmGenerator:
         log=options.log,
     )
     generator.sync(options.policy)
+    if unseen := generator.weights.check.not_compared:
+        more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
+        options.note(
+            f"vLLM keeps no plain copy of {', '.join(unseen[:3])}{more}: after a push these are not compared with the "
+            "policy's, all others are."
+        )
     return generator
 
 
@@ -216,14 +229,31 @@ def obstacle(model_config: Any, device: torch.device) -> str | None:
 
     if architecture not in ModelRegistry.get_supported_archs():
         return f"vLLM has no implementation of {architecture}"
-    if device.type == "cpu":
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    return obstacle_on_cpu(text_config(model_config)) if device.type == "cpu" else None
 
-        size = head_dim(text_config(model_config))
-        supported = CPUAttentionBackend.get_supported_head_sizes()
-        if size is not None and size not in supported:
-            return f"vLLM's CPU attention takes head sizes {', '.join(map(str, supported))} and this model has {size}"
-    return None
+
+def obstacle_on_cpu(config: Any) -> str | None:
+    """What vLLM's kernels for CPUs do not take."""
+    if has_experts(config) and config.hidden_size % CPU_EXPERTS_BLOCK:
+        return f"vLLM's CPU experts take hidden sizes divisible by {CPU_EXPERTS_BLOCK}, not {config.hidden_size}"
+    if getattr(config, "model_type", "") in LATENT_ATTENTION and config.kv_lora_rank is not None:
+        from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend as Backend
+
+        size: int | None = config.kv_lora_rank + config.qk_rope_head_dim
+    else:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend as Backend
+
+        size = head_dim(config)
+    supported = Backend.get_supported_head_sizes()
+    if size is None or size in supported:
+        return None
+    return f"vLLM's CPU attention takes head sizes {', '.join(map(str, supported))} and this model has {size}"
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a model's layers choose among experts. Configurations name their number differently."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any((getattr(config, name, None) or 0) > 1 for name in names)
 
 
 def head_dim(config: Any) -> int | None:

@@ -1,25 +1,93 @@
-"""Weight sync: the policy's weights into the running vLLM engine.
+"""Weight sync: the policy's weights into the running vLLM engine, and the proof that they arrived.
 
 vLLM reloads weights in place, but three things can go wrong without a word: a packed, tied output head on CPUs keeps
-the old weights; a prefix cache survives with the old keys and values; a reload may stop half-way. The first two are
-cured here, and all three are caught by agreement.py.
+the old weights; packed experts on CPUs get plain ones; a prefix cache survives with the old keys and values. All three
+are cured here, and push_check.py compares what the engine holds in the end, tensor by tensor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import nn
 
-from fastkl.scoring.adapters import merged
+from fastkl.rollout.push_check import PushCheck
+from fastkl.scoring.adapters import is_adapter, merged
 
 
-def push_weights(llm: Any, policy: nn.Module) -> None:
-    """Copies the policy's parameters, adapters merged, into the running engine (cast to the engine's dtype)."""
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged(policy)})
-    if getattr(policy.config, "tie_word_embeddings", False):
-        llm.apply_model(_repack_tied_head)
-    llm.reset_prefix_cache()
+class WeightSync:
+    """Brings one running engine up to the policy's weights, which are cast to the engine's dtype."""
+
+    def __init__(self, llm: Any, dtype: torch.dtype) -> None:
+        self.llm = llm
+        self.check = PushCheck(dtype)
+
+    def push(self, policy: nn.Module, step: int) -> None:
+        """Copies the weights after `step` (0: before the first) into the engine.
+
+        Raises StaleEngineError, naming tensors, where the engine does not hold them then.
+        """
+        (model,) = self.llm.apply_model(_itself)
+        with self.check.watching(model) as push, packing(model, push.pack):
+            weights = push.through(checkpoint_weights(policy))
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if getattr(policy.config, "tie_word_embeddings", False):
+            _repack_tied_head(model)
+        self.llm.reset_prefix_cache()
+        self.check.verify(model, lambda: checkpoint_weights(policy), push, step)
+
+
+def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's parameters, adapters merged, under the names and in the shapes that its saved folder has: those that
+    engines load.
+
+    In memory transformers may hold them otherwise: all experts of a layer as one tensor, for example. Taking them apart
+    copies them, as merging does, so it is done layer by layer where there is a need.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    copies = any(parameter.ndim > 2 or is_adapter(name) for name, parameter in policy.named_parameters())
+    for _, members in groupby(merged(policy), key=lambda pair: _layer_of(pair[0]) if copies else ""):
+        yield from revert_weight_conversion(policy, dict(members)).items()
+
+
+def _layer_of(name: str) -> str:
+    """The part of a parameter's name that ends in its layer's number; the name where it is in no layer."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else name
+
+
+@contextmanager
+def packing(model: nn.Module, pack: Callable[[str, nn.Module, Callable[[], None]], None]) -> Iterator[None]:
+    """While the engine loads, every layer that it has loaded goes through pack(path, layer, function that packs it)."""
+    paths = {layer: path for path, layer in model.named_modules()}
+
+    def instead(original: Callable[[nn.Module], None], layer: nn.Module) -> None:
+        pack(paths.get(layer, ""), layer, partial(_pack, original, layer))
+
+    methods = {id(m): m for layer in paths if (m := getattr(layer, "quant_method", None)) is not None}
+    for method in methods.values():
+        method.process_weights_after_loading = partial(instead, method.process_weights_after_loading)
+    try:
+        yield
+    finally:
+        for method in methods.values():
+            del method.process_weights_after_loading
+
+
+def _pack(original: Callable[[nn.Module], None], layer: nn.Module) -> None:
+    """The engine's own packing. On CPUs it packs experts the first time only: then it is let forget that time."""
+    method: Any = layer.quant_method
+    weight = getattr(layer, "w13_weight", None)
+    if weight is not None and weight.device.type == "cpu" and hasattr(method, "moe_kernel"):
+        method.moe_kernel = None
+    original(layer)
 
 
 def _repack_tied_head(model: nn.Module) -> None:
@@ -30,3 +98,7 @@ def _repack_tied_head(model: nn.Module) -> None:
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+def _itself(model: nn.Module) -> nn.Module:
+    return model

@@ -80,11 +80,11 @@ def run_steps(run: Run) -> TrainResult:
             drawn = draw_batch(run, step, watch)
             batch, rewards = drawn.batch, drawn.rewards
             set_learning_rate(run.optimizer, learning_rate(step, config))
-            objective = run.objective.at(run.controller.coef)
-            outcome = update(run.policy, run.reference, run.optimizer, batch, objective, run.limits, watch, step=step)
+            objective, limits = run.objective.at(run.controller.coef), run.limits_now
+            outcome = update(run.policy, run.reference, run.optimizer, batch, objective, limits, watch, step=step)
             run.commit(step, drawn.num_tokens, outcome)
             with watch("sync"):
-                run.generator.sync(run.policy.model)
+                run.generator.sync(run.policy.model, step)
             run.evaluate(step)
             skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
             by_function, coef = rewards.by_function, objective.penalty.coef

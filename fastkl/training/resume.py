@@ -32,8 +32,14 @@ def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
     if run.config.reference_every if own else (saved.folder / checkpoint.REFERENCE).is_file():
         checkpoint.restore_reference(saved, run.reference.model)
     run.saved_step = saved.step if own else 0
+    gaps = state.get("first_gaps", {})
     run.completed = Snapshot(
-        saved.step, state["prompts"], state["skipped_steps"], state["tokens_generated"], run.controller.coef
+        step=saved.step,
+        prompts=state["prompts"],
+        skipped_steps=state["skipped_steps"],
+        tokens_generated=state["tokens_generated"],
+        kl_coef=run.controller.coef,
+        first_gaps=tuple(gaps["nats"]) if gaps.get("between") == run.both_sides else (),
     )
     if run.best and own:
         run.best.load_state(state.get("best", {}))

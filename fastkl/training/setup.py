@@ -173,7 +173,7 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
     view.note(f"backbone: {layout} ({layout_reason}), {str(dtype).removeprefix('torch.')} on {device.type}")
     limits = limits_of(config, scored)
     view.note(f"starting {inputs.generator} ...")
-    generator = start_generator(inputs, config, policy, dtype)
+    generator = start_generator(inputs, config, policy, dtype, view.note)
     if inputs.is_fork and resumed:
         copy_lines(resumed, inputs.folder)
     seed_everything(config.seed)
@@ -315,7 +315,9 @@ def limits_of(config: TrainConfig, policy: ScoredModel) -> StepLimits:
     )
 
 
-def start_generator(inputs: Inputs, config: TrainConfig, policy: nn.Module, dtype: torch.dtype) -> Generator:
+def start_generator(
+    inputs: Inputs, config: TrainConfig, policy: nn.Module, dtype: torch.dtype, note: Callable[[str], None]
+) -> Generator:
     """The chosen generator, running with the policy's weights."""
     return GENERATORS[inputs.generator].start(
         EngineOptions(
@@ -327,6 +329,7 @@ def start_generator(inputs: Inputs, config: TrainConfig, policy: nn.Module, dtyp
             max_model_len=max_sequence_tokens(inputs, config),
             gpu_memory_utilization=config.gpu_memory_utilization,
             log=inputs.folder / "engine.log",
+            note=note,
         )
     )
 

@@ -28,6 +28,7 @@ from fastkl.report.page.write import write_report
 from fastkl.report.step_metrics import FinishedStep, StepReport
 from fastkl.report.terminal import View
 from fastkl.rewards.load import RewardFunction
+from fastkl.rollout.agreement import CALIBRATION_STEPS, agreement_limit
 from fastkl.rollout.generator import Generator
 from fastkl.scoring import models
 from fastkl.scoring.scored_model import ScoredModel
@@ -52,7 +53,7 @@ class StepLimits:
 
     micro_batch_tokens: int  # packed tokens per forward and backward
     max_grad_norm: float  # 0: no clipping
-    agreement_nats: float  # mean |engine - trainer| log-prob above which a step is refused
+    agreement_nats: float  # mean |engine - trainer| log-prob above which a step is refused, before it is calibrated
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class Snapshot:
     skipped_steps: int = 0
     tokens_generated: int = 0
     kl_coef: float = 0.0  # beta of the next step
+    first_gaps: tuple[float, ...] = ()  # mean |engine - trainer| log-prob, nats, of the first steps that had any
     random: checkpoint.RandomState = field(default_factory=checkpoint.RandomState.now)
 
 
@@ -117,12 +119,25 @@ class Run:
         """Where policy and reference are."""
         return self.policy.device
 
+    @property
+    def both_sides(self) -> str:
+        """Whose log-probs are compared; gaps that were measured with other ones say nothing here."""
+        return f"{type(self.generator).__name__}, {self.policy.dtype} on {self.device.type}"
+
+    @property
+    def limits_now(self) -> StepLimits:
+        """The limits of the next step: that of the agreement follows the run's own first steps."""
+        nats = agreement_limit(self.limits.agreement_nats, self.completed.first_gaps)
+        return dataclasses.replace(self.limits, agreement_nats=nats)
+
     def commit(self, step: int, num_tokens: int, outcome: StepOutcome) -> None:
         """The step is complete: beta follows the KL if it has a target, the reference is renewed if it is time, and
         the snapshot is taken that a checkpoint of this step will hold. num_tokens: of all completions drawn for it.
         """
         before, config = self.completed, self.config
+        gaps = before.first_gaps
         if outcome.total.num_tokens:
+            gaps = (*gaps, outcome.total.mean_gap)[:CALIBRATION_STEPS]
             self.controller.follow(outcome.total.mean("kl_support"))
         if config.reference_every and step % config.reference_every == 0:
             renew_reference(self.reference.model, self.policy.model, config.reference_share)
@@ -132,6 +147,7 @@ class Run:
             skipped_steps=before.skipped_steps + (not outcome.applied),
             tokens_generated=before.tokens_generated + num_tokens,
             kl_coef=self.controller.coef,
+            first_gaps=gaps,
         )
         self.between_steps = False
 
@@ -259,6 +275,7 @@ class Run:
                     "skipped_steps": done.skipped_steps,
                     "tokens_generated": done.tokens_generated,
                     "kl_coef": done.kl_coef,
+                    "first_gaps": {"between": self.both_sides, "nats": list(done.first_gaps)},
                     "inputs": self.inputs,
                     "logs": self.log.digests(),
                     **({"best": self.best.state()} if self.best else {}),

@@ -125,11 +125,12 @@ def test_sampling_never_draws_an_impossible_token_at_the_ends_of_the_unit_interv
 # --------------------------------------------------------------------------------------------------------------- vLLM
 
 
-def tied_model(seed: int = 0):
+def tied_model(seed: int = 0, **options):
     """Large enough for vLLM's CPU kernels (head size 32), with tied embeddings, where weight sync has its trap."""
     return toy_model(
-        seed, torch.float32, hidden_size=64, num_attention_heads=2, num_key_value_heads=2, initializer_range=0.1
-    )
+        seed, torch.float32, hidden_size=64, num_attention_heads=2, num_key_value_heads=2, initializer_range=0.1,
+        **options,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

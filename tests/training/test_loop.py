@@ -231,7 +231,7 @@ class Recording:
         assert len({r.seed for r in requests}) == 8
         return self.generator.generate(requests)
 
-    def sync(self, policy) -> None:
+    def sync(self, policy, step) -> None:
         assert policy is self.policy
         self.calls.append("sync")
         self.at_sync.append(next(policy.parameters()).detach().clone())
