@@ -328,11 +328,14 @@ def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
 
 def _text_table(samples: Sequence[Sample]) -> tuple[list[str], list[list[Any]]]:
     """Column names and rows: prompt (chat messages as roles), completion, the data set's columns, the reward, that of
-    each function where there are several, the KL."""
-    data = list(dict.fromkeys(name for sample in samples for name in sample.get("columns", {})))
-    functions = list(dict.fromkeys(name for sample in samples for name in sample.get("rewards", {})))
+    each function where there are several, what the functions gave to log_extra, the KL."""
+
+    def named(kind: str) -> list[str]:
+        return list(dict.fromkeys(name for sample in samples for name in sample.get(kind, {})))
+
+    data, functions, extra = map(named, ("columns", "rewards", "extra"))
     functions = functions if len(functions) > 1 else []
-    names = ["prompt", "completion", *data, "reward", *(f"reward/{name}" for name in functions), "kl"]
+    names = ["prompt", "completion", *data, "reward", *(f"reward/{name}" for name in functions), *extra, "kl"]
     return names, [
         [
             prompt_text(sample),
@@ -340,6 +343,7 @@ def _text_table(samples: Sequence[Sample]) -> tuple[list[str], list[list[Any]]]:
             *(_cell(sample.get("columns", {}).get(name)) for name in data),
             sample.get("reward"),
             *(sample.get("rewards", {}).get(name) for name in functions),
+            *(_cell(sample.get("extra", {}).get(name)) for name in extra),
             sample.get("kl"),
         ]
         for sample in samples

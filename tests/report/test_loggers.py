@@ -247,6 +247,7 @@ def test_trackers_get_completions_of_several_prompts_with_roles_answers_and_each
             "completion": f"{b}, sample {k}",
             "reward": 1.0 * b,
             "rewards": {"correct": 1.0 * b, "format": None},
+            "extra": {"parsed": f"<{b}>"},
             "kl": 0.5,
         }
         for b in range(4)
@@ -255,10 +256,10 @@ def test_trackers_get_completions_of_several_prompts_with_roles_answers_and_each
     with RunLog(tmp_path, ("wandb",), {}, None) as log:
         log.log({"step": 1}, samples)
     columns, rows = fake.logged[0][0]["samples"]
-    names = ["prompt", "completion", "answer", "parts", "reward", "reward/correct", "reward/format", "kl"]
+    names = ["prompt", "completion", "answer", "parts", "reward", "reward/correct", "reward/format", "parsed", "kl"]
     assert columns == names and len(rows) == loggers.TEXT_SAMPLES == 8
     assert [row[1] for row in rows] == [f"{b}, sample {k}" for b in range(4) for k in (0, 3)]
-    last = ["system: Be brief.\n\nuser: What is 3?", "3, sample 3", 3, "[3, null]", 3.0, 3.0, None, 0.5]
+    last = ["system: Be brief.\n\nuser: What is 3?", "3, sample 3", 3, "[3, null]", 3.0, 3.0, None, "<3>", 0.5]
     assert rows[-1] == last
 
 

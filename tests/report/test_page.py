@@ -412,6 +412,7 @@ CHAT = {
     "columns": {"answer": 7, "parts": {"terms": [3, 4]}, "source": "x" * 999},
     "completion": "It was\na big bear: <7>.",
     "rewards": {"alliteration": 1.0, "format": 0.25},
+    "extra": {"parsed": "<7>"},
 }
 
 
@@ -427,7 +428,7 @@ def test_a_chat_is_shown_by_roles_with_the_expected_answer_and_each_reward(tmp_p
     assert texts[2] == "It was\na <mark>big bear:</mark> &lt;7&gt;."
     plain = html.unescape(re.sub("<.*?>", "", card))
     assert "alliteration 1.00 · format 0.25 · KL" in plain
-    assert 'row 17 · answer 7 · parts {"terms": [3, 4]} · source ' + "x" * 200 + "…" in plain
+    assert 'row 17 · answer 7 · parts {"terms": [3, 4]} · source ' + "x" * 200 + "… · parsed <7>" in plain
     text = re.sub("<style>.*?</style>", "", page, flags=re.S)
     assert (
         "im_start" not in text

@@ -66,7 +66,7 @@ def story(sample: dict[str, Any], rank: str, reward_names: Sequence[str]) -> dic
         "rest": marked_text("", rest[:MOST_CHARACTERS], reward_names) + ("…" if len(rest) > MOST_CHARACTERS else ""),
         "rest_title": f"the rest ({len(rest):,} characters)",
         "rank": rank,
-        "columns": columns_of(sample),
+        "columns": [*columns_of(sample), *extra_of(sample)],
         "numbers": numbers_of(sample),
         "cut": sample.get("finish_reason") == "length",
     }
@@ -100,13 +100,21 @@ def numbers_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
 
 def columns_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
     """The row in the prompt file, and what the data set says of it, where it says something."""
-    columns = sample.get("columns")
-    if not isinstance(columns, dict):
-        return []
-    row = [("row", sample["row"])] if is_number(sample.get("row")) else []
-    texts = [(str(name), value if isinstance(value, str) else json.dumps(value)) for name, value in columns.items()]
-    cut = [(name, text if len(text) <= COLUMN_CHARACTERS else f"{text[:COLUMN_CHARACTERS]}…") for name, text in texts]
-    return [*((name, str(value)) for name, value in row), *cut]
+    columns = _in_short(sample.get("columns"))
+    row = [("row", str(sample["row"]))] if columns and is_number(sample.get("row")) else []
+    return [*row, *columns]
+
+
+def extra_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the reward functions gave to log_extra for this completion."""
+    return _in_short(sample.get("extra"))
+
+
+def _in_short(values: Any) -> list[tuple[str, str]]:
+    """Names and texts, of no more than COLUMN_CHARACTERS each."""
+    named = values.items() if isinstance(values, dict) else ()
+    texts = [(str(name), v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for name, v in named]
+    return [(name, text if len(text) <= COLUMN_CHARACTERS else f"{text[:COLUMN_CHARACTERS]}…") for name, text in texts]
 
 
 def _written(value: float) -> str:
@@ -167,7 +175,7 @@ def _prompt_group(run: RunFiles, samples: list[dict[str, Any]]) -> dict[str, Any
     answers = [
         {
             "text": marked_text("", conversation.completion_text(sample), run.reward_names),
-            "numbers": numbers_of(sample),
+            "numbers": [*numbers_of(sample), *extra_of(sample)],
             "cut": sample.get("finish_reason") == "length",
         }
         for sample in samples
