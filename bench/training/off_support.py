@@ -4,7 +4,7 @@
 
 The default job (`fastkl train`) with kl_coef 1, min_p 0.1 and top_k 50 at a constant learning rate. It is rewarded in
 the first half of its steps and not at all in the second half, so that the penalty alone is left there. Each penalty of
-PENALTIES runs with each seed.
+PENALTIES runs with each seed. k1 with twice the coefficient is there to compare rewards at nearly equal KL.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fastkl.training.setup import set_up
 
 PENALTIES = {
     "k1": {"kl_estimator": "k1"},
+    "k1, coefficient 2": {"kl_estimator": "k1", "kl_coef": 2.0},
     "k1_full": {"kl_estimator": "k1_full"},
     "exact_full": {"kl_estimator": "exact_full"},
     "exact_full, loss": {"kl_estimator": "exact_full", "kl_placement": "loss"},
@@ -45,6 +46,8 @@ KEYS = {
     "kl_off_support": "kl/off_support",
     "distinct_2": "diversity/distinct_2",
     "well_formed": "grammar/well_formed",
+    "update_s": "time/update_s",
+    "step_s": "time/step_s",
 }
 
 
