@@ -39,6 +39,8 @@ SETTINGS: dict[str, Any] = {
     "reward_weights": (1.0, -0.3),
     "top_k": 20,
     "min_tokens": 32,
+    "kl_estimator": "k1",
+    "kl_placement": "reward",
     "prompts_per_step": 4,
     "steps": 30,
     "lr": 5e-4,

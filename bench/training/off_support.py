@@ -23,10 +23,10 @@ from fastkl.training.loop import run_steps
 from fastkl.training.setup import set_up
 
 PENALTIES = {
-    "k1": {"kl_estimator": "k1"},
-    "k1, coefficient 2": {"kl_estimator": "k1", "kl_coef": 2.0},
-    "k1_full": {"kl_estimator": "k1_full"},
-    "exact_full": {"kl_estimator": "exact_full"},
+    "k1": {"kl_estimator": "k1", "kl_placement": "reward"},
+    "k1, coefficient 2": {"kl_estimator": "k1", "kl_placement": "reward", "kl_coef": 2.0},
+    "k1_full": {"kl_estimator": "k1_full", "kl_placement": "reward"},
+    "exact_full": {"kl_estimator": "exact_full", "kl_placement": "reward"},
     "exact_full, loss": {"kl_estimator": "exact_full", "kl_placement": "loss"},
 }
 SETTINGS: dict[str, Any] = {

@@ -19,7 +19,7 @@ from fastkl.errors import UserError
 from fastkl.objective.advantages import ADVANTAGES, find_advantage
 from fastkl.objective.kl_estimators import ESTIMATORS, Penalty, check_penalty
 from fastkl.rollout.generator import GENERATORS
-from fastkl.sampling.params import AT_LEAST_0, AT_LEAST_1, SEEDS, SHARE, Heading, SamplingSettings
+from fastkl.sampling.params import AT_LEAST_0, AT_LEAST_1, SEEDS, SHARE, Heading, Sampling, SamplingSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,13 @@ class TrainConfig(SamplingSettings):
 
     kl_coef: Annotated[float, Heading("The objective"), AT_LEAST_0] = 0.2
     """beta: the reward lost per nat of KL(policy, reference)."""
-    kl_estimator: Annotated[str, Registry(ESTIMATORS, own=True)] = "k1"
+    kl_estimator: Annotated[str, Registry(ESTIMATORS, own=True, besides=("auto",))] = "auto"
     """"k1", "k1_full" (k1, and exactly what it cannot see under truncated sampling), "k2", "k3", "exact" (over the
-    ids that could be sampled), "exact_full" (over all ids), or a function of yours."""
-    kl_placement: Literal["reward", "loss"] = "reward"
-    """"reward": taken from the reward; "loss": added to the loss. Pairs that are biased are refused."""
+    ids that could be sampled), "exact_full" (over all ids), or a function of yours. "auto": k1, but exact_full where
+    sampling keeps ids from being drawn, since no draw shows what moves there."""
+    kl_placement: Literal["auto", "reward", "loss"] = "auto"
+    """"reward": taken from the reward; "loss": added to the loss; "auto": the reward, but the loss for the exact_full
+    that is chosen by itself. Pairs that are biased are refused."""
     kl_reduction: Literal["sum", "mean"] = "sum"
     """"sum": sequence KL; "mean": KL per token, the difference of the mean cross entropies."""
     kl_credit: Literal["completion", "caused"] = "completion"
@@ -229,4 +231,16 @@ def check_combinations(config: TrainConfig) -> None:
 def penalty_of(config: TrainConfig, coef: float | None = None) -> Penalty:
     """The KL penalty's settings; `coef` where the controller has moved it."""
     beta = config.kl_coef if coef is None else coef
-    return Penalty(beta, config.kl_estimator, config.kl_placement, config.kl_reduction, config.kl_credit)
+    return Penalty(beta, *estimator_and_placement(config), config.kl_reduction, config.kl_credit)
+
+
+def estimator_and_placement(config: TrainConfig) -> tuple[str, str]:
+    """What "auto" means for these settings. k1 in the reward charges nothing for mass that leaves the ids that can be
+    drawn; the exact KL over all ids in the loss brings it home (docs/negative-kl.md has the measurement)."""
+    estimator, placement = config.kl_estimator, config.kl_placement
+    unseen = estimator == "auto" and Sampling.of(config, ()).truncates
+    if estimator == "auto":
+        estimator = "exact_full" if unseen else "k1"
+    if placement == "auto":
+        placement = "loss" if unseen and config.kl_credit == "completion" else "reward"
+    return estimator, placement

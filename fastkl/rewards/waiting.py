@@ -105,10 +105,11 @@ def interrupted_after(seconds: float, name: str) -> Iterator[None]:
             pause = 1.0
 
     main = threading.get_ident()
+    watcher = threading.Thread(target=watch, name="fastkl-reward-timeout", daemon=True)
     before = signal.signal(signal.SIGVTALRM, strike)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)
-    threading.Thread(target=watch, name="fastkl-reward-timeout", daemon=True).start()
     try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)
+        watcher.start()
         try:
             yield
         finally:
@@ -116,6 +117,9 @@ def interrupted_after(seconds: float, name: str) -> Iterator[None]:
     finally:  # though a strike came before the line above
         done.set()
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        if watcher.ident is not None:
+            watcher.join()
+        signal.signal(signal.SIGVTALRM, signal.SIG_IGN)  # takes back one that is on its way: by default it would kill
         signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
 
 

@@ -138,7 +138,8 @@ class Run:
         gaps = before.first_gaps
         if outcome.total.num_tokens:
             gaps = (*gaps, outcome.total.mean_gap)[:CALIBRATION_STEPS]
-            self.controller.follow(outcome.total.mean("kl_support"))
+            over_all = find_estimator(config.kl_estimator).over_all
+            self.controller.follow(outcome.total.mean("kl_exact" if over_all else "kl_support"))
         if config.reference_every and step % config.reference_every == 0:
             renew_reference(self.reference.model, self.policy.model, config.reference_share)
         self.completed = Snapshot(

@@ -189,7 +189,7 @@ def test_options_are_read_the_same_way_where_pydantic_is_loaded(trained, tmp_pat
     pytest.importorskip("pydantic")
     output = ["--output", str(tmp_path / "o")]
     assert main(["train", "--lr", "3e-4", "--reward", "a", "b", "--report-to", "none", "--no-resume", *output]) == 0
-    assert trained == [TrainConfig(lr=3e-4, reward=("a", "b"), report_to=(), output=output[1])]
+    assert trained == [resolved(TrainConfig(lr=3e-4, reward=("a", "b"), report_to=(), output=output[1]))]
 
 
 def test_resume_takes_the_settings_of_the_run(trained, tmp_path):

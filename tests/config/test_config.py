@@ -18,8 +18,9 @@ from odd_yaml import ODD_YAML
 import fastkl
 from fastkl.cli import main
 from fastkl.config import settings as table
+from fastkl.config.defaults import resolved
 from fastkl.config.files import as_markdown, load_config, load_own_config, save_config, with_settings
-from fastkl.config.settings import TrainConfig, check_config
+from fastkl.config.settings import TrainConfig, check_config, penalty_of
 from fastkl.errors import UserError
 from fastkl.objective.advantages import ADVANTAGES
 from fastkl.objective.kl_estimators import ESTIMATORS
@@ -278,12 +279,37 @@ def test_config_of_version_0_1_0_is_read_under_todays_names(tmp_path):
 
 def test_choices_of_a_registry_are_its_entries_and_ones_own_function():
     assert table.settings()["advantage"].choices == tuple(ADVANTAGES)
-    assert table.settings()["kl_estimator"].choices == tuple(ESTIMATORS)
+    assert table.settings()["kl_estimator"].choices == ("auto", *ESTIMATORS)
     setting = table.settings()["kl_estimator"]
     setting.check("k1")
     setting.check("mine.py:kl")
     with pytest.raises(UserError, match="unknown 'k9'.* or FILE.py:FUNCTION"):
         setting.check("k9")
+
+
+@pytest.mark.parametrize(
+    ("given", "estimator", "placement"),
+    [
+        ({}, "k1", "reward"),
+        ({"temperature": 0.7, "max_new_tokens": 4}, "k1", "reward"),
+        ({"top_k": 50}, "exact_full", "loss"),
+        ({"min_p": 0.1}, "exact_full", "loss"),
+        ({"min_tokens": 3}, "exact_full", "loss"),
+        ({"banned_token_ids": (4,)}, "exact_full", "loss"),
+        ({"top_k": 50, "kl_credit": "caused"}, "exact_full", "reward"),
+        ({"top_k": 50, "kl_placement": "reward"}, "exact_full", "reward"),
+        ({"top_k": 50, "kl_estimator": "k1"}, "k1", "reward"),
+        ({"top_k": 50, "kl_estimator": "k3", "kl_placement": "loss"}, "k3", "loss"),
+        ({"kl_placement": "loss", "kl_estimator": "exact"}, "exact", "loss"),
+    ],
+)
+def test_where_no_draw_shows_what_leaves_the_support_the_exact_kl_over_all_ids_is_charged(given, estimator, placement):
+    config = TrainConfig(**given)
+    check_config(config)
+    chosen = resolved(config)
+    assert (chosen.kl_estimator, chosen.kl_placement) == (estimator, placement)
+    assert (penalty_of(config).estimator, penalty_of(config).placement) == (estimator, placement)
+    assert resolved(chosen) == chosen
 
 
 def test_page_of_settings_is_current():

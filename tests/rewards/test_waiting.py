@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -190,3 +191,24 @@ def test_functions_that_wait_overlap_with_each_other_and_with_those_that_do_not(
     result = compute_rewards(functions, *rollouts([["a", "b"]]), step=1)
     assert time.monotonic() - began < 1.9  # one after another: 3 s; waiting after working: 2 s
     assert result.total.tolist() == [[4.0, 4.0]]
+
+
+SPINNING = """
+from fastkl.rewards.waiting import Call, TookTooLong, run_all
+def spins():
+    while True:
+        pass
+late = 0
+for _ in range(60):
+    try:
+        run_all([Call("spins", spins, is_async=False)], 0.02)
+    except TookTooLong:
+        late += 1
+print(late)
+"""
+
+
+def test_the_clock_and_the_timer_of_processor_time_may_strike_at_once_and_do_not_kill():
+    """A signal that was on its way when the handler had been put back would end the process."""
+    done = subprocess.run([sys.executable, "-c", SPINNING], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "60\n"), done.stderr

@@ -98,7 +98,7 @@ def scored_by(policy, batch, temperature: float):
 ], ids=str)  # fmt: skip
 def test_gradient_under_truncated_sampling_is_that_of_the_logprobs_on_the_support(options):
     policy, reference = toy_model(0), toy_model(1).requires_grad_(False)
-    config = toy_config(max_new_tokens=6, **options)
+    config = toy_config(max_new_tokens=6, kl_estimator="k1", kl_placement="reward", **options)
     sampling = Sampling.of(config, (STOP,))
     prompts = toy_batch(policy).prompts
     completions = draw(TransformersGenerator(policy, ToyTokenizer(), sampling), prompts, 4, seed=1, step=1)
