@@ -115,12 +115,12 @@ def make_llama(folder: Path, tokenizer: Any, **sizes: Any) -> None:
 
 
 def trl_run(
-    model: Path, prompts: list[str], reward: Callable[..., list[float]], steps: int, trainer: type | None = None,
-    **options: Any,
+    model: Path, prompts: list[Any], reward: Callable[..., list[float]], steps: int, trainer: type | None = None,
+    columns: Mapping[str, list[Any]] | None = None, **options: Any,
 ) -> tuple[Any, list[float]]:  # fmt: skip
     """TRL's RLOOTrainer, ready to train, and the list into which it will write when each step has ended.
 
-    trainer: a subclass of it. options: of RLOOConfig.
+    trainer: a subclass of it. columns: of the data set, beside the prompts. options: of RLOOConfig.
     """
     import torch
     from datasets import Dataset
@@ -138,7 +138,7 @@ def trl_run(
         gradient_checkpointing=False, report_to=[], logging_strategy="no", disable_tqdm=True,
         model_init_kwargs={"dtype": "float32"}, **options,
     )  # fmt: skip
-    data = Dataset.from_dict({"prompt": prompts})
+    data = Dataset.from_dict({"prompt": prompts, **(columns or {})})
     made = (trainer or RLOOTrainer)(
         model=str(model), reward_funcs=reward, args=config, train_dataset=data, callbacks=[Clock()]
     )

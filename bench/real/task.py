@@ -1,0 +1,37 @@
+"""The task of the comparisons: sums of two numbers from reasoning-gym, as chat prompts with their answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+TASK: dict[str, Any] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+
+
+def questions(size: int, seed: int) -> list[dict[str, Any]]:
+    """Rows with the columns `prompt` (chat messages) and `answer`."""
+    import reasoning_gym
+
+    return [
+        {"prompt": [{"role": "user", "content": entry["question"]}], "answer": entry["answer"]}
+        for entry in reasoning_gym.create_dataset("chain_sum", size=size, seed=seed, **TASK)
+    ]
+
+
+def last_number(text: str) -> str | None:
+    """The last number that a text holds, as it is written."""
+    found = re.findall(r"-?\d+", text)
+    return found[-1] if found else None
+
+
+def right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """1 where the last number is the answer, 0 elsewhere. Completions are texts or lists of messages."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(last_number(text) == expected) for text, expected in zip(texts, answer, strict=True)]
+
+
+def write_questions(path: Path, size: int, seed: int) -> None:
+    """The rows as a JSONL file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in questions(size, seed)))
