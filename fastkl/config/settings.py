@@ -234,13 +234,13 @@ def penalty_of(config: TrainConfig, coef: float | None = None) -> Penalty:
     return Penalty(beta, *estimator_and_placement(config), config.kl_reduction, config.kl_credit)
 
 
-def estimator_and_placement(config: TrainConfig) -> tuple[str, str]:
+def estimator_and_placement(config: TrainConfig) -> tuple[str, Literal["reward", "loss"]]:
     """What "auto" means for these settings. k1 in the reward charges nothing for mass that leaves the ids that can be
     drawn; the exact KL over all ids in the loss brings it home (docs/negative-kl.md has the measurement)."""
-    estimator, placement = config.kl_estimator, config.kl_placement
+    estimator = config.kl_estimator
     unseen = estimator == "auto" and Sampling.of(config, ()).truncates
     if estimator == "auto":
         estimator = "exact_full" if unseen else "k1"
-    if placement == "auto":
-        placement = "loss" if unseen and config.kl_credit == "completion" else "reward"
-    return estimator, placement
+    if config.kl_placement != "auto":
+        return estimator, config.kl_placement
+    return estimator, "loss" if unseen and config.kl_credit == "completion" else "reward"
