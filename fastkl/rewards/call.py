@@ -30,7 +30,7 @@ from fastkl.errors import UserError
 from fastkl.plugins import summary
 from fastkl.rewards.load import RewardFunction
 from fastkl.rewards.prepared import PreparedReward
-from fastkl.rewards.waiting import Call, TookTooLong, run_all
+from fastkl.rewards.waiting import Call, TookTooLong, exits_raised, run_all
 from fastkl.types import Completion, Prompt, RewardNotes
 
 
@@ -86,7 +86,8 @@ def compute_rewards(
         for reward in rewards
     ]
     try:
-        results = run_all(calls, timeout)
+        with exits_raised():
+            results = run_all(calls, timeout)
     except TookTooLong as late:
         raise _late(late, timeout, step) from None
     flat = arguments["completions"]

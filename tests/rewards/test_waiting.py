@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -191,6 +192,20 @@ def test_functions_that_wait_overlap_with_each_other_and_with_those_that_do_not(
     result = compute_rewards(functions, *rollouts([["a", "b"]]), step=1)
     assert time.monotonic() - began < 1.9  # one after another: 3 s; waiting after working: 2 s
     assert result.total.tolist() == [[4.0, 4.0]]
+
+
+def test_os_exit_is_named_and_a_forked_child_ends_as_ever():
+    def leaves(completions):
+        child = os.fork()
+        if not child:
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        os._exit(3)
+
+    ends = os._exit
+    with pytest.raises(UserError, match=r"leaves failed at step 3 .*SystemExit: 3"):
+        compute_rewards([RewardFunction("leaves", leaves)], *rollouts([["a"]]), step=3)
+    assert os._exit is ends
 
 
 SPINNING = """
