@@ -73,6 +73,7 @@ def save_checkpoint(
     try:
         policy.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        write_index(scratch)
         save_file(_optimizer_tensors(policy, optimizer) | random.tensors, scratch / TENSORS)
         if reference is not None:
             parameters = {name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}
@@ -121,6 +122,18 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def write_index(folder: Path) -> None:
+    """Says which file holds the model: engines such as vLLM would load the trainer's tensors beside it as weights."""
+    from safetensors import safe_open
+
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not weights.is_file():
+        return  # in several files, which have an index, or adapters alone
+    with safe_open(weights, framework="pt") as file:
+        where = dict.fromkeys(file.keys(), weights.name)
+    index.write_text(json.dumps({"metadata": {"total_size": weights.stat().st_size}, "weight_map": where}, indent=1))
 
 
 def list_checkpoints(root: Path) -> list[Path]:

@@ -170,3 +170,13 @@ def test_a_run_without_adapters_has_nothing_to_merge(run, tmp_path, capsys):
     assert main(["export", str(run), "--merge", "--output", str(tmp_path / "out")]) == 2
     assert "has no adapters to merge" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_goes_by_the_index_loads_the_model_and_nothing_of_the_trainer(run):
+    """vLLM takes every .safetensors file of a folder for weights, unless an index names those that are."""
+    loader = pytest.importorskip("vllm.model_executor.model_loader.weight_utils")
+    folder = run / "checkpoints" / "step-4"
+    files = sorted(map(str, folder.glob("*.safetensors")))
+    assert [Path(file).name for file in files] == ["model.safetensors", "trainer.safetensors"]
+    chosen = loader.filter_duplicate_safetensors_files(files, str(folder), "model.safetensors.index.json")
+    assert [Path(file).name for file in chosen] == ["model.safetensors"]
