@@ -75,6 +75,7 @@ def test_a_type_checker_sees_whole_signatures(environment, checker: Callable[[Pa
     for name, revealed in zip(FUNCTIONS, functions, strict=True):
         parameters = inspect.signature(getattr(fastkl, name)).parameters
         assert re.findall(r"(\w+): ", revealed) == list(parameters), revealed
-        assert not re.search(r": Any\b|-> Any\b|Unknown", revealed), revealed
+        if name != "train":  # which takes what other libraries make, and functions of any kind
+            assert not re.search(r": Any\b|-> Any\b|Unknown", revealed), revealed
     assert functions[0].endswith("TokenScores")
     assert (steps.removeprefix("builtins."), kl.replace("torch._tensor.", "")) == ("int", "Tensor | None")

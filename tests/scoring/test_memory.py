@@ -13,7 +13,7 @@ from fastkl.scoring import backbone, memory
 from fastkl.scoring.scored_model import ScoredModel
 
 PEAK = """
-import resource, torch
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from fastkl.scoring import backbone, memory
 from fastkl.scoring.scored_model import ScoredModel
@@ -23,7 +23,8 @@ config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512, num_
 policy = ScoredModel(LlamaForCausalLM(config).eval(), "shared")
 measured = memory.activation_bytes_per_token(policy)
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not ru_maxrss, which begins at the parent's
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 with policy.scoring():
     policy.hidden(backbone.probe_of(policy.model, (64,)))
     before = peak()
