@@ -239,15 +239,16 @@ def obstacle_on_cpu(config: Any) -> str | None:
     if getattr(config, "model_type", "") in LATENT_ATTENTION and config.kv_lora_rank is not None:
         from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend as Backend
 
-        size: int | None = config.kv_lora_rank + config.qk_rope_head_dim
+        sizes = {config.kv_lora_rank + config.qk_rope_head_dim}
     else:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend as Backend
 
-        size = head_dim(config)
+        sizes = head_dims(config)
     supported = Backend.get_supported_head_sizes()
-    if size is None or size in supported:
+    wrong = sorted(sizes - set(supported))
+    if not wrong:
         return None
-    return f"vLLM's CPU attention takes head sizes {', '.join(map(str, supported))} and this model has {size}"
+    return f"vLLM's CPU attention takes head sizes {', '.join(map(str, supported))} and this model has {wrong[0]}"
 
 
 def has_experts(config: Any) -> bool:
@@ -256,7 +257,11 @@ def has_experts(config: Any) -> bool:
     return any((getattr(config, name, None) or 0) > 1 for name in names)
 
 
-def head_dim(config: Any) -> int | None:
-    """Size of one attention head; None for a model without any."""
+def head_dims(config: Any) -> set[int]:
+    """Sizes of the attention heads, of every layer where layers differ (Gemma-4); none for a model without any."""
+    try:
+        own = getattr(config, "head_dim", None)
+    except RuntimeError:  # what transformers raises where layers differ
+        return {layer.head_dim for layer in config.per_layer_config}
     heads = getattr(config, "num_attention_heads", None)
-    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    return {own} if own else {config.hidden_size // heads} if heads else set()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastkl.config.settings import TrainConfig
-from fastkl.rollout.vllm import head_dim
+from fastkl.rollout.vllm import head_dims
 from fastkl.scoring.memory import CPU_BYTES, GPU_SHARE
 from fastkl.scoring.models import text_config, vocabulary
 
@@ -105,7 +105,7 @@ def _decoding_bytes(model_config: Any, rows: int, tokens: int, dtype: torch.dtyp
     step with what sampling makes of them: float32, tempered, log-probs, and two in float64."""
     config, vocab = text_config(model_config), vocabulary(model_config) or 0
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
-    numbers = 2 * (getattr(config, "num_hidden_layers", 0) or 0) * (heads or 0) * (_head_dim(config) or 0)
+    numbers = 2 * (getattr(config, "num_hidden_layers", 0) or 0) * (heads or 0) * max(head_dims(config), default=0)
     return rows * (2.0 * tokens * numbers * dtype.itemsize + (3 * 4 + 2 * 8) * vocab)
 
 
@@ -196,11 +196,3 @@ def _read(file: str) -> str:
 def _gb(size: float) -> str:
     """Bytes in GB, with two digits that say something."""
     return f"{size / 1e9:.2f}" if size < 1e9 else f"{size / 1e9:.1f}"
-
-
-def _head_dim(config: Any) -> int | None:
-    """Of an average layer where layers differ, which transformers says by an error of its own (Gemma-4)."""
-    try:
-        return head_dim(config)
-    except Exception:
-        return config.hidden_size // config.num_attention_heads

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from toy import STOP, VOCAB, ToyTokenizer, draw, prompt, toy_model, toy_rollouts
+from transformers import AutoConfig
 
 from fastkl.rollout.agreement import AGREEMENT_NATS, StaleEngineError, check_agreement
 from fastkl.rollout.generator import choose_generator
 from fastkl.rollout.requests import sample_seed
 from fastkl.rollout.transformers import TransformersGenerator, sample
-from fastkl.rollout.vllm import VllmGenerator
+from fastkl.rollout.vllm import VllmGenerator, head_dims, obstacle_on_cpu
 from fastkl.rollout.weight_sync import _repack_tied_head
 from fastkl.sampling.params import Sampling
 
@@ -216,3 +217,11 @@ def test_auto_takes_vllm_where_it_can_run_the_model_and_says_why_not_elsewhere()
         choose_generator("vllm", unsuitable, cpu)
     suitable.architectures = ["GPTNeoForCausalLM"]
     assert "no implementation of GPTNeoForCausalLM" in choose_generator("auto", suitable, cpu)[1]
+
+
+@pytest.mark.vllm
+def test_head_sizes_that_differ_between_layers_are_all_read():
+    """Gemma-4's configuration refuses to name one."""
+    text = AutoConfig.for_model("gemma4_text")
+    assert head_dims(text) == {layer.head_dim for layer in text.per_layer_config} == {256, 512}
+    assert obstacle_on_cpu(text) is None
