@@ -104,7 +104,8 @@ SAMPLE_SUMS = (
     *("logprob", "ref_logprob", "entropy", "kl_exact", "kl_support", "kl_off_support"),
     *("kl_penalized", "reward_penalized"),
 )
-"""What is summed over a completion's tokens, in nats; the last is its penalised reward R_i."""
+"""What is summed over a completion's tokens, in nats; the last is its penalised reward R_i. Without a reference, what
+needs one is NaN."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,7 +188,9 @@ def diagnose_run(folder: Path) -> Diagnosis:
 
 
 def diagnose_record(source: str, run: RunRecord) -> Diagnosis:
-    """Audits what a run has logged (run_checks.py). UserError where it has no scored samples."""
+    """Audits what a run has logged (run_checks.py). UserError where it has no scored samples, or no KL."""
+    if run.config.get("no_reference"):
+        raise UserError(f"doctor: {source!r} was trained without a reference (no_reference), so it has no KL to audit.")
     by_step = {number: step.kl for number, step in run.samples.scored().items()}
     total = sum(by_step.values(), Moments())
     if not total.count:

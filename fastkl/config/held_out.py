@@ -65,9 +65,9 @@ def best_by(text: str) -> BestBy:
 
 
 def check_evaluation(
-    eval_prompts: str, eval_text: str, eval_reward: tuple[str, ...], num_samples: int, best: str
+    eval_prompts: str, eval_text: str, eval_reward: tuple[str, ...], num_samples: int, best: str, reference: bool = True
 ) -> None:
-    """UserError for settings of the evaluation that do not fit together."""
+    """UserError for settings of the evaluation that do not fit together. reference: whether the run has one."""
     share_of(eval_prompts)
     if eval_reward and not eval_prompts:
         raise UserError("eval_reward: there are no held-out prompts to reward; add --eval-prompts.")
@@ -78,7 +78,7 @@ def check_evaluation(
     measured = ["eval/loss"] * bool(eval_text)
     if eval_prompts:
         measured += ["eval/reward", *(f"eval/pass@{k}" for k in pass_ks(num_samples))]
-        measured += ["eval/length", "eval/truncated_share", "eval/kl"]
+        measured += ["eval/length", "eval/truncated_share", *["eval/kl"] * reference]
     if not measured:
         raise UserError(f"best: {best!r} is not measured without held-out data; add --eval-prompts or --eval-text.")
     key = best_by(best).key

@@ -17,7 +17,7 @@ from fastkl.config.setting import Registry, Setting, Unset, table_of
 from fastkl.data.prompts import template_kwargs
 from fastkl.errors import UserError
 from fastkl.objective.advantages import ADVANTAGES, find_advantage
-from fastkl.objective.kl_estimators import ESTIMATORS, Penalty, check_penalty
+from fastkl.objective.kl_estimators import ESTIMATORS, NO_REFERENCE, Penalty, check_penalty
 from fastkl.rollout.generator import GENERATORS
 from fastkl.sampling.params import AT_LEAST_0, AT_LEAST_1, SEEDS, SHARE, Heading, Sampling, SamplingSettings
 
@@ -76,6 +76,9 @@ class TrainConfig(SamplingSettings):
     """KL of a completion, nats, that kl_coef is steered to; 0 keeps kl_coef fixed."""
     reference_every: Annotated[int, AT_LEAST_0] = 0
     """Steps between renewals of the reference from the policy; 0 keeps it frozen."""
+    no_reference: bool = False
+    """With kl_coef 0: no second model and no second forward, and no KL is logged, charged or audited. Without it the KL
+    is measured at a coefficient of 0, too."""
     reference_share: Annotated[float, SHARE] = 1.0
     """The policy's share in a renewed reference: 1 copies; with reference_every 1, below 1 is a moving average."""
     advantage: Annotated[str, Registry(ADVANTAGES, own=True)] = "rloo"
@@ -220,17 +223,27 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError("lora_targets: names no layer; give all-linear or the ends of layers' names.")
     if "" in config.stop:
         raise UserError("stop: an empty text would end every completion at its first token; leave it out.")
+    for name in ("kl_coef", "reference_every") if config.no_reference else ():
+        if value := getattr(config, name):
+            raise UserError(
+                f"{name}: {value:g} needs the reference that no_reference leaves out; set {name} to 0, or keep the "
+                "reference."
+            )
     if config.kl_target and not config.kl_coef:
         raise UserError("kl_coef: 0 cannot be steered to kl_target; start from a value above 0.")
     if config.allowed_token_ids and set(config.allowed_token_ids) <= set(config.banned_token_ids):
         raise UserError("allowed_token_ids: banned_token_ids bans them all; leave one to be sampled.")
     num_samples = samples_of(config.eval_samples, config.eval_temperature)
-    check_evaluation(config.eval_prompts, config.eval_text, config.eval_reward, num_samples, config.best)
+    check_evaluation(
+        config.eval_prompts, config.eval_text, config.eval_reward, num_samples, config.best, not config.no_reference
+    )
 
 
 def penalty_of(config: TrainConfig, coef: float | None = None) -> Penalty:
     """The KL penalty's settings; `coef` where the controller has moved it."""
     beta = config.kl_coef if coef is None else coef
+    if config.no_reference:
+        return Penalty(beta, NO_REFERENCE)
     return Penalty(beta, *estimator_and_placement(config), config.kl_reduction, config.kl_credit)
 
 

@@ -176,10 +176,18 @@ ESTIMATORS: dict[str, KlEstimator] = {
 }
 """A test shows the bias of each refused pair, and that every other one has the gradient it claims."""
 
+NO_REFERENCE = "none"
+"""The estimator of a run without a reference, which needs no score of one. No choice of --kl-estimator: it is what
+--no-reference means."""
+
+_ABSENT = KlEstimator(lambda scores: scores.policy_logprobs.new_zeros(len(scores.policy_logprobs)))
+
 
 @cache
 def find_estimator(name: str) -> KlEstimator:
     """The entry of ESTIMATORS, or the user's own function behind place:function. UserError where there is none."""
+    if name == NO_REFERENCE:
+        return _ABSENT
     return ESTIMATORS[name] if name in ESTIMATORS else user_estimator(name)
 
 
@@ -211,7 +219,7 @@ class Penalty:
     """The KL penalty's settings; see the module's text and `check_penalty`."""
 
     coef: float  # beta
-    estimator: str = "k1"  # an entry of ESTIMATORS, or place:function
+    estimator: str = "k1"  # an entry of ESTIMATORS, place:function, or NO_REFERENCE
     placement: str = "reward"  # "reward" or "loss"
     reduction: str = "sum"  # over a completion's tokens: "sum" or "mean"
     credit: str = "completion"  # which tokens KL_t is charged to: all of the "completion", or those that "caused" it

@@ -171,10 +171,16 @@ class BatchObjective:
     def breakdown(self, scores: TokenScores, loss: torch.Tensor) -> Breakdown:
         """Sums of the micro-batch's N scores and of what was computed from them, on the CPU."""
         batch, logprobs = self.batch, sampled_logprobs(scores)
-        ref_logprobs = sampled_ref_logprobs(scores)
-        assert ref_logprobs is not None and scores.entropy is not None and scores.kl is not None
-        values = (logprobs, ref_logprobs, scores.entropy, scores.kl, support_kl(scores), off_support_kl(scores))
-        columns = [sequence_sums(column, batch.completion_cu_seqlens) for column in values]
+        assert scores.entropy is not None
+        absent = torch.full_like(logprobs, torch.nan)
+        ref_logprobs, *kls = (absent,) * 4
+        if scores.kl is not None:
+            ref_logprobs = sampled_ref_logprobs(scores)
+            kls = [scores.kl, support_kl(scores), off_support_kl(scores)]
+        columns = [
+            sequence_sums(column, batch.completion_cu_seqlens)
+            for column in (logprobs, ref_logprobs, scores.entropy, *kls)
+        ]
         table = torch.stack([*columns, self.kl, self.penalized.flatten()], dim=-1).float().cpu()
         gap_sum, gap_max, num_tokens = logprob_gaps(batch.engine_logprobs, logprobs)
         outside = scores.outside_support

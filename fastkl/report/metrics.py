@@ -113,6 +113,11 @@ def _held_out_family(start: str) -> Callable[[FinishedStep], Mapping[str, Value]
     }
 
 
+def _kl(value: Callable[[FinishedStep], Value]) -> Callable[[FinishedStep], Value]:
+    """What needs a reference: not logged by a run without one."""
+    return lambda s: value(s) if s.report.has_reference else None
+
+
 METRICS: tuple[Metric, ...] = (
     Metric("step", "Step", "Number of the step; 0 is an evaluation before the first.", "", "0, 1, 2, ...",
            lambda s: s.report.step),
@@ -136,41 +141,41 @@ METRICS: tuple[Metric, ...] = (
            lambda s: s.report.reward_by_function,
            chart="Reward functions", plain="  {label} {text}", brief="{label} {text}"),
     Metric("kl/mean", "KL from the original", "Summed over a completion.", "nats per completion",
-           "mean_i sum_t (log pi(y_it) - log q(y_it))", lambda s: s.mean["logprob"] - s.mean["ref_logprob"],
+           "mean_i sum_t (log pi(y_it) - log q(y_it))", _kl(lambda s: s.mean["logprob"] - s.mean["ref_logprob"]),
            label="KL", panel=True, card=True, plain="  kl {text}", chart="KL from the original", from_zero=True,
            exact="kl/exact"),
     Metric("kl/per_token", "KL per token", "Mean over all scored tokens.", "nats per token",
            "(1 / N) sum_it (log pi(y_it) - log q(y_it))",
-           lambda s: s.per_token["logprob"] - s.per_token["ref_logprob"]),
+           _kl(lambda s: s.per_token["logprob"] - s.per_token["ref_logprob"])),
     Metric("kl/exact", "Exact KL", "Over the whole vocabulary at every position, summed over a completion.",
            "nats per completion",
-           "mean_i sum_t sum_v pi(v) (log pi(v) - log q(v)), v any id", lambda s: s.mean["kl_exact"],
+           "mean_i sum_t sum_v pi(v) (log pi(v) - log q(v)), v any id", _kl(lambda s: s.mean["kl_exact"]),
            label="exact KL", chart="KL from the original", from_zero=True),
     Metric("kl/support", "Exact KL on the support", "Over the ids that could be sampled, summed over a completion.",
            "nats per completion",
-           "as kl/exact, with v, pi and q on the ids that could be sampled", lambda s: s.mean["kl_support"]),
+           "as kl/exact, with v, pi and q on the ids that could be sampled", _kl(lambda s: s.mean["kl_support"])),
     Metric("kl/off_support", "KL off the support",
            "The part of the exact KL that a sampled estimate cannot see: mass on ids that could not be sampled.",
            "nats per completion", "mean_i sum_t [KL_t(pi, q) - pi(S) KL_t(pi_S, q_S)], S the ids that could be sampled",
-           lambda s: s.mean["kl_off_support"]),
+           _kl(lambda s: s.mean["kl_off_support"])),
     Metric("support/outside", "Tokens outside of the support",
            "Sampled tokens that the sampling settings, replayed on the trainer's logits, would not have allowed.",
            "of tokens", "tokens y_it that are not in S / N; they are scored as if they were", lambda s:
            s.total.num_outside / s.num_tokens, write=percent),
     Metric("kl/penalty", "KL penalty", "What the KL costs.", "reward per completion",
            "beta * mean_i KL_i, by --kl-estimator and --kl-reduction",
-           lambda s: s.report.kl_coef * s.mean["kl_penalized"]),
+           _kl(lambda s: s.report.kl_coef * s.mean["kl_penalized"])),
     Metric("kl/coef", "KL coefficient", "Constant without --kl-target.", "reward per nat",
-           "beta", lambda s: s.report.kl_coef),
+           "beta", _kl(lambda s: s.report.kl_coef)),
     Metric("kl/alarm", "KL alarm", "1 where the KL estimate is below zero, which no KL is.", "",
            f"mean of kl/mean over the last {WINDOW_STEPS} steps < -{SIGMAS:g} standard errors",
-           lambda s: int(s.kl_alarm)),
+           _kl(lambda s: int(s.kl_alarm))),
     Metric("lm_cross_entropy", "Policy cross entropy", "Of the completions, under the policy.", "nats per token",
            "-(1 / N) sum_it log pi(y_it)", lambda s: -s.per_token["logprob"],
            label="policy CE", panel=True, plain="  ce {text}", chart="Cross entropies"),
     Metric("original_lm_cross_entropy", "Original cross entropy", "Of the completions, under the original model.",
            "nats per token",
-           "-(1 / N) sum_it log q(y_it)", lambda s: -s.per_token["ref_logprob"],
+           "-(1 / N) sum_it log q(y_it)", _kl(lambda s: -s.per_token["ref_logprob"]),
            label="original CE", panel=True, plain="/{text}", chart="Cross entropies", area_to="lm_cross_entropy"),
     Metric("entropy", "Entropy", "Of the policy's next-token distribution.", "nats per token",
            "-(1 / N) sum_it sum_v pi(v) log pi(v), v any id", lambda s: s.per_token["entropy"],
@@ -345,7 +350,8 @@ from the table in `fastkl/report/metrics.py` by `python -m fastkl.report.metrics
 Notation: sample i of the step has the completion y_i1 ... y_iT_i; r_i is its reward, beta the KL coefficient. pi is the
 policy, q the reference, e the generator's record; log pi(y) and log q(y) are those on the ids that could be sampled.
 Means run over the scored samples and N is the number of their tokens. Logarithms are natural. A value that is not
-finite is written as null. Two runs with equal settings may differ in `time/`, `throughput/` and `memory/` only.
+finite is written as null. With `--no-reference` everything that has q or beta in its formula is left out. Two runs with
+equal settings may differ in `time/`, `throughput/` and `memory/` only.
 """
 
 

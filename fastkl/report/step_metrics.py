@@ -53,6 +53,7 @@ class StepReport:
     outcome: StepOutcome
     reward_notes: RewardNotes = RewardNotes()  # what the reward functions left beside the rewards
     redraws: Redraws | None = None  # None without dynamic sampling
+    has_reference: bool = True  # False: nothing about a KL is logged
 
     def samples(self) -> list[dict[str, Any]]:
         """One record per completion, for samples.jsonl; scores are null for a sample that left its group."""
@@ -71,9 +72,13 @@ class StepReport:
                         "reward": float(self.batch.rewards[b, k]) if valid else None,
                         "rewards": {name: values[place] for name, values in self.reward_notes.values.items()},
                         "penalized_reward": row["reward_penalized"],
-                        "kl": row["logprob"] - row["ref_logprob"],
+                        **({"kl": row["logprob"] - row["ref_logprob"]} if self.has_reference else {}),
                         "lm_cross_entropy": -row["logprob"] / max(1, num_tokens),
-                        "original_lm_cross_entropy": -row["ref_logprob"] / max(1, num_tokens),
+                        **(
+                            {"original_lm_cross_entropy": -row["ref_logprob"] / max(1, num_tokens)}
+                            if self.has_reference
+                            else {}
+                        ),
                         "num_tokens": num_tokens,
                         "finish_reason": completion.finish_reason,
                     }

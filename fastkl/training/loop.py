@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -88,7 +88,9 @@ def run_steps(run: Run) -> TrainResult:
             run.evaluate(step)
             skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
             by_function, coef = rewards.by_function, objective.penalty.coef
-            run.record(StepReport(step, batch, by_function, coef, outcome, rewards.notes, drawn.redraws), watch)
+            referred = run.reference is not None
+            report = StepReport(step, batch, by_function, coef, outcome, rewards.notes, drawn.redraws, referred)
+            run.record(report, watch)
             stop.release()
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(diagnosis(config, step))
@@ -101,7 +103,7 @@ def run_steps(run: Run) -> TrainResult:
 
 def update(
     policy: ScoredModel,
-    reference: ScoredModel,
+    reference: ScoredModel | None,
     optimizer: torch.optim.Optimizer,
     batch: RolloutBatch,
     objective: Objective,
@@ -112,16 +114,18 @@ def update(
 ) -> StepOutcome:
     """One optimizer step on one batch; not applied where loss or gradient is not finite.
 
+    reference: None where the objective asks for no KL (--no-reference).
+
     Raises StaleEngineError when generator and trainer disagree about the sampled tokens' log-probs.
     """
     groups = scorable_groups(batch.valid, objective.advantage.min_samples)
     normalizer = float(batch.valid[groups].sum())  # of the whole step: micro-batches add up to it
     parts = []
-    with policy.scoring(), reference.scoring():
+    with policy.scoring(), reference.scoring() if reference else nullcontext():
         once = policy.layout == "shared"
         for members, micro in pack(batch, groups, limits.micro_batch_tokens, policy.device, prompts_once=once):
             with watch("score"), torch.no_grad():
-                ref_hidden = reference.hidden(micro)
+                ref_hidden = reference.hidden(micro) if reference else None
             with watch("update"):
                 part = BatchObjective(objective, micro, normalizer)
                 loss, scores = policy(

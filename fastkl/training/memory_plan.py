@@ -81,7 +81,7 @@ def plan_of(
         "policy": weights,
         "gradients": trained,
         "AdamW": 2 * trained,
-        "reference": 0.0 if adapters else weights,
+        "reference": 0.0 if adapters or config.no_reference else weights,
         "vLLM" if generator == "vllm" else "decoding": engine,
         "buffers": min(kept, GPU_SHARE * most if on_gpu else CPU_BYTES) + LOGITS_BYTES[device.type],
         "process": GPU_CONTEXT_BYTES if on_gpu else PROCESS_BYTES.get(generator, PROCESS_BYTES["transformers"]),

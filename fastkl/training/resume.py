@@ -29,7 +29,8 @@ def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
         checkpoint.set_aside_newer(saved)
     run.prompts.load_state(state["prompts"])
     run.controller.coef = state.get("kl_coef", run.config.kl_coef)
-    if run.config.reference_every if own else (saved.folder / checkpoint.REFERENCE).is_file():
+    renewed = run.config.reference_every if own else (saved.folder / checkpoint.REFERENCE).is_file()
+    if run.reference and renewed:
         checkpoint.restore_reference(saved, run.reference.model)
     run.saved_step = saved.step if own else 0
     gaps = state.get("first_gaps", {})
@@ -64,14 +65,14 @@ def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
 def fingerprints(
     config: TrainConfig,
     prompts: Sequence[Prompt],
-    reference: nn.Module,
+    reference: nn.Module | None,
     evaluator: Evaluator | None = None,
     functions: Iterable[Any] = (),
 ) -> dict[str, str]:
     """Hashes of what a run reads from outside: a resumed run says which of them have changed.
 
-    functions: rewards that were handed over from Python. Of the reference the first numbers of every tensor are taken:
-    another training changes them all.
+    functions: rewards that were handed over from Python. Of the reference, if there is one, the first numbers of every
+    tensor are taken: another training changes them all.
     """
 
     def digest(pieces: Iterable[bytes]) -> str:
@@ -82,12 +83,13 @@ def fingerprints(
 
     found = {
         "prompts": digest(repr((prompt.token_ids, dict(prompt.columns))).encode() for prompt in prompts),
-        "reference": digest(
+    }
+    if reference is not None:
+        found["reference"] = digest(
             p.detach().flatten()[:256].cpu().numpy().tobytes()
             for name, p in reference.named_parameters()
             if not is_adapter(name)
-        ),
-    }
+        )
     found |= {f"reward {name}": digest([source]) for name, source in source_of(functions).items()}
     if evaluator:
         found["eval_prompts"] = digest(repr((p.token_ids, dict(p.columns))).encode() for p in evaluator.prompts)

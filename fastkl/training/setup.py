@@ -158,11 +158,10 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
     if config.revision:
         snapshot(config.model, config.revision, weights=True)
     policy, reference = load_models(config, inputs)
-    check_head(reference, list(inputs.prompts[0].token_ids))
+    start = policy if reference is None else reference
+    check_head(start, list(inputs.prompts[0].token_ids))
     probe = probe_batch(inputs.prompts[0], device)
-    layout, layout_reason = backbone.choose_layout(
-        reference, probe, dtype, max_tokens=max_sequence_tokens(inputs, config)
-    )
+    layout, layout_reason = backbone.choose_layout(start, probe, dtype, max_tokens=max_sequence_tokens(inputs, config))
     scored = ScoredModel(policy, layout, dtype)
     check_trainable(scored, probe)
     if (repaired := checkpoint.check_savable(inputs.folder / "checkpoints", policy, inputs.tokenizer)) is not None:
@@ -181,7 +180,7 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
         config=config,
         folder=inputs.folder,
         policy=scored,
-        reference=ScoredModel(reference, layout, dtype, adapters=not config.lora_rank),
+        reference=reference and ScoredModel(reference, layout, dtype, adapters=not config.lora_rank),
         tokenizer=inputs.tokenizer,
         optimizer=torch.optim.AdamW(
             [p for p in policy.parameters() if p.requires_grad],
@@ -212,7 +211,7 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
         inputs=fingerprints(config, inputs.prompts, reference, inputs.evaluator, inputs.given.rewards),
     )
     record_environment(inputs.folder, first_step=resumed.step + 1 if resumed else 1, device=device, dtype=dtype)
-    if not config.reference_every:
+    if reference is not None and not config.reference_every:
         models.store_as_computed(reference, dtype)
     for note in inputs.evaluator.notes if inputs.evaluator else ():
         view.note(note)
@@ -238,17 +237,19 @@ def check_trainable(policy: ScoredModel, probe: PackedBatch) -> None:
         torch.cuda.empty_cache()  # an engine measures what is free
 
 
-def load_models(config: TrainConfig, inputs: Inputs) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Policy and reference: one module, whose reference is without its adapters, or two."""
+def load_models(config: TrainConfig, inputs: Inputs) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """Policy and reference: one module, whose reference is without its adapters, or two; or no reference."""
     device, resumed = inputs.device, inputs.resumed
     if config.lora_rank:
         policy = models.load_model(inputs.source, device)
         add_adapters(policy, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
         if resumed:
             load_adapters(resumed.folder, policy)
-        return policy, policy
+        return policy, None if config.no_reference else policy
     if resumed and (resumed.folder / WEIGHTS).is_file():
         raise UserError(f"lora_rank: the checkpoint {str(resumed.folder)!r} holds adapters; give the rank they have.")
+    if config.no_reference:
+        return policy_of(inputs), None
     reference = models.load_model(inputs.source, device).requires_grad_(False)
     policy = policy_of(inputs)
     check_same_shape(policy, reference, resumed)

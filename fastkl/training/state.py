@@ -88,7 +88,7 @@ class Run:
     config: TrainConfig
     folder: Path
     policy: ScoredModel
-    reference: ScoredModel
+    reference: ScoredModel | None  # None with --no-reference
     tokenizer: Any
     optimizer: torch.optim.Optimizer
     prompts: PromptSource
@@ -138,9 +138,9 @@ class Run:
         gaps = before.first_gaps
         if outcome.total.num_tokens:
             gaps = (*gaps, outcome.total.mean_gap)[:CALIBRATION_STEPS]
-            over_all = find_estimator(config.kl_estimator).over_all
+            over_all = find_estimator(self.objective.penalty.estimator).over_all
             self.controller.follow(outcome.total.mean("kl_exact" if over_all else "kl_support"))
-        if config.reference_every and step % config.reference_every == 0:
+        if self.reference and config.reference_every and step % config.reference_every == 0:
             renew_reference(self.reference.model, self.policy.model, config.reference_share)
         self.completed = Snapshot(
             step=step,
@@ -192,7 +192,7 @@ class Run:
         """Logs and shows a completed step."""
         lr = self.optimizer.param_groups[0]["lr"]
         samples = report.samples()
-        warning = self.alarm.add(sample["kl"] for sample in samples)
+        warning = self.alarm.add(sample["kl"] for sample in samples if "kl" in sample)
         metrics = metrics_of(
             FinishedStep(
                 report,
@@ -210,8 +210,10 @@ class Run:
         if warning and not self.alarm_rang:
             self.view.note(warning)
         self.alarm_rang = warning is not None
-        for warn in (self.warn_off_support, self.warn_outside, self.warn_infinite_kl):
-            warn(report.outcome.total)
+        self.warn_outside(report.outcome.total)
+        if self.reference:
+            self.warn_off_support(report.outcome.total)
+            self.warn_infinite_kl(report.outcome.total)
         self.last_metrics = metrics
         self.log.log(metrics, samples)
         self.view.step(metrics)
@@ -282,7 +284,7 @@ class Run:
                     **({"best": self.best.state()} if self.best else {}),
                 },
                 random=done.random,
-                reference=self.reference.model if self.config.reference_every else None,
+                reference=self.reference.model if self.reference and self.config.reference_every else None,
                 config=dataclasses.asdict(self.config),
                 keep=self.config.keep_checkpoints,
             )
