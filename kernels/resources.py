@@ -64,7 +64,7 @@ def _rowwise(name: str, kernel: Any, flags: rows.Flags, logits: str) -> Configur
         "numbers": rows.Numbers("i32", "fp32", "fp32"),
     }
     if kernel is rows.score_kernel:
-        constants = {"FLAGS": flags, "BLOCK": passes.FORWARD_BLOCK, "LANES": passes.FORWARD_LANES}
+        constants = {"FLAGS": flags, "BLOCK": passes.forward_block(flags), "LANES": passes.FORWARD_LANES}
         return Configuration(name, kernel, signature, constants, passes.FORWARD_WARPS)
     constants = {"FLAGS": flags, "BLOCK": passes.GRADIENT_BLOCK}
     return Configuration(name, kernel, signature, constants, passes.GRADIENT_WARPS)
@@ -90,17 +90,18 @@ def configurations(architecture: int) -> list[Configuration]:
     """Everything that the operators launch on such a GPU, up to flags that only remove work."""
     score, gradient, flags = rows.score_kernel, rows.gradient_kernel, rows.Flags
     b_and_c = flags(has_b=True, has_c=True)
-    extras = flags(has_bias=True, has_softcap=True, has_scale=True, row_temperature=True)
+    given = flags(has_row_ids=True, has_inf=True)
+    extras = flags(has_bias=True, has_softcap=True, has_scale=True, has_inf=True, row_temperature=True)
     both_extras = extras._replace(has_ref=True, has_ref_bias=True)
     result = [
-        _rowwise("score: policy, bf16 logits", score, flags(), "bf16"),
-        _rowwise("score: policy + reference, bf16 logits", score, flags(has_ref=True, has_row_ids=True), "bf16"),
+        _rowwise("score: policy, bf16 logits", score, flags(has_inf=True), "bf16"),
+        _rowwise("score: policy + reference, bf16 logits", score, given._replace(has_ref=True), "bf16"),
         _rowwise("score: policy + reference, fp32 logits", score, flags(has_ref=True), "fp32"),
-        _rowwise("score: + support", score, flags(has_ref=True, has_keep=True), "fp32"),
+        _rowwise("score: + support", score, flags(has_ref=True, has_keep=True, has_inf=True), "fp32"),
         _rowwise("score: + bias, softcap, row temperature", score, both_extras, "fp32"),
         _rowwise("score + gradient", score, flags(has_ref=True, write_gradient=True, has_b=True, has_c=True), "fp32"),
         _rowwise("gradient: logp", gradient, flags(), "bf16"),
-        _rowwise("gradient: logp + KL, bf16 logits", gradient, flags(has_c=True, has_row_ids=True), "bf16"),
+        _rowwise("gradient: logp + KL, bf16 logits", gradient, given._replace(has_c=True), "bf16"),
         _rowwise("gradient: all", gradient, b_and_c, "fp32"),
         _rowwise("gradient: all + support", gradient, b_and_c._replace(has_keep=True, has_c_support=True), "fp32"),
         _linear("linear score: policy", flags(), architecture),

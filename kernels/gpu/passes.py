@@ -1,4 +1,5 @@
-"""The passes over chunks of rows, with one Triton launch per chunk instead of one block after another.
+"""The passes over chunks of rows, with one Triton launch per chunk instead of one block after another. Given logits are
+one chunk, unless they have a support.
 
 score               reads every logit of policy and reference once
 gradient_           reads them again, from known statistics, and writes the gradient over the policy's
@@ -17,7 +18,13 @@ from ..types import TokenCoefficients
 from .rows import Flags, Gradient, Inputs, Numbers, Stats, gradient_kernel, scale_kernel, score_kernel
 from .sources import HeadSource, LogitsSource
 
-FORWARD_BLOCK, FORWARD_LANES, FORWARD_WARPS = 2048, 512, 4
+FORWARD_BLOCK, FORWARD_LANES, FORWARD_WARPS = 2048, 256, 2
+"""Logits of a block, lanes and warps of score_kernel. On an H200 this reads bfloat16 logits at the speed of a copy; one
+warp, or fewer logits per thread, does not. LANES = rows.VECTOR * 32 * WARPS."""
+
+HEAVY_BLOCK = 1024
+"""The same where the kernel does more per logit (softcap, support, gradient): 2048 would halve the warps that fit."""
+
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
 SCALE_BLOCK = 4096
 
@@ -75,7 +82,7 @@ class GpuPasses:
             flags = flags._replace(write_gradient=True, has_b=has_b, has_c=has_c)
         if hi > lo:
             score_kernel[(hi - lo,)](
-                *self._arguments(lo, hi, z, r, keep, coefficients, out), FLAGS=flags, BLOCK=FORWARD_BLOCK,
+                *self._arguments(lo, hi, z, r, keep, coefficients, out), FLAGS=flags, BLOCK=forward_block(flags),
                 LANES=FORWARD_LANES, num_warps=FORWARD_WARPS,
             )  # fmt: skip
 
@@ -113,7 +120,11 @@ class GpuPasses:
 
     def _flags(self, keep: Tensor | None) -> Flags:
         flags = Flags.of(self.source.options, self.bias, self.ref_bias)
-        return flags._replace(has_keep=keep is not None, has_row_ids=self.source.picked is not None)
+        return flags._replace(
+            has_keep=keep is not None,
+            has_row_ids=self.source.picked is not None,
+            has_inf=flags.has_inf or self.source.has_inf,
+        )
 
     def _keep(self, lo: int, hi: int, z: Tensor) -> Tensor:
         """The support of the rows, one byte per logit: u8 [hi - lo, V], found by support.keep_mask itself. Targets
@@ -133,6 +144,12 @@ class GpuPasses:
         keep = keep_mask(support, z)
         self.support_stats.outside[lo:hi] = keep_sampled_(keep, self.rows.target_ids[lo:hi])
         return keep.view(torch.uint8)
+
+
+def forward_block(flags: Flags) -> int:
+    """How many logits score_kernel takes at a time."""
+    heavy = flags.has_softcap or flags.has_keep or flags.write_gradient
+    return HEAVY_BLOCK if heavy else FORWARD_BLOCK
 
 
 def _factors(coefficients: TokenCoefficients, num_rows: int, device: torch.device) -> Tensor:

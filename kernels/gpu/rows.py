@@ -12,6 +12,9 @@ The online sums `sums` = (m, mr, s, a, sr, g) are centred at the running maxima 
 A block that raises the maximum to m' turns a into exp(m - m') (a + (m - m') s), and g likewise. The target's own logit
 is left out of the sums and added at the end, so that log p(y) near zero keeps its accuracy.
 
+`fold_bits` keeps them in bits: logits times log2(e), centred by one multiply-add that rounds once, so that logits of
+1e4 lose nothing, and e = exp2(z - m). `in_nats` turns the sums of the whole row into the above.
+
 Arguments come in tuples of pointers, numbers and compile-time flags, which Triton passes on as if they were single.
 """
 
@@ -28,6 +31,9 @@ from ..passes import LogitOptions
 EXCLUDED = tl.constexpr(-1e30)  # as passes.EXCLUDED
 NO_LOGIT = tl.constexpr(-1e20)  # as passes.NO_LOGIT
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST_BITS = tl.constexpr(-1e25)
+"""A maximum over nothing, in bits: far above what is EXCLUDED, which therefore adds exactly nothing to any sum."""
 VECTOR = tl.constexpr(4)
 """How many logits a thread of score_kernel loads at once, the same for every dtype: otherwise narrower ones would have
 to be rearranged between threads."""
@@ -84,6 +90,7 @@ class Flags(NamedTuple):
     row_temperature: bool = False
     has_softcap: bool = False
     has_scale: bool = False
+    has_inf: bool = False  # logits may be -inf: given ones, and those with a bias
     round_bf16: bool = False
     write_gradient: bool = False
     has_b: bool = False  # a factor of the entropy
@@ -96,7 +103,7 @@ class Flags(NamedTuple):
         return cls(
             has_bias=bias is not None, has_ref_bias=ref_bias is not None, has_softcap=options.softcap is not None,
             row_temperature=isinstance(options.temperature, Tensor), has_scale=options.has_scale,
-            round_bf16=options.logits_dtype == "bfloat16",
+            has_inf=bias is not None or ref_bias is not None, round_bf16=options.logits_dtype == "bfloat16",
         )  # fmt: skip
 
 
@@ -112,7 +119,7 @@ def process_logits(x, numbers, FLAGS: tl.constexpr, KEEP_INF: tl.constexpr):
         x = softcap * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E / softcap)) + 1.0))
     if FLAGS.has_scale:
         x *= scale
-    if not KEEP_INF:  # NaN must stay NaN: it is reported at the border
+    if FLAGS.has_inf and not KEEP_INF:  # NaN must stay NaN: it is reported at the border
         x = tl.maximum(x, EXCLUDED, propagate_nan=tl.PropagateNan.ALL)
     return x
 
@@ -122,10 +129,11 @@ def load_logits(
     ptr, bias_ptr, cols, numbers, HAS_BIAS: tl.constexpr, FLAGS: tl.constexpr, MASKED: tl.constexpr,
     KEEP_INF: tl.constexpr,
 ):  # fmt: skip
-    """Processed logits of some columns of a row, EXCLUDED beyond its end; MASKED: whether there may be such columns."""
+    """Processed logits of some columns of a row; beyond its end EXCLUDED, or -inf if KEEP_INF. MASKED: whether there
+    may be such columns."""
     if MASKED:
         inside = cols < numbers[0]
-        x = tl.load(ptr + cols, mask=inside, other=-float("inf")).to(tl.float32)
+        x = tl.load(ptr + cols, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             x += tl.load(bias_ptr + cols, mask=inside, other=0.0)
     else:
@@ -133,8 +141,8 @@ def load_logits(
         if HAS_BIAS:
             x += tl.load(bias_ptr + cols)
     x = process_logits(x, numbers, FLAGS, KEEP_INF)
-    if MASKED and FLAGS.has_softcap:  # which maps -inf to -softcap
-        x = tl.where(inside, x, EXCLUDED)
+    if MASKED:
+        x = tl.where(inside, x, -float("inf") if KEEP_INF else EXCLUDED)
     return x
 
 
@@ -159,7 +167,7 @@ def locate(inputs, numbers, FLAGS: tl.constexpr):
     row = i
     if FLAGS.has_row_ids:
         row = tl.load(inputs.row_ids + i)
-    target = tl.load(inputs.target + i)
+    target = tl.load(inputs.target + i).to(tl.int32)  # 64-bit comparisons cost twice
     vocab, softcap, scale = numbers
     if FLAGS.row_temperature:
         scale /= tl.load(inputs.temperature + i)
@@ -212,17 +220,77 @@ def fold(z, r, sums, HAS_REF: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
+def no_sums_bits(N: tl.constexpr):
+    """The sums over nothing in bits, [N] each."""
+    m = tl.zeros([N], tl.float32) + LOWEST_BITS
+    zero = tl.zeros([N], tl.float32)
+    return m, m, zero, zero, zero, zero
+
+
+@triton.jit
+def centred_bits(x, m):
+    """x * log2(e) - m, rounded once."""
+    return tl.fma(x, LOG2E, -m)
+
+
+@triton.jit
+def fold_bits(z, r, sums, HAS_REF: tl.constexpr, HAS_INF: tl.constexpr):
+    """Adds a block of logits [J, LANES] to its lanes' online sums, which are in bits. What is excluded is EXCLUDED in z
+    and -inf in r; without HAS_INF nothing is -inf in r but what is EXCLUDED in z."""
+    m, mr, s, a, sr, g = sums
+    m_new = tl.maximum(m, tl.max(z, 0) * LOG2E)
+    rescale = tl.exp2(m - m_new)
+    z = centred_bits(z, m_new[None, :])
+    e = tl.exp2(z)
+    if HAS_REF:
+        mr_new = tl.maximum(mr, tl.max(r, 0) * LOG2E)
+        r = centred_bits(r, mr_new[None, :])
+        sr = sr * tl.exp2(mr - mr_new) + tl.sum(tl.exp2(r), 0)
+        gap = z - r
+        if HAS_INF:  # infinite where the reference excludes an id
+            gap = tl.where(e == 0.0, 0.0, gap)
+        g = weighted(rescale, g + s * ((m - m_new) - (mr - mr_new))) + tl.sum(e * gap, 0)
+        mr = mr_new
+    a = rescale * (a + s * (m - m_new)) + tl.sum(e * z, 0)
+    s = s * rescale + tl.sum(e, 0)
+    return m_new, mr, s, a, sr, g
+
+
+@triton.jit
 def merge_lanes(sums, HAS_REF: tl.constexpr):
-    """The lanes' online sums [LANES] as one set of scalars."""
+    """The lanes' online sums [LANES] in bits as one set of scalars in nats."""
     m, mr, s, a, sr, g = sums
     top = tl.max(m, 0)
-    weight = tl.exp2((m - top) * LOG2E)
+    weight = tl.exp2(m - top)
     ref_top = tl.max(mr, 0)
     if HAS_REF:
         g = weighted(weight, g + s * ((m - top) - (mr - ref_top)))
-        sr = sr * tl.exp2((mr - ref_top) * LOG2E)
+        sr = sr * tl.exp2(mr - ref_top)
     a = weight * (a + s * (m - top))
-    return top, ref_top, tl.sum(s * weight, 0), tl.sum(a, 0), tl.sum(sr, 0), tl.sum(g, 0)
+    return in_nats((top, ref_top, tl.sum(s * weight, 0), tl.sum(a, 0), tl.sum(sr, 0), tl.sum(g, 0)), HAS_REF)
+
+
+@triton.jit
+def in_nats(sums, HAS_REF: tl.constexpr):
+    """The sums of a row centred at its maxima in nats. `off` is what rounding the maximum to float32 moves the centre
+    by, exactly: every exponential carries it."""
+    m, mr, s, a, sr, g = sums
+    top, off = nats_and_rest(m)
+    back = tl.exp2(-off)
+    ref_top = mr
+    if HAS_REF:
+        ref_top, ref_off = nats_and_rest(mr)
+        sr *= tl.exp2(-ref_off)
+        g = LN2 * back * (g - s * (off - ref_off))
+    return top, ref_top, s * back, LN2 * back * (a - s * off), sr, g
+
+
+@triton.jit
+def nats_and_rest(bits):
+    """A maximum in nats, and by how many bits that exceeds it."""
+    nats = bits * LN2
+    rest = centred_bits(nats, bits)
+    return nats, tl.where(bits <= LOWEST_BITS, 0.0, rest)
 
 
 @triton.jit
@@ -275,22 +343,27 @@ def load_factor(gradient, index: tl.constexpr, row, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def gradient_block(z, r, is_target, stats, factors, HAS_B: tl.constexpr, HAS_C: tl.constexpr):
+def gradient_block(
+    z, r, cols, target, holds_target, stats, factors, HAS_B: tl.constexpr, HAS_C: tl.constexpr
+):  # fmt: skip
     """dL/dz = a (1[v = y] - p) - b p (z - E_p[z]) + c p (d - E_p[d]) of a block of processed logits, with the row's
-    factors (a, b, c) and load_stats, as cpu/epilogue.py."""
+    factors (a, b, c) and load_stats, as cpu/epilogue.py. holds_target: whether the target is among the columns."""
     top, log_sum, mean_logit, logprob, mr, mean_gap = stats
     fa, fb, fc = factors
     z = z - top
-    p = tl.exp2((z - log_sum) * LOG2E)
+    p = tl.exp2(centred_bits(z, log_sum * LOG2E))
     slope = tl.zeros_like(z)
     if HAS_B:
         slope -= fb * (z - mean_logit)
-    if HAS_C:  # an infinite KL without a factor has no gradient
-        slope += tl.where(fc == 0.0, 0.0, fc * ((z - (r - mr)) - mean_gap))
-    # 1 - p at the target without cancellation: from the log-probability, by the series where it is small
-    x = -logprob
-    one_minus_p = tl.where(x < 1e-2, x * (1.0 - x * (0.5 - x * (1.0 / 6.0))), 1.0 - tl.exp2(logprob * LOG2E))
-    return p * slope + fa * tl.where(is_target, one_minus_p, -p)
+    if HAS_C:  # an infinite KL without a factor has no gradient; the logits of r are finite
+        slope += fc * ((z - (r - mr)) - tl.where(fc == 0.0, 0.0, mean_gap))
+    dz = p * (slope - fa)
+    if holds_target:
+        # 1 - p without cancellation: from the log-probability, by the series where it is small
+        x = -logprob
+        one_minus_p = tl.where(x < 1e-2, x * (1.0 - x * (0.5 - x * (1.0 / 6.0))), 1.0 - tl.exp2(logprob * LOG2E))
+        dz = tl.where(cols == target, p * slope + fa * one_minus_p, dz)
+    return dz
 
 
 @triton.jit
@@ -315,13 +388,30 @@ def score_block(
     z, r = load_pair(row, cols, numbers, FLAGS.has_ref, FLAGS, MASKED, True)
     if (target >= start) & (target < start + BLOCK):
         z = tl.where(cols == target, EXCLUDED, z)
-    sums = fold(z, r, sums, FLAGS.has_ref, 0)
+    sums = fold_bits(z, r, sums, FLAGS.has_ref, FLAGS.has_inf or MASKED)
     if FLAGS.has_keep:
         keep = tl.load(keep_ptr + cols, mask=cols < numbers[0], other=0) != 0
         z = tl.where(keep, z, EXCLUDED)
         r = tl.where(keep, r, -float("inf"))
-        sums_k = fold(z, r, sums_k, FLAGS.has_ref, 0)
+        sums_k = fold_bits(z, r, sums_k, FLAGS.has_ref, True)
     return sums, sums_k
+
+
+@triton.jit
+def write_gradient_block(
+    row, out, start, block, target, numbers, known, factors,
+    FLAGS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of columns start.. of a row by its raw logits, from load_stats and load_factor of the row."""
+    cols = tl.max_contiguous(start + block, [1, VECTOR])
+    z, r = load_pair(row, cols, numbers, FLAGS.has_c, FLAGS, MASKED, False)
+    holds_target = (target >= start) & (target < start + BLOCK)
+    dz = gradient_block(z, r, cols, target, holds_target, known, factors, FLAGS.has_b, FLAGS.has_c)
+    dz = before_processing(dz, z, numbers, FLAGS).to(out.dtype.element_ty)
+    if MASKED:
+        tl.store(out + cols, dz, mask=cols < numbers[0])
+    else:
+        tl.store(out + cols, dz)
 
 
 @triton.jit
@@ -340,8 +430,8 @@ def score_kernel(
     whole = vocab // BLOCK * BLOCK
 
     # every lane keeps its own sums, so that no thread waits for another before the end of the row
-    sums = no_sums(LANES)
-    sums_k = no_sums(LANES)
+    sums = no_sums_bits(LANES)
+    sums_k = no_sums_bits(LANES)
     for start in range(0, whole, BLOCK):
         sums, sums_k = score_block(row, keep_ptr, start, block, target, numbers, sums, sums_k, FLAGS, BLOCK, False)
     if whole < vocab:
@@ -360,12 +450,10 @@ def score_kernel(
         known = (top, log_sum, mean_logit, logprob, mr, mean_gap)
         fa = load_factor(gradient, 0, i, True)
         factors = (fa, load_factor(gradient, 1, i, FLAGS.has_b), load_factor(gradient, 2, i, FLAGS.has_c))
-        for start in range(0, vocab, BLOCK):
-            cols = tl.max_contiguous(start + block, [1, VECTOR])
-            z, r = load_pair(row, cols, numbers, FLAGS.has_c, FLAGS, True, False)
-            dz = gradient_block(z, r, cols == target, known, factors, FLAGS.has_b, FLAGS.has_c)
-            dz = before_processing(dz, z, numbers, FLAGS)
-            tl.store(out + cols, dz.to(out.dtype.element_ty), mask=cols < vocab)
+        for start in range(0, whole, BLOCK):
+            write_gradient_block(row, out, start, block, target, numbers, known, factors, FLAGS, BLOCK, False)
+        if whole < vocab:
+            write_gradient_block(row, out, whole, block, target, numbers, known, factors, FLAGS, BLOCK, True)
 
 
 @triton.jit
@@ -374,18 +462,19 @@ def gradient_kernel(inputs, stats, gradient, numbers, FLAGS: tl.constexpr, BLOCK
     i, row_id, target, numbers = locate(inputs, numbers, FLAGS)
     vocab = numbers[0]
     row = inputs.z + row_id * inputs.z_stride, inputs.bias, inputs.r + row_id * inputs.r_stride, inputs.ref_bias
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(1) * BLOCK
+    cols = start + tl.arange(0, BLOCK)
     z, r = load_pair(row, cols, numbers, FLAGS.has_c or FLAGS.has_c_support, FLAGS, True, False)
-    is_target = cols == target
+    holds_target = (target >= start) & (target < start + BLOCK)
     known = load_stats(stats.full, stats.stride, i)
     fa = load_factor(gradient, 0, i, True)
     factors = (fa, load_factor(gradient, 1, i, FLAGS.has_b), load_factor(gradient, 2, i, FLAGS.has_c))
-    dz = gradient_block(z, r, is_target, known, factors, FLAGS.has_b, FLAGS.has_c)
+    dz = gradient_block(z, r, cols, target, holds_target, known, factors, FLAGS.has_b, FLAGS.has_c)
     if FLAGS.has_keep:
         keep = tl.load(inputs.keep + i * vocab + cols, mask=cols < vocab, other=0) != 0
         known = load_stats(stats.support, stats.stride, i)
         factors = (load_factor(gradient, 3, i, True), 0.0, load_factor(gradient, 4, i, FLAGS.has_c_support))
-        on_support = gradient_block(z, r, is_target, known, factors, False, FLAGS.has_c_support)
+        on_support = gradient_block(z, r, cols, target, holds_target, known, factors, False, FLAGS.has_c_support)
         dz += tl.where(keep, on_support, 0.0)
     dz = before_processing(dz, z, numbers, FLAGS)
     tl.store(

@@ -24,6 +24,8 @@ class HeadSource(cpu.HeadSource):
     raw = True
     picked = None
     """No row ids are left to the kernels: the rows were picked before the product."""
+    has_inf = False
+    """Products are finite; a bias need not be, which the kernels are told of separately."""
 
     def __init__(
         self,
@@ -71,6 +73,9 @@ class HeadSource(cpu.HeadSource):
 
 class LogitsSource(cpu.LogitsSource):
     """The caller's logits, read in place; where rows are masked the kernel picks them by row_ids."""
+
+    has_inf = True
+    """Samplers write -inf over the ids that they exclude."""
 
     def __init__(
         self, policy_logits: Tensor, ref_logits: Tensor | None, row_ids: Tensor | None, options: LogitOptions, *_: Any

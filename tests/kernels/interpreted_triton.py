@@ -3,11 +3,13 @@ process of its own, where TRITON_INTERPRET=1 is set before triton is imported. S
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from matrix import INTERPRETER, check_case, checks, make_case, shrink_blocks
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from fastkl.kernels import operators, reference
+from fastkl.kernels import call, operators, reference
 from fastkl.kernels.dispatch import interpreting
 from fastkl.kernels.gpu import heads, passes
 from fastkl.kernels.operators import TokenCoefficients
@@ -17,10 +19,17 @@ assert interpreting(), "run with TRITON_INTERPRET=1"
 launches: list[str] = []
 
 
+def fused_multiply_add(self, x, y, z):
+    """As the hardware's, it rounds once. Triton's own interpreter rounds twice before 3.9."""
+    exact = x.data.astype(np.float64) * y.data + z.data
+    return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Many blocks and tiles even for tiny sizes, and a log of launches."""
     shrink_blocks(monkeypatch.setattr)
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", fused_multiply_add)
     launches.clear()
     for module, name in (
         (passes, "score_kernel"), (passes, "gradient_kernel"), (passes, "scale_kernel"),
@@ -47,6 +56,35 @@ def test_the_kernels_pass_the_matrix_with_the_launches_they_should_need(check):
 def test_scoring_heads_takes_one_launch_for_the_scores_and_one_for_the_gradient():
     check_case(INTERPRETER, operators.linear_token_scores, make_case())
     assert launches == ["linear_score_kernel", "gradient_kernel"]
+
+
+def test_given_logits_take_one_launch_however_many_they_are_unless_chunks_are_asked_for(monkeypatch):
+    monkeypatch.setattr(call, "CHUNK_BYTES", {"cpu": 1})  # 16 rows, the least
+    z = torch.randn(40, 37)
+    targets = torch.zeros(40, dtype=torch.int64)
+    for chunk, expected in ((None, 1), (16, 3)):
+        launches.clear()
+        leaf = z.clone().requires_grad_()
+        operators.token_scores(leaf, z, targets, chunk_tokens=chunk).kl.sum().backward()
+        assert launches == ["score_kernel"] * expected + ["gradient_kernel"] * expected
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
+@pytest.mark.parametrize("gap", [5.0, 18.0, 40.0])
+def test_given_logits_far_from_zero_keep_their_log_probs(shift, gap):
+    """The target stands `gap` above 300 others: -log p(y) is about 300 exp(-gap), far below the unit of 1 - p(y)."""
+    g = torch.Generator().manual_seed(0)
+    z = (torch.randn(6, 301, generator=g) / 64 + shift).float()
+    targets = torch.tensor([0, 300, 7, 16, 15, 150])
+    z[torch.arange(6), targets] = shift + gap
+    r = (z.double() + torch.randn(6, 301, generator=g).double() / 64).float()
+    got = operators.token_scores(z, r, targets)
+    truth = reference.token_scores(z.double(), r.double(), targets)
+    others = (z.double() - z.double().gather(1, targets[:, None])).scatter(1, targets[:, None], -torch.inf)
+    exact = -others.exp().sum(1).log1p()
+    torch.testing.assert_close(got.policy_logprobs.double(), exact, rtol=1e-5, atol=0)
+    for name in ("ref_logprobs", "entropy", "kl"):
+        torch.testing.assert_close(getattr(got, name).double(), getattr(truth, name), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def shrink_blocks(put: Callable[[object, str, object], None] = setattr) -> None:
     """Several blocks per row, tiles per share and shares per vocabulary, even for the interpreter's tiny sizes."""
     from fastkl.kernels.gpu import heads, passes
 
-    for name, value in (("FORWARD_BLOCK", 16), ("FORWARD_LANES", 4), ("GRADIENT_BLOCK", 16)):
+    for name, value in (("FORWARD_BLOCK", 16), ("HEAVY_BLOCK", 8), ("FORWARD_LANES", 4), ("GRADIENT_BLOCK", 16)):
         put(passes, name, value)
     for name, value in (("BLOCK_ROWS", 16), ("MAX_SPLITS", 3), ("GROUP", 2), ("tile_shape", lambda *_: (16, 16, 1))):
         put(heads, name, value)
@@ -301,7 +301,11 @@ def check_loss(device: Device, dtype: torch.dtype, mask: str, support: str | Non
 
 def check_independence(device: Device, dtype: torch.dtype) -> None:
     """A row's scores are the same bits in any company. (numpy's products, which stand in for tensor cores in the
-    interpreter, depend on a row's place within its tile, so rows keep it there.)"""
+    interpreter, depend on a row's place within its tile, so rows keep it there.)
+
+    On a GPU the kernel that multiplies by itself serves bfloat16 and float16 only, and nobody else promises this there:
+    float32 heads are multiplied by the BLAS, which picks its tiles, and so its order of summation, by the number of
+    rows."""
     case = sized(device, {"num_rows": 40, "hidden": 24, "vocab": 75}).to(dtype, device.device)
     everything = operators.linear_token_scores(*case.args())
     for rows in (range(32, 40), range(16, 40), (16, 1, 34, 3)):
@@ -547,7 +551,8 @@ def checks(device: Device) -> Iterator[Check]:
             for support in (None, "top_k"):
                 name = f"gradient in the forward{of}, mask {mask}, support {support}"
                 yield Check(name, partial(check_loss, device, dtype, mask, support))
-        yield Check(f"independent rows{of}", partial(check_independence, device, dtype))
+        if device.device == "cpu" or dtype != torch.float32:
+            yield Check(f"independent rows{of}", partial(check_independence, device, dtype))
     for options in LOGITS:
         kernels = launches(options, *["score_kernel", "gradient_kernel"])
         yield Check(f"logits {options}", case(logits, options, torch.float32), kernels)
