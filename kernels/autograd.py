@@ -98,6 +98,10 @@ class ScoreFunction(torch.autograd.Function):
             support_stats = None if support_stats is None else support_stats[active]
 
         if kept is None:
+            needed = ctx.needs_input_grad[1:]
+            gradients = call.gradients_without_logits(policy_of(inputs), stats, coefficients, needed)
+            if gradients is not None:
+                return None, *gradients
             source = call.source(policy_of(inputs))
             source.collect_gradients(ctx.needs_input_grad[1:], call.inplace)
         else:

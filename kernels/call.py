@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -83,15 +83,38 @@ class Call:
 
     def score_without_logits(self, policy: Side | Tensor, stats: RowStats) -> bool:
         """Fills `stats` by the kernel that stores no logits, if it serves this call; returns whether it does."""
-        if not (self.use_triton and isinstance(policy, Side) and self.rows.support is None):
+        if self.rows.support is not None or not self._serves(policy):
+            return False
+        from .gpu import heads
+
+        if self.rows.kl and heads.blas_is_faster(policy, self.reference):
+            return False
+        arguments = policy, self.reference, self.rows.target_ids, self.row_ids, self.options, stats
+        heads.linear_score(*arguments, kl=self.rows.kl)
+        return True
+
+    def gradients_without_logits(
+        self, policy: Side | Tensor, stats: RowStats, coefficients: TokenCoefficients, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, ...] | None:
+        """The gradients of the policy's inputs by the kernel that stores no logits, from the statistics over the full
+        vocabulary; None if it does not serve this call."""
+        on_support = coefficients.policy_logprobs_support, coefficients.kl_support
+        if any(c is not None for c in on_support) or not self._serves(policy):
+            return None
+        from .gpu import slices
+
+        return slices.linear_gradient(
+            policy, self.reference, self.rows.target_ids, self.row_ids, self.options, stats, coefficients, needed
+        )
+
+    def _serves(self, policy: Side | Tensor) -> TypeGuard[Side]:
+        """Whether there are kernels that multiply these heads themselves."""
+        if not (self.use_triton and isinstance(policy, Side)):
             return False
         assert not isinstance(self.reference, Tensor)
         from .gpu import heads
 
-        if not heads.fits(policy, self.reference, self.row_ids is not None):
-            return False
-        heads.linear_score(policy, self.reference, self.rows.target_ids, self.row_ids, self.options, stats)
-        return True
+        return heads.fits(policy, self.reference, self.row_ids is not None)
 
     @property
     def keeps_last_chunk(self) -> bool:

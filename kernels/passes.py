@@ -161,6 +161,12 @@ class RowStats:
         """How far apart the fields are in memory, in numbers."""
         return int(self.log_sum.storage_offset() - self.max.storage_offset())
 
+    def take_reference(self, of_reference: RowStats) -> None:
+        """Takes the reference's log-probs from its own statistics; the gap between the models stays undefined."""
+        self.ref_max.copy_(of_reference.max)
+        self.ref_log_sum.copy_(of_reference.log_sum)
+        self.ref_logprobs.copy_(of_reference.logprobs)
+
     def entropy(self) -> Tensor:
         """-E_p[log p], [n]."""
         return self.log_sum - self.mean_logit

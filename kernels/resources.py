@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .gpu import heads, passes, rows
+from .gpu import heads, passes, rows, slices
 
 ARCHITECTURES = (80, 90, 100)
 ALIGNED = ("z_stride", "r_stride", "out_stride", "strides", "vocab", "hidden")
@@ -70,20 +71,28 @@ def _rowwise(name: str, kernel: Any, flags: rows.Flags, logits: str) -> Configur
     return Configuration(name, kernel, signature, constants, passes.GRADIENT_WARPS)
 
 
-def _linear(name: str, flags: rows.Flags, architecture: int) -> Configuration:
-    block_vocab, hidden, stages = heads.tile_shape(architecture, flags.has_ref, flags.has_bias)
-    states = weights = "*bf16"
+def _linear(name: str, flags: rows.Flags, architecture: int, shared: bool = False) -> Configuration:
+    shape = heads.tile_shape(architecture, 2 if flags.has_ref else 1, flags.has_bias)
     descriptors = architecture >= heads.DESCRIPTOR_ARCHITECTURE
-    if descriptors:
-        states, weights = (f"tensordesc<bf16[{block}, {hidden}]>" for block in (heads.BLOCK_ROWS, block_vocab))
+
+    def matrix(block_rows: int, columns: int) -> str:
+        return f"tensordesc<bf16[{block_rows}, {columns}]>" if descriptors else "*bf16"
+
+    states, weights = matrix(heads.BLOCK_ROWS, shape.hidden), matrix(shape.vocab, shape.hidden)
+    tile = heads.Tile(heads.BLOCK_ROWS, shape.vocab, shape.hidden, heads.GROUP, descriptors, shared, "tf32")
+    constants: dict[str, Any] = {"FLAGS": flags, "TILE": tile}
+    heads_of = {"h": states, "w": weights, "hr": states, "wr": weights}
+    vectors = heads.Vectors("*fp32", "*fp32", "*i64", "*fp32", "*fp32", "i64")
+    sizes = {"sizes": heads.Sizes("i32", "i32", "i32", "i32", "i32"), "softcap": "fp32", "scale": "fp32"}
+    if not flags.write_gradient:
+        signature = {**heads_of, "strides": ("i64",) * 4, "vectors": vectors, **sizes}
+        return Configuration(name, heads.linear_score_kernel, signature, constants, heads.NUM_WARPS, shape.stages)
     signature = {
-        "h": states, "w": weights, "hr": states, "wr": weights, "strides": ("i64",) * 4,
-        "vectors": heads.Vectors("*fp32", "*fp32", "*i64", "*fp32", "*fp32", "i64"),
-        "sizes": heads.Sizes("i32", "i32", "i32", "i32", "i32"), "softcap": "fp32", "scale": "fp32",
+        **heads_of, "out": matrix(heads.BLOCK_ROWS, shape.vocab), "strides": ("i64",) * 4, "out_stride": "i64",
+        "vectors": vectors, "known": slices.Known("*fp32", "i64", "*fp32", "i64", "i32"), **sizes,
     }  # fmt: skip
-    tile = heads.Tile(heads.BLOCK_ROWS, block_vocab, hidden, heads.GROUP, descriptors, "tf32")
-    constants = {"FLAGS": flags, "TILE": tile}
-    return Configuration(name, heads.linear_score_kernel, signature, constants, heads.NUM_WARPS, stages)
+    constants["OUT"] = tl.bfloat16
+    return Configuration(name, slices.linear_gradient_kernel, signature, constants, heads.NUM_WARPS, shape.stages)
 
 
 def configurations(architecture: int) -> list[Configuration]:
@@ -107,7 +116,14 @@ def configurations(architecture: int) -> list[Configuration]:
         _linear("linear score: policy", flags(), architecture),
         _linear("linear score: policy + bias, softcap", extras, architecture),
         _linear("linear score: policy + reference", flags(has_ref=True), architecture),
+        _linear("linear score: policy + reference, one head", flags(has_ref=True), architecture, shared=True),
         _linear("linear score: + bias, softcap", both_extras, architecture),
+        _linear("linear gradient: logp", flags(write_gradient=True), architecture),
+        _linear("linear gradient: logp, entropy", flags(write_gradient=True, has_b=True), architecture),
+        _linear("linear gradient: logp, KL", flags(write_gradient=True, has_ref=True, has_c=True), architecture),
+        _linear("linear gradient: all", b_and_c._replace(write_gradient=True, has_ref=True), architecture),
+        _linear("linear gradient: all + bias, softcap",
+                both_extras._replace(write_gradient=True, has_b=True, has_c=True), architecture),
     ]
     scale = {"x_ptr": "*bf16", "factor_ptr": "*fp32", "count": "i64"}
     result.append(Configuration("scale", rows.scale_kernel, scale, {"BLOCK": passes.SCALE_BLOCK}, 4))

@@ -21,12 +21,16 @@ from ..passes import LogitOptions, RowStats, Side
 from .rows import EXCLUDED, LOG2E, Flags, finish, fold, no_sums, process_logits, store_fields, weighted
 
 BLOCK_ROWS, NUM_WARPS = 128, 8
-GROUP = 16
+GROUP, GROUP_OF_TWO_HEADS = 16, 8
 OLDEST_ARCHITECTURE = 80
 DESCRIPTOR_ARCHITECTURE = 90  # on earlier GPUs loads through descriptors are not pipelined, and registers spill
-MAX_SPLITS = 16
+MAX_SPLITS = 33  # times 4 blocks of rows, one wave of a GPU with 132 multiprocessors
+WIDE_HIDDEN = 3072
+"""From here on two heads that differ are multiplied by the BLAS, which needs logits of a chunk of rows: its products are
+faster by more than writing and reading the logits takes."""
 SUMS = 8  # m, s, a, mr, sr, g, target's logit, target's reference logit
 MERGE_ROWS = 128
+ALL = slice(None)
 
 
 class Vectors(NamedTuple):
@@ -58,7 +62,16 @@ class Tile(NamedTuple):
     hidden: int
     group: int  # blocks of rows whose states stay in the L2 cache together
     descriptors: bool
+    shared: bool  # whether one head serves policy and reference
     precision: str  # of float32 products
+
+
+class Shape(NamedTuple):
+    """What tile_shape chooses of a Tile, and of its launch."""
+
+    vocab: int
+    hidden: int
+    stages: int
 
 
 @triton.jit
@@ -74,9 +87,41 @@ def load_tile(x, stride, first, count, k, hidden, ROWS: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
+def raw_logits(
+    h, w, hr, wr, strides, first_row, num_rows, ids, first_id, vocab, hidden, vectors, FLAGS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile of both heads' outputs with their biases, f32 [TILE.rows, TILE.vocab] each; without a reference its tile
+    is zero."""
+    h_stride, w_stride, hr_stride, wr_stride = strides
+    z = tl.zeros([TILE.rows, TILE.vocab], tl.float32)
+    r = tl.zeros([TILE.rows, TILE.vocab], tl.float32)
+    for k in range(0, hidden, TILE.hidden):
+        states = load_tile(h, h_stride, first_row, num_rows, k, hidden, TILE.rows, TILE)
+        weights = load_tile(w, w_stride, first_id, vocab, k, hidden, TILE.vocab, TILE)
+        z = tl.dot(states, weights.T, z, input_precision=TILE.precision)
+        if FLAGS.has_ref:
+            states = load_tile(hr, hr_stride, first_row, num_rows, k, hidden, TILE.rows, TILE)
+            if not TILE.shared:
+                weights = load_tile(wr, wr_stride, first_id, vocab, k, hidden, TILE.vocab, TILE)
+            r = tl.dot(states, weights.T, r, input_precision=TILE.precision)
+    if FLAGS.has_bias:
+        z += tl.load(vectors.bias + ids, mask=ids < vocab, other=0.0)[None, :]
+    if FLAGS.has_ref and FLAGS.has_ref_bias:
+        r += tl.load(vectors.ref_bias + ids, mask=ids < vocab, other=0.0)[None, :]
+    return z, r
+
+
+@triton.jit
+def has_target(target, first_id, COUNT: tl.constexpr):
+    """Whether any of the targets is among ids first_id.. of a tile. Few tiles have one, so what it needs stands behind
+    a branch that all threads take together."""
+    return tl.max(((target >= first_id) & (target < first_id + COUNT)).to(tl.int32), 0) > 0
+
+
+@triton.jit
 def linear_score_kernel(h, w, hr, wr, strides, vectors, sizes, softcap, scale, FLAGS: tl.constexpr, TILE: tl.constexpr):
     """Running sums of one block of rows over one share of the vocabulary: `fold` of hidden @ weight^T, tile by tile."""
-    h_stride, w_stride, hr_stride, wr_stride = strides
     num_rows, vocab, hidden, num_row_blocks, num_splits = sizes
     BLOCK_ROWS: tl.constexpr = TILE.rows
     BLOCK_VOCAB: tl.constexpr = TILE.vocab
@@ -89,7 +134,7 @@ def linear_score_kernel(h, w, hr, wr, strides, vectors, sizes, softcap, scale, F
     split = pid // group_size
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < num_rows
-    target = tl.load(vectors.target + rows, mask=in_rows, other=-1)
+    target = tl.load(vectors.target + rows, mask=in_rows, other=-1).to(tl.int32)
     scale += tl.zeros([BLOCK_ROWS, 1], tl.float32)
     if FLAGS.row_temperature:
         scale /= tl.load(vectors.temperature + rows, mask=in_rows, other=1.0)[:, None]
@@ -103,30 +148,22 @@ def linear_score_kernel(h, w, hr, wr, strides, vectors, sizes, softcap, scale, F
     last_tile = (split + 1) * num_tiles // num_splits
     for tile in range(first_tile, last_tile):
         first_id = tile * BLOCK_VOCAB
-        z = tl.zeros([BLOCK_ROWS, BLOCK_VOCAB], tl.float32)
-        r = tl.zeros([BLOCK_ROWS, BLOCK_VOCAB], tl.float32)
-        for k in range(0, hidden, TILE.hidden):
-            states = load_tile(h, h_stride, first_row, num_rows, k, hidden, BLOCK_ROWS, TILE)
-            weights = load_tile(w, w_stride, first_id, vocab, k, hidden, BLOCK_VOCAB, TILE)
-            z = tl.dot(states, weights.T, z, input_precision=TILE.precision)
-            if FLAGS.has_ref:
-                states = load_tile(hr, hr_stride, first_row, num_rows, k, hidden, BLOCK_ROWS, TILE)
-                weights = load_tile(wr, wr_stride, first_id, vocab, k, hidden, BLOCK_VOCAB, TILE)
-                r = tl.dot(states, weights.T, r, input_precision=TILE.precision)
         ids = first_id + tl.arange(0, BLOCK_VOCAB)
-        inside = (ids < vocab)[None, :]
-        is_target = ids[None, :] == target[:, None]
-        if FLAGS.has_bias:
-            z += tl.load(vectors.bias + ids, mask=ids < vocab, other=0.0)[None, :]
+        z, r = raw_logits(h, w, hr, wr, strides, first_row, num_rows, ids, first_id, vocab, hidden, vectors, FLAGS, TILE)
         z = process_logits(z, numbers, FLAGS, False)
-        z_t += tl.sum(tl.where(is_target, z, 0.0), 1)
-        z = tl.where(inside & (ids[None, :] != target[:, None]), z, EXCLUDED)
         if FLAGS.has_ref:
-            if FLAGS.has_ref_bias:
-                r += tl.load(vectors.ref_bias + ids, mask=ids < vocab, other=0.0)[None, :]
             r = process_logits(r, numbers, FLAGS, True)
-            r_t += tl.sum(tl.where(is_target, r, 0.0), 1)
-            r = tl.where(inside, r, -float("inf"))
+        if has_target(target, first_id, BLOCK_VOCAB):
+            is_target = ids[None, :] == target[:, None]
+            z_t += tl.sum(tl.where(is_target, z, 0.0), 1)
+            z = tl.where(is_target, EXCLUDED, z)
+            if FLAGS.has_ref:
+                r_t += tl.sum(tl.where(is_target, r, 0.0), 1)
+        if first_id + BLOCK_VOCAB > vocab:
+            inside = (ids < vocab)[None, :]
+            z = tl.where(inside, z, EXCLUDED)
+            if FLAGS.has_ref:
+                r = tl.where(inside, r, -float("inf"))
         sums = fold(z, r, sums, FLAGS.has_ref, 1)
 
     m, mr, s, a, sr, g = sums
@@ -171,17 +208,17 @@ def merge_kernel(
     store_fields(stats_ptr, stats_stride, rows, inside, finish(z_t, r_t, (m, mr, s, a, sr, g), HAS_REF))
 
 
-def tile_shape(architecture: int, has_ref: bool, has_extras: bool) -> tuple[int, int, int]:
-    """(ids per tile, features per step, pipeline stages) such that no register spills, as
-    `python -m fastkl.kernels.resources` shows.
+def tile_shape(architecture: int, num_heads: int, has_extras: bool) -> Shape:
+    """The largest tile such that no register spills, as `python -m fastkl.kernels.resources` shows. num_heads: how many
+    are multiplied: policy's and reference's, one for both, or one alone.
 
     Two accumulators of 128 x 128 just fit on sm_90, and no longer with bias or softcap in the epilogue.
     """
     if architecture < DESCRIPTOR_ARCHITECTURE:
-        return 64 if has_ref else 128, 32, 3
-    if has_ref and (has_extras or architecture >= 100):
-        return 64, 64, 4
-    return 128, 64, 3 if has_ref else 4
+        return Shape(128 if num_heads == 1 else 64, 32, 3)
+    if num_heads == 1:
+        return Shape(256 if architecture < 100 and not has_extras else 128, 64, 3)
+    return Shape(64 if has_extras or architecture >= 100 else 128, 64, 4 if has_extras or architecture >= 100 else 3)
 
 
 def architecture_of(x: Tensor) -> int:
@@ -193,7 +230,7 @@ def architecture_of(x: Tensor) -> int:
 
 
 def fits(policy: Side, reference: Side | None, rows_are_picked: bool) -> bool:
-    """Whether the kernel can read these heads: one dtype, contiguous features, rows of whole 16-byte units.
+    """Whether the kernels can read these heads: one dtype, contiguous features, rows of whole 16-byte units.
 
     Picking some rows of the hidden states makes them contiguous, so their features must then fill whole units, too.
     """
@@ -211,6 +248,72 @@ def fits(policy: Side, reference: Side | None, rows_are_picked: bool) -> bool:
     )
 
 
+def blas_is_faster(policy: Side, reference: Side | None) -> bool:
+    """Whether two wide heads are better multiplied by the BLAS, see WIDE_HIDDEN."""
+    return (
+        reference is not None and policy.hidden.shape[1] >= WIDE_HIDDEN and not policy.shares_weights_with(reference)
+    )
+
+
+class Operands:
+    """The two sides of a call as the kernels take them, and the tile by which they go over them.
+
+    reference None: one head alone. row_ids i64 [n] picks rows of the hidden states; None: all of them.
+    """
+
+    def __init__(self, policy: Side, reference: Side | None, row_ids: Tensor | None, options: LogitOptions) -> None:
+        self.policy, self.reference, self.options = policy, reference, options
+        self.bias, self.ref_bias = (
+            None if side is None or side.bias is None else side.bias.detach().float() for side in (policy, reference)
+        )
+        has_extras = options.softcap is not None or self.bias is not None or self.ref_bias is not None
+        self.shared = reference is not None and policy.shares_weights_with(reference)
+        self.architecture = architecture_of(policy.hidden)
+        self.shape = tile_shape(self.architecture, 1 if reference is None else 2, has_extras)
+        sides = (policy, policy if reference is None else reference)
+        self.states = [readable(picked(side.hidden.detach(), row_ids)) for side in sides]
+        self.weights = [readable(side.weight.detach()) for side in sides]
+        self.flags = Flags.of(options, self.bias, self.ref_bias)._replace(has_ref=reference is not None)
+        self.dtype = self.states[0].dtype
+        precision = "ieee" if policy.hidden.dtype == torch.float32 else "tf32"
+        self.tile = Tile(
+            BLOCK_ROWS, self.shape.vocab, self.shape.hidden, GROUP if reference is None else GROUP_OF_TWO_HEADS,
+            self.architecture >= DESCRIPTOR_ARCHITECTURE, self.shared, precision,
+        )  # fmt: skip
+
+    def matrices(self, rows: slice = ALL, ids: slice = ALL) -> tuple[list[Any], tuple[int, ...]]:
+        """States and weights of policy and reference, as descriptors or as they are, and their strides: the first
+        arguments of both kernels."""
+        (h, hr), (w, wr) = ((a[part], b[part]) for (a, b), part in ((self.states, rows), (self.weights, ids)))
+        strides = tuple(x.stride(0) for x in (h, w, hr, wr))
+        if not self.tile.descriptors:
+            return [h, w, hr, wr], strides
+        blocks = (BLOCK_ROWS, self.shape.vocab) * 2
+        return [descriptor(x, n, self.shape.hidden) for x, n in zip((h, w, hr, wr), blocks, strict=True)], strides
+
+    def vectors(self, target_ids: Tensor, sums: Tensor, rows: slice = ALL, ids: slice = ALL) -> Vectors:
+        """What is read beside the matrices, of some rows and ids; `sums` stands in for what is not there."""
+        bias, ref_bias = (sums if b is None else b[ids] for b in (self.bias, self.ref_bias))
+        temperature = self.options.temperature
+        temperature = temperature[rows] if isinstance(temperature, Tensor) else sums
+        return Vectors(bias, ref_bias, target_ids[rows], temperature, sums, sums.stride(0))
+
+
+def picked(x: Tensor, row_ids: Tensor | None) -> Tensor:
+    """Some rows of x, or x itself."""
+    return x if row_ids is None else x.index_select(0, row_ids)
+
+
+def readable(x: Tensor) -> Tensor:
+    """x, but in float32 in the interpreter, whose products misread bfloat16 as integers."""
+    return x if x.is_cuda else x.float()
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> Any:
+    """By which blocks of a matrix are loaded and stored on Hopper and later."""
+    return TensorDescriptor.from_tensor(x, [rows, columns])
+
+
 def linear_score(
     policy: Side,
     reference: Side | None,
@@ -218,43 +321,31 @@ def linear_score(
     row_ids: Tensor | None,
     options: LogitOptions,
     stats: RowStats,
+    kl: bool = True,
 ) -> None:
-    """Fills `stats` (full vocabulary) of the n scored rows without storing logits. Memory: 8 sums per row and split."""
+    """Fills `stats` (full vocabulary) of the n scored rows without storing logits. Memory: 8 sums per row and split.
+
+    Without the KL, which needs both models' logits side by side, each head is gone over alone in larger tiles.
+    """
     num_rows = len(target_ids)
     if num_rows == 0:
         return
+    if reference is not None and not kl and not policy.shares_weights_with(reference):
+        of_reference = RowStats.empty(num_rows, target_ids, torch.float32)
+        linear_score(policy, None, target_ids, row_ids, options, stats)
+        linear_score(reference, None, target_ids, row_ids, options, of_reference)
+        stats.take_reference(of_reference)
+        return
+    operands = Operands(policy, reference, row_ids, options)
     vocab, hidden = policy.weight.shape
-    bias, ref_bias = (None if h is None or h.bias is None else h.bias.detach().float() for h in (policy, reference))
-    has_extras = options.softcap is not None or bias is not None or ref_bias is not None
-    architecture = architecture_of(policy.hidden)
-    block_vocab, block_hidden, num_stages = tile_shape(architecture, reference is not None, has_extras)
-    num_splits = min(MAX_SPLITS, triton.cdiv(vocab, block_vocab))
+    num_splits = min(MAX_SPLITS, triton.cdiv(vocab, operands.shape.vocab))
     num_row_blocks = triton.cdiv(num_rows, BLOCK_ROWS)
     sums = torch.empty(SUMS, num_splits, num_rows, device=target_ids.device)
-    matrices = []
-    for side in (policy, policy if reference is None else reference):
-        states = side.hidden.detach() if row_ids is None else side.hidden.detach().index_select(0, row_ids)
-        for x in (states, side.weight.detach()):
-            if not x.is_cuda and x.dtype == torch.bfloat16:
-                x = x.float()  # the interpreter's product misreads bfloat16 as integers
-            matrices.append(x)
-    with_descriptors = architecture >= DESCRIPTOR_ARCHITECTURE
-    tiles = matrices  # descriptors cannot be in a tuple
-    if with_descriptors:
-        blocks = (BLOCK_ROWS, block_vocab) * 2
-        tiles = [TensorDescriptor.from_tensor(x, [n, block_hidden]) for x, n in zip(matrices, blocks, strict=True)]
-    temperature = options.temperature
-    flags = Flags.of(options, bias, ref_bias)._replace(has_ref=reference is not None)
-    precision = "ieee" if policy.hidden.dtype == torch.float32 else "tf32"
-    vectors = Vectors(
-        sums if bias is None else bias, sums if ref_bias is None else ref_bias, target_ids,
-        temperature if isinstance(temperature, Tensor) else sums, sums, sums.stride(0),
-    )  # fmt: skip
+    matrices, strides = operands.matrices()
     linear_score_kernel[(num_row_blocks * num_splits,)](
-        *tiles, tuple(x.stride(0) for x in matrices), vectors,
+        *matrices, strides, operands.vectors(target_ids, sums),
         Sizes(num_rows, vocab, hidden, num_row_blocks, num_splits), float(options.softcap or 1.0), options.scale,
-        FLAGS=flags, TILE=Tile(BLOCK_ROWS, block_vocab, block_hidden, GROUP, with_descriptors, precision),
-        num_warps=NUM_WARPS, num_stages=num_stages,
+        FLAGS=operands.flags, TILE=operands.tile, num_warps=NUM_WARPS, num_stages=operands.shape.stages,
     )  # fmt: skip
     merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
         sums, sums.stride(0), stats.max, stats.stride, num_rows, num_splits,

@@ -3,6 +3,8 @@ process of its own, where TRITON_INTERPRET=1 is set before triton is imported. S
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastkl.kernels import call, operators, reference
 from fastkl.kernels.dispatch import interpreting
-from fastkl.kernels.gpu import heads, passes
+from fastkl.kernels.gpu import heads, passes, slices
 from fastkl.kernels.operators import TokenCoefficients
 
 assert interpreting(), "run with TRITON_INTERPRET=1"
@@ -33,7 +35,7 @@ def small_blocks(monkeypatch):
     launches.clear()
     for module, name in (
         (passes, "score_kernel"), (passes, "gradient_kernel"), (passes, "scale_kernel"),
-        (heads, "linear_score_kernel"),
+        (heads, "linear_score_kernel"), (slices, "linear_gradient_kernel"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, Logged(name, getattr(module, name)))
 
@@ -53,9 +55,34 @@ def test_the_kernels_pass_the_matrix_with_the_launches_they_should_need(check):
     assert check.kernels is None or sorted(set(launches)) == sorted(check.kernels)
 
 
-def test_scoring_heads_takes_one_launch_for_the_scores_and_one_for_the_gradient():
-    check_case(INTERPRETER, operators.linear_token_scores, make_case())
-    assert launches == ["linear_score_kernel", "gradient_kernel"]
+def test_scoring_heads_takes_one_launch_for_the_scores_and_one_per_slice_for_the_gradient():
+    check_case(INTERPRETER, operators.linear_token_scores, make_case(num_rows=9, vocab=37))  # 32 ids to a slice
+    assert launches == ["linear_score_kernel", "linear_gradient_kernel", "linear_gradient_kernel"]
+
+
+def assert_equal_scores(case, names, **options):
+    """The operator's scores of float32 inputs and the definition's of the same inputs in float64."""
+    exact = reference.linear_token_scores(*case.args(), **case.options)
+    single = case.to(torch.float32)
+    if case.ref_weight is case.policy_weight:
+        single = replace(single, ref_weight=single.policy_weight)
+    got = operators.linear_token_scores(*single.args(), **single.options, **options)
+    for name in names:
+        torch.testing.assert_close(getattr(got, name).double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
+
+
+def test_without_the_kl_each_head_is_scored_alone():
+    case = make_case(softcap=4.0, mask="some")
+    assert_equal_scores(case, ("policy_logprobs", "ref_logprobs", "entropy"), outputs=("entropy",))
+    assert launches == ["linear_score_kernel"] * 2
+
+
+@pytest.mark.parametrize("outputs", [("entropy", "kl"), ("entropy",)])
+def test_one_head_for_both_models_is_read_once(outputs):
+    case = make_case(softcap=4.0)
+    case = replace(case, ref_weight=case.policy_weight)
+    assert_equal_scores(case, ("policy_logprobs", "ref_logprobs", *outputs), outputs=outputs)
+    assert launches == ["linear_score_kernel"]
 
 
 def test_given_logits_take_one_launch_however_many_they_are_unless_chunks_are_asked_for(monkeypatch):
@@ -94,7 +121,7 @@ def test_before_hopper_the_heads_are_read_through_pointers(options, monkeypatch)
     monkeypatch.setattr(heads, "architecture_of", lambda _: 80)
     monkeypatch.setattr(heads, "TensorDescriptor", None)
     check_case(INTERPRETER, operators.linear_token_scores, make_case(**{"num_rows": 6, "vocab": 53, **options}))
-    assert launches == ["linear_score_kernel", "gradient_kernel"]
+    assert set(launches) == {"linear_score_kernel", "linear_gradient_kernel"}
 
 
 @pytest.mark.parametrize("mask", ["none", "some"])

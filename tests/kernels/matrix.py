@@ -215,12 +215,15 @@ LOGITS: list[dict] = [
 
 def shrink_blocks(put: Callable[[object, str, object], None] = setattr) -> None:
     """Several blocks per row, tiles per share and shares per vocabulary, even for the interpreter's tiny sizes."""
-    from fastkl.kernels.gpu import heads, passes
+    from fastkl.kernels.gpu import heads, passes, slices
 
     for name, value in (("FORWARD_BLOCK", 16), ("HEAVY_BLOCK", 8), ("FORWARD_LANES", 4), ("GRADIENT_BLOCK", 16)):
         put(passes, name, value)
-    for name, value in (("BLOCK_ROWS", 16), ("MAX_SPLITS", 3), ("GROUP", 2), ("tile_shape", lambda *_: (16, 16, 1))):
+    for name, value in (("BLOCK_ROWS", 16), ("MAX_SPLITS", 3), ("GROUP", 2), ("GROUP_OF_TWO_HEADS", 2)):
         put(heads, name, value)
+    put(heads, "tile_shape", lambda *_: heads.Shape(16, 16, 1))
+    for name, value in (("BLOCK_ROWS", 16), ("SLICE_IDS", 32), ("SLICE_ROWS", 16)):
+        put(slices, name, value)
 
 
 class Check(NamedTuple):
@@ -542,7 +545,7 @@ def checks(device: Device) -> Iterator[Check]:
     for dtype in device.dtypes:
         of = "" if dtype == torch.float32 else f", {dtype}"
         for options in HEADS:
-            kernels = launches(options, "linear_score_kernel", "gradient_kernel")
+            kernels = launches(options, "linear_score_kernel", "linear_gradient_kernel")
             yield Check(f"heads{of} {options}", case(heads, options, dtype), kernels)
         for options in ON_SUPPORT:
             kernels = launches(options, "score_kernel", "gradient_kernel")
