@@ -21,8 +21,9 @@ from .passes import Passes, Side, chunk_ranges
 from .support import as_record
 from .types import TokenCoefficients, TokenScores
 
-GAP_ROWS = 64
-"""Two runs of rows with a gradient are processed as one if fewer rows than this lie between them."""
+GAP_ROWS = {"cpu": 64, "cuda": 384}
+"""Two runs of rows with a gradient are processed as one if fewer rows than this lie between them. On a GPU a run reads
+and writes the head's whole gradient, which takes as long as the products of about so many rows, whatever H and V."""
 
 Inputs = tuple[Tensor | None, ...]
 """The policy inputs of a Function: (hidden, weight, bias) or (logits,)."""
@@ -145,13 +146,10 @@ def active_rows(coefficients: TokenCoefficients, num_rows: int) -> Tensor:
 
 def active_runs(coefficients: TokenCoefficients, num_rows: int) -> Iterator[tuple[int, int]]:
     """Ranges that together hold all rows with a coefficient, without the long stretches that have none."""
-    active = active_rows(coefficients, num_rows).tolist()
-    if not active:
+    active = active_rows(coefficients, num_rows)
+    if not len(active):
         return
-    start = end = active[0]
-    for row in active:
-        if row - end > GAP_ROWS:
-            yield start, end + 1
-            start = row
-        end = row
-    yield start, end + 1
+    breaks = (active.diff() > GAP_ROWS["cuda" if active.is_cuda else "cpu"]).nonzero()[:, 0]
+    starts = torch.cat([active[:1], active[breaks + 1]]).tolist()
+    ends = torch.cat([active[breaks], active[-1:]]).tolist()
+    yield from ((start, end + 1) for start, end in zip(starts, ends, strict=True))

@@ -209,6 +209,10 @@ def head_call(
     call = _new_call(request, policy_hidden, valid, options)
     weight = policy_head.weight
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (policy_hidden, weight))
+    if request.chunk_tokens is None and policy_hidden.is_cuda:
+        rounded = policy_hidden.dtype == torch.bfloat16 and request.logits_dtype == "bfloat16" and policy_head.bias is None
+        num_bytes = (1 if ref_head is None else 2) * (2 if rounded else 4)
+        call = replace(call, chunk_rows=_chunk_rows(CHUNK_BYTES["cuda"], valid * num_bytes, unit=128))
     keeps = keeps_last_chunk or weight.requires_grad and weight.numel() * 4 > CACHED_BYTES
     if request.chunk_tokens is None and policy_hidden.device.type == "cpu" and needs_grad and keeps:
         call = replace(call, chunk_rows=_default_chunk_rows(policy_hidden, valid, call.dtype, LONG_CHUNK_BYTES))
@@ -279,10 +283,15 @@ def _with_targets_inside(rows: Rows, vocab: int) -> Rows:
 
 
 def _default_chunk_rows(policy: Tensor, vocab: int, dtype: torch.dtype, num_bytes: int | None) -> int:
-    """As many rows as `num_bytes` (None: those of a CPU) hold, in whole units (on a GPU: tiles) of the products."""
-    budget = CHUNK_BYTES["cpu"] if num_bytes is None else num_bytes
-    rows = budget // (2 * dtype.itemsize * max(1, vocab))
-    unit = 128 if policy.is_cuda and rows >= 1024 else 16
+    """As many rows of two models' logits as `num_bytes` (None: those of a CPU) hold."""
+    unit = 128 if policy.is_cuda else 16
+    return _chunk_rows(CHUNK_BYTES["cpu"] if num_bytes is None else num_bytes, 2 * dtype.itemsize * vocab, unit)
+
+
+def _chunk_rows(num_bytes: int, row_bytes: int, unit: int) -> int:
+    """As many rows as fit, in whole units (on a GPU: tiles) of the products where there are enough of them."""
+    rows = num_bytes // max(1, row_bytes)
+    unit = unit if rows >= 8 * unit else 16
     return max(16, rows // unit * unit)
 
 

@@ -14,6 +14,12 @@ from ..cpu import sources as cpu
 from ..passes import LogitOptions, Side
 
 
+def rounds_by_product(dtype: torch.dtype, options: LogitOptions, has_bias: bool) -> bool:
+    """Whether logits that are to be rounded to bfloat16 are what a bfloat16 product writes: its float32 accumulators,
+    rounded once, before anything is done to them."""
+    return dtype == torch.bfloat16 and options.logits_dtype == "bfloat16" and not has_bias
+
+
 class HeadSource(cpu.HeadSource):
     """Half-precision heads multiplied as they are, with float32 logits straight from the accumulators.
 
@@ -39,6 +45,9 @@ class HeadSource(cpu.HeadSource):
         dtype = policy.hidden.dtype if policy.hidden.is_cuda else dtype
         super().__init__(policy, reference, row_ids, options, chunk_rows, dtype)
         self.dtype = torch.float32  # of the logits
+        has_bias = any(side is not None and side.bias is not None for side in (policy, reference))
+        if policy.hidden.is_cuda and rounds_by_product(dtype, options, has_bias):
+            self.dtype = torch.bfloat16
         self.dlogits_buffer: Tensor | None = None
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
@@ -57,7 +66,7 @@ class HeadSource(cpu.HeadSource):
         return self.dlogits_buffer[: len(z)]
 
     def _product(self, head: Side, hidden: Tensor, out: Tensor) -> None:
-        if hidden.dtype == torch.float32:
+        if hidden.dtype == out.dtype:
             torch.mm(hidden, head.weight.t(), out=out)
         else:
             torch.mm(hidden, head.weight.t(), out_dtype=torch.float32, out=out)
