@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,14 +83,14 @@ class Call:
 
     def score_without_logits(self, policy: Side | Tensor, stats: RowStats) -> bool:
         """Fills `stats` by the kernel that stores no logits, if it serves this call; returns whether it does."""
-        if self.rows.support is not None or not self._serves(policy):
+        sides = self._multiplied_heads(policy)
+        if sides is None or self.rows.support is not None:
             return False
         from .gpu import heads
 
-        if self.rows.kl and heads.blas_is_faster(policy, self.reference):
+        if self.rows.kl and heads.blas_is_faster(*sides):
             return False
-        arguments = policy, self.reference, self.rows.target_ids, self.row_ids, self.options, stats
-        heads.linear_score(*arguments, kl=self.rows.kl)
+        heads.linear_score(*sides, self.rows.target_ids, self.row_ids, self.options, stats, kl=self.rows.kl)
         return True
 
     def gradients_without_logits(
@@ -98,23 +98,24 @@ class Call:
     ) -> tuple[Tensor | None, ...] | None:
         """The gradients of the policy's inputs by the kernel that stores no logits, from the statistics over the full
         vocabulary; None if it does not serve this call."""
+        sides = self._multiplied_heads(policy)
         on_support = coefficients.policy_logprobs_support, coefficients.kl_support
-        if any(c is not None for c in on_support) or not self._serves(policy):
+        if sides is None or any(c is not None for c in on_support):
             return None
         from .gpu import slices
 
-        return slices.linear_gradient(
-            policy, self.reference, self.rows.target_ids, self.row_ids, self.options, stats, coefficients, needed
-        )
+        ids, row_ids = self.rows.target_ids, self.row_ids
+        return slices.linear_gradient(*sides, ids, row_ids, self.options, stats, coefficients, needed)
 
-    def _serves(self, policy: Side | Tensor) -> TypeGuard[Side]:
-        """Whether there are kernels that multiply these heads themselves."""
+    def _multiplied_heads(self, policy: Side | Tensor) -> tuple[Side, Side | None] | None:
+        """Policy and reference, if there are kernels that multiply these heads themselves."""
         if not (self.use_triton and isinstance(policy, Side)):
-            return False
+            return None
         assert not isinstance(self.reference, Tensor)
         from .gpu import heads
 
-        return heads.fits(policy, self.reference, self.row_ids is not None)
+        sides = policy, self.reference
+        return sides if heads.fits(*sides, self.row_ids is not None) else None
 
     @property
     def keeps_last_chunk(self) -> bool:
@@ -210,7 +211,8 @@ def head_call(
     weight = policy_head.weight
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (policy_hidden, weight))
     if request.chunk_tokens is None and policy_hidden.is_cuda:
-        rounded = policy_hidden.dtype == torch.bfloat16 and request.logits_dtype == "bfloat16" and policy_head.bias is None
+        has_bias = any(head is not None and head.bias is not None for head in (policy_head, ref_head))
+        rounded = request.logits_dtype == "bfloat16" and policy_hidden.dtype == torch.bfloat16 and not has_bias
         num_bytes = (1 if ref_head is None else 2) * (2 if rounded else 4)
         call = replace(call, chunk_rows=_chunk_rows(CHUNK_BYTES["cuda"], valid * num_bytes, unit=128))
     keeps = keeps_last_chunk or weight.requires_grad and weight.numel() * 4 > CACHED_BYTES

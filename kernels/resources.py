@@ -122,8 +122,11 @@ def configurations(architecture: int) -> list[Configuration]:
         _linear("linear gradient: logp, entropy", flags(write_gradient=True, has_b=True), architecture),
         _linear("linear gradient: logp, KL", flags(write_gradient=True, has_ref=True, has_c=True), architecture),
         _linear("linear gradient: all", b_and_c._replace(write_gradient=True, has_ref=True), architecture),
-        _linear("linear gradient: all + bias, softcap",
-                both_extras._replace(write_gradient=True, has_b=True, has_c=True), architecture),
+        _linear(
+            "linear gradient: all + bias, softcap",
+            both_extras._replace(write_gradient=True, has_b=True, has_c=True),
+            architecture,
+        ),
     ]
     scale = {"x_ptr": "*bf16", "factor_ptr": "*fp32", "count": "i64"}
     result.append(Configuration("scale", rows.scale_kernel, scale, {"BLOCK": passes.SCALE_BLOCK}, 4))

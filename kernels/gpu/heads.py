@@ -26,8 +26,8 @@ OLDEST_ARCHITECTURE = 80
 DESCRIPTOR_ARCHITECTURE = 90  # on earlier GPUs loads through descriptors are not pipelined, and registers spill
 MAX_SPLITS = 33  # times 4 blocks of rows, one wave of a GPU with 132 multiprocessors
 WIDE_HIDDEN = 3072
-"""From here on two heads that differ are multiplied by the BLAS, which needs logits of a chunk of rows: its products are
-faster by more than writing and reading the logits takes."""
+"""From here on two heads that differ are multiplied by the BLAS, which needs the logits of a chunk of rows: its
+products are faster by more than writing and reading the logits takes."""
 SUMS = 8  # m, s, a, mr, sr, g, target's logit, target's reference logit
 MERGE_ROWS = 128
 ALL = slice(None)
@@ -87,12 +87,10 @@ def load_tile(x, stride, first, count, k, hidden, ROWS: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def raw_logits(
-    h, w, hr, wr, strides, first_row, num_rows, ids, first_id, vocab, hidden, vectors, FLAGS: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
+def raw_logits(h, w, hr, wr, strides, vectors, place, FLAGS: tl.constexpr, TILE: tl.constexpr):
     """A tile of both heads' outputs with their biases, f32 [TILE.rows, TILE.vocab] each; without a reference its tile
     is zero."""
+    first_row, num_rows, first_id, vocab, hidden = place
     h_stride, w_stride, hr_stride, wr_stride = strides
     z = tl.zeros([TILE.rows, TILE.vocab], tl.float32)
     r = tl.zeros([TILE.rows, TILE.vocab], tl.float32)
@@ -105,6 +103,7 @@ def raw_logits(
             if not TILE.shared:
                 weights = load_tile(wr, wr_stride, first_id, vocab, k, hidden, TILE.vocab, TILE)
             r = tl.dot(states, weights.T, r, input_precision=TILE.precision)
+    ids = first_id + tl.arange(0, TILE.vocab)
     if FLAGS.has_bias:
         z += tl.load(vectors.bias + ids, mask=ids < vocab, other=0.0)[None, :]
     if FLAGS.has_ref and FLAGS.has_ref_bias:
@@ -149,7 +148,8 @@ def linear_score_kernel(h, w, hr, wr, strides, vectors, sizes, softcap, scale, F
     for tile in range(first_tile, last_tile):
         first_id = tile * BLOCK_VOCAB
         ids = first_id + tl.arange(0, BLOCK_VOCAB)
-        z, r = raw_logits(h, w, hr, wr, strides, first_row, num_rows, ids, first_id, vocab, hidden, vectors, FLAGS, TILE)
+        place = first_row, num_rows, first_id, vocab, hidden
+        z, r = raw_logits(h, w, hr, wr, strides, vectors, place, FLAGS, TILE)
         z = process_logits(z, numbers, FLAGS, False)
         if FLAGS.has_ref:
             r = process_logits(r, numbers, FLAGS, True)
@@ -250,9 +250,7 @@ def fits(policy: Side, reference: Side | None, rows_are_picked: bool) -> bool:
 
 def blas_is_faster(policy: Side, reference: Side | None) -> bool:
     """Whether two wide heads are better multiplied by the BLAS, see WIDE_HIDDEN."""
-    return (
-        reference is not None and policy.hidden.shape[1] >= WIDE_HIDDEN and not policy.shares_weights_with(reference)
-    )
+    return reference is not None and policy.hidden.shape[1] >= WIDE_HIDDEN and not policy.shares_weights_with(reference)
 
 
 class Operands:

@@ -102,7 +102,8 @@ def linear_gradient_kernel(
     if FLAGS.row_temperature:
         scale /= tl.load(vectors.temperature + rows, mask=inside, other=1.0)[:, None]
     numbers = (vocab, softcap, scale)
-    z, r = raw_logits(h, w, hr, wr, strides, first_row, num_rows, ids, first_id, vocab, hidden, vectors, FLAGS, TILE)
+    place = first_row, num_rows, first_id, vocab, hidden
+    z, r = raw_logits(h, w, hr, wr, strides, vectors, place, FLAGS, TILE)
 
     z = process_logits(z, numbers, FLAGS, False)
     if FLAGS.has_c:
