@@ -48,16 +48,22 @@ def run_alone(function: Callable[..., Any], *arguments: Any, environment: Mappin
     function: a module's, below bench/. environment: variables that the process sees from its start.
     """
     module = ".".join(Path(inspect.getfile(function)).resolve().relative_to(ROOT).with_suffix("").parts)
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "bench.common", module, function.__name__, json.dumps(arguments, default=str)],
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path, **(environment or {})},
+        env=child_environment(**(environment or {})),
         capture_output=True,
         text=True,
     )
     if done.returncode:
         sys.exit(f"{function.__name__}{arguments} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def child_environment(**more: Any) -> dict[str, str]:
+    """The environment of a Python process that imports fastkl and bench from here; more: its other variables."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    added = {name: str(value) for name, value in more.items()}
+    return {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path, **added}
 
 
 def take_turns(
@@ -116,11 +122,13 @@ def make_llama(folder: Path, tokenizer: Any, **sizes: Any) -> None:
 
 def trl_run(
     model: Path, prompts: list[Any], reward: Callable[..., list[float]], steps: int, trainer: type | None = None,
-    columns: Mapping[str, list[Any]] | None = None, **options: Any,
+    columns: Mapping[str, list[Any]] | None = None, callbacks: Sequence[Any] = (), tokenizer: Any = None,
+    **options: Any,
 ) -> tuple[Any, list[float]]:  # fmt: skip
     """TRL's RLOOTrainer, ready to train, and the list into which it will write when each step has ended.
 
-    trainer: a subclass of it. columns: of the data set, beside the prompts. options: of RLOOConfig.
+    trainer: a subclass of it. columns: of the data set, beside the prompts. callbacks: of transformers' Trainer.
+    tokenizer: in the place of the folder's. options: of RLOOConfig.
     """
     import torch
     from datasets import Dataset
@@ -133,15 +141,22 @@ def trl_run(
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(time.perf_counter())
 
-    config = RLOOConfig(
-        max_steps=steps + WARM_UP_STEPS, beta=0.05, use_cpu=not torch.cuda.is_available(), save_strategy="no",
-        gradient_checkpointing=False, report_to=[], logging_strategy="no", disable_tqdm=True,
-        model_init_kwargs={"dtype": "float32"}, **options,
-    )  # fmt: skip
+    defaults = {
+        "max_steps": steps + WARM_UP_STEPS,
+        "beta": 0.05,
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "model_init_kwargs": {"dtype": "float32"},
+    }
     data = Dataset.from_dict({"prompt": prompts, **(columns or {})})
     made = (trainer or RLOOTrainer)(
-        model=str(model), reward_funcs=reward, args=config, train_dataset=data, callbacks=[Clock()]
-    )
+        model=str(model), reward_funcs=reward, args=RLOOConfig(**(defaults | options)), train_dataset=data,
+        callbacks=[Clock(), *callbacks], processing_class=tokenizer,
+    )  # fmt: skip
     return made, ends
 
 

@@ -3,6 +3,7 @@ the table. Less than nine minutes.
 
     python bench/gpu.py [--output bench/results/gpu] [--quick] [--checks-only] [--budget 480]
     python bench/gpu.py --dry-run       the same lines on tiny sizes without a GPU, through Triton's interpreter
+    python bench/gpu.py --steps         whole training steps instead, beside TRL's (bench/training/gpu_steps.py)
 
 First the checks of tests/kernels/matrix.py, the same as on a CPU: hidden in and logits in, forward and gradient, every
 kind of support, masks, bias, softcap, row temperatures, the gradient in the forward, batch independence bit for bit,
@@ -23,6 +24,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -100,6 +102,14 @@ def memory_target() -> dict[str, float]:
     return peaks
 
 
+def run_steps(options: argparse.Namespace) -> NoReturn:
+    """Whole training steps, in this process's place."""
+    script = Path(__file__).parent / "training" / "gpu_steps.py"
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    given = ["--output", options.output, "--budget", str(options.budget), *["--dry-run"] * options.dry_run]
+    os.execve(sys.executable, [sys.executable, str(script), *given], {**os.environ, "PYTHONPATH": path})
+
+
 def main() -> None:
     """Checks, measures, writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -108,7 +118,10 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="start no row after that")
     parser.add_argument("--checks-only", action="store_true", help="time nothing")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, without a GPU; the numbers mean nothing")
+    parser.add_argument("--steps", action="store_true", help="whole training steps instead of the operators")
     options = parser.parse_args()
+    if options.steps:
+        run_steps(options)
     if options.dry_run and not DRY_RUN:  # Triton reads this when it is imported, which may have happened by now
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
     if not DRY_RUN and not torch.cuda.is_available():
