@@ -18,7 +18,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..passes import LogitOptions, RowStats, Side
-from .rows import EXCLUDED, LOG2E, Flags, finish, fold, no_sums, process_logits, store_fields, weighted
+from .rows import (
+    EXCLUDED, Flags, finish, fold_bits, in_nats, no_sums_bits, process_logits, store_fields, weighted,
+)  # fmt: skip
 
 BLOCK_ROWS, NUM_WARPS = 128, 8
 GROUP, GROUP_OF_TWO_HEADS = 16, 8
@@ -80,8 +82,9 @@ def load_tile(x, stride, first, count, k, hidden, ROWS: tl.constexpr, TILE: tl.c
     if TILE.descriptors:
         return x.load([first, k])
     else:
+        HIDDEN: tl.constexpr = TILE.hidden
         rows = first + tl.arange(0, ROWS)
-        columns = k + tl.arange(0, TILE.hidden)
+        columns = k + tl.arange(0, HIDDEN)
         inside = (rows < count)[:, None] & (columns < hidden)[None, :]
         return tl.load(x + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=inside, other=0.0)
 
@@ -92,18 +95,20 @@ def raw_logits(h, w, hr, wr, strides, vectors, place, FLAGS: tl.constexpr, TILE:
     is zero."""
     first_row, num_rows, first_id, vocab, hidden = place
     h_stride, w_stride, hr_stride, wr_stride = strides
-    z = tl.zeros([TILE.rows, TILE.vocab], tl.float32)
-    r = tl.zeros([TILE.rows, TILE.vocab], tl.float32)
+    ROWS: tl.constexpr = TILE.rows
+    VOCAB: tl.constexpr = TILE.vocab
+    z = tl.zeros([ROWS, VOCAB], tl.float32)
+    r = tl.zeros([ROWS, VOCAB], tl.float32)
     for k in range(0, hidden, TILE.hidden):
-        states = load_tile(h, h_stride, first_row, num_rows, k, hidden, TILE.rows, TILE)
-        weights = load_tile(w, w_stride, first_id, vocab, k, hidden, TILE.vocab, TILE)
+        states = load_tile(h, h_stride, first_row, num_rows, k, hidden, ROWS, TILE)
+        weights = load_tile(w, w_stride, first_id, vocab, k, hidden, VOCAB, TILE)
         z = tl.dot(states, weights.T, z, input_precision=TILE.precision)
         if FLAGS.has_ref:
-            states = load_tile(hr, hr_stride, first_row, num_rows, k, hidden, TILE.rows, TILE)
+            states = load_tile(hr, hr_stride, first_row, num_rows, k, hidden, ROWS, TILE)
             if not TILE.shared:
-                weights = load_tile(wr, wr_stride, first_id, vocab, k, hidden, TILE.vocab, TILE)
+                weights = load_tile(wr, wr_stride, first_id, vocab, k, hidden, VOCAB, TILE)
             r = tl.dot(states, weights.T, r, input_precision=TILE.precision)
-    ids = first_id + tl.arange(0, TILE.vocab)
+    ids = first_id + tl.arange(0, VOCAB)
     if FLAGS.has_bias:
         z += tl.load(vectors.bias + ids, mask=ids < vocab, other=0.0)[None, :]
     if FLAGS.has_ref and FLAGS.has_ref_bias:
@@ -120,7 +125,8 @@ def has_target(target, first_id, COUNT: tl.constexpr):
 
 @triton.jit
 def linear_score_kernel(h, w, hr, wr, strides, vectors, sizes, softcap, scale, FLAGS: tl.constexpr, TILE: tl.constexpr):
-    """Running sums of one block of rows over one share of the vocabulary: `fold` of hidden @ weight^T, tile by tile."""
+    """Running sums of one block of rows over one share of the vocabulary: `fold_bits` of hidden @ weight^T, tile by
+    tile. A target's own logits are stored when its tile comes: carried along, they would cost registers that spill."""
     num_rows, vocab, hidden, num_row_blocks, num_splits = sizes
     BLOCK_ROWS: tl.constexpr = TILE.rows
     BLOCK_VOCAB: tl.constexpr = TILE.vocab
@@ -139,9 +145,8 @@ def linear_score_kernel(h, w, hr, wr, strides, vectors, sizes, softcap, scale, F
         scale /= tl.load(vectors.temperature + rows, mask=in_rows, other=1.0)[:, None]
     numbers = (vocab, softcap, scale)
 
-    sums = no_sums(BLOCK_ROWS)
-    z_t = tl.zeros([BLOCK_ROWS], tl.float32)
-    r_t = tl.zeros([BLOCK_ROWS], tl.float32)
+    share = vectors.sums + (split.to(tl.int64) * num_rows + rows)
+    sums = no_sums_bits(BLOCK_ROWS)
     num_tiles = tl.cdiv(vocab, BLOCK_VOCAB)
     first_tile = split * num_tiles // num_splits
     last_tile = (split + 1) * num_tiles // num_splits
@@ -153,22 +158,19 @@ def linear_score_kernel(h, w, hr, wr, strides, vectors, sizes, softcap, scale, F
         z = process_logits(z, numbers, FLAGS, False)
         if FLAGS.has_ref:
             r = process_logits(r, numbers, FLAGS, True)
-        if has_target(target, first_id, BLOCK_VOCAB):
+        if has_target(target, first_id, BLOCK_VOCAB) | (first_id + BLOCK_VOCAB > vocab):
             is_target = ids[None, :] == target[:, None]
-            z_t += tl.sum(tl.where(is_target, z, 0.0), 1)
-            z = tl.where(is_target, EXCLUDED, z)
-            if FLAGS.has_ref:
-                r_t += tl.sum(tl.where(is_target, r, 0.0), 1)
-        if first_id + BLOCK_VOCAB > vocab:
             inside = (ids < vocab)[None, :]
-            z = tl.where(inside, z, EXCLUDED)
+            of_target = tl.sum(tl.where(is_target, z, 0.0), 1), tl.sum(tl.where(is_target, r, 0.0), 1)
+            here = in_rows & (target >= first_id) & (target < first_id + BLOCK_VOCAB)
+            store_fields(share + 6 * vectors.sums_stride, vectors.sums_stride, 0, here, of_target)
+            z = tl.where(inside & (ids[None, :] != target[:, None]), z, EXCLUDED)
             if FLAGS.has_ref:
-                r = tl.where(inside, r, -float("inf"))
-        sums = fold(z, r, sums, FLAGS.has_ref, 1)
+                r = tl.where(inside, r, EXCLUDED)
+        sums = fold_bits(z, r, sums, FLAGS.has_ref, FLAGS.has_ref_bias, 1)
 
     m, mr, s, a, sr, g = sums
-    place = vectors.sums + (split.to(tl.int64) * num_rows + rows)
-    store_fields(place, vectors.sums_stride, 0, in_rows, (m, s, a, mr, sr, g, z_t, r_t))
+    store_fields(share, vectors.sums_stride, 0, in_rows, (m, s, a, mr, sr, g))
 
 
 @triton.jit
@@ -176,19 +178,19 @@ def merge_kernel(
     sums_ptr, sums_stride, stats_ptr, stats_stride, num_rows, num_splits, HAS_REF: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the shares of the vocabulary up, in their order, and finishes RowStats."""
+    """Adds the shares of the vocabulary up, in bits and in their order, and finishes RowStats."""
     rows = tl.program_id(0) * MERGE_ROWS + tl.arange(0, MERGE_ROWS)
     inside = rows < num_rows
     field = sums_stride
     ptr = sums_ptr + rows
-    m, mr, s, a, sr, g = no_sums(MERGE_ROWS)
+    m, mr, s, a, sr, g = no_sums_bits(MERGE_ROWS)
     z_t = tl.zeros([MERGE_ROWS], tl.float32)
     r_t = tl.zeros([MERGE_ROWS], tl.float32)
     for _ in range(0, num_splits):
         m_i = tl.load(ptr, mask=inside, other=0.0)
         s_i = tl.load(ptr + field, mask=inside, other=1.0)
         m_new = tl.maximum(m, m_i)
-        old, new = tl.exp2((m - m_new) * LOG2E), tl.exp2((m_i - m_new) * LOG2E)
+        old, new = tl.exp2(m - m_new), tl.exp2(m_i - m_new)
         if HAS_REF:
             mr_i = tl.load(ptr + 3 * field, mask=inside, other=0.0)
             mr_new = tl.maximum(mr, mr_i)
@@ -196,7 +198,7 @@ def merge_kernel(
             g = weighted(old, g + s * ((m - m_new) - (mr - mr_new)))
             g += weighted(new, g_i + s_i * ((m_i - m_new) - (mr_i - mr_new)))
             sr_i = tl.load(ptr + 4 * field, mask=inside, other=1.0)
-            sr = sr * tl.exp2((mr - mr_new) * LOG2E) + sr_i * tl.exp2((mr_i - mr_new) * LOG2E)
+            sr = sr * tl.exp2(mr - mr_new) + sr_i * tl.exp2(mr_i - mr_new)
             mr = mr_new
             r_t += tl.load(ptr + 7 * field, mask=inside, other=0.0)
         a_i = tl.load(ptr + 2 * field, mask=inside, other=0.0)
@@ -205,7 +207,9 @@ def merge_kernel(
         m = m_new
         z_t += tl.load(ptr + 6 * field, mask=inside, other=0.0)
         ptr += num_rows
-    store_fields(stats_ptr, stats_stride, rows, inside, finish(z_t, r_t, (m, mr, s, a, sr, g), HAS_REF))
+    store_fields(
+        stats_ptr, stats_stride, rows, inside, finish(z_t, r_t, in_nats((m, mr, s, a, sr, g), HAS_REF), HAS_REF)
+    )
 
 
 def tile_shape(architecture: int, num_heads: int, has_extras: bool) -> Shape:
@@ -338,7 +342,7 @@ def linear_score(
     vocab, hidden = policy.weight.shape
     num_splits = min(MAX_SPLITS, triton.cdiv(vocab, operands.shape.vocab))
     num_row_blocks = triton.cdiv(num_rows, BLOCK_ROWS)
-    sums = torch.empty(SUMS, num_splits, num_rows, device=target_ids.device)
+    sums = torch.zeros(SUMS, num_splits, num_rows, device=target_ids.device)
     matrices, strides = operands.matrices()
     linear_score_kernel[(num_row_blocks * num_splits,)](
         *matrices, strides, operands.vectors(target_ids, sums),

@@ -186,37 +186,9 @@ def log_of_sum(others, exp_target, at_maximum):
 
 
 @triton.jit
-def no_sums(N: tl.constexpr):
-    """The sums over nothing, [N] each."""
-    m = tl.zeros([N], tl.float32) + EXCLUDED
-    zero = tl.zeros([N], tl.float32)
-    return m, m, zero, zero, zero, zero
-
-
-@triton.jit
 def weighted(e, gap):
     """e * gap, zero where e is: the gap is infinite at an id that the reference excludes."""
     return tl.where(e == 0.0, 0.0, e * gap)
-
-
-@triton.jit
-def fold(z, r, sums, HAS_REF: tl.constexpr, AXIS: tl.constexpr):
-    """Adds a tile of logits along AXIS to the online sums, of which there is one set per index of its other axis. What
-    is excluded is EXCLUDED in z and -inf in r."""
-    m, mr, s, a, sr, g = sums
-    m_new = tl.maximum(m, tl.max(z, AXIS))
-    rescale = tl.exp2((m - m_new) * LOG2E)
-    z = z - tl.expand_dims(m_new, AXIS)
-    e = tl.exp2(z * LOG2E)
-    if HAS_REF:
-        mr_new = tl.maximum(mr, tl.max(r, AXIS))
-        r = r - tl.expand_dims(mr_new, AXIS)
-        sr = sr * tl.exp2((mr - mr_new) * LOG2E) + tl.sum(tl.exp2(r * LOG2E), AXIS)
-        g = weighted(rescale, g + s * ((m - m_new) - (mr - mr_new))) + tl.sum(weighted(e, z - r), AXIS)
-        mr = mr_new
-    a = rescale * (a + s * (m - m_new)) + tl.sum(e * z, AXIS)
-    s = s * rescale + tl.sum(e, AXIS)
-    return m_new, mr, s, a, sr, g
 
 
 @triton.jit
@@ -234,25 +206,28 @@ def centred_bits(x, m):
 
 
 @triton.jit
-def fold_bits(z, r, sums, HAS_REF: tl.constexpr, HAS_INF: tl.constexpr):
-    """Adds a block of logits [J, LANES] to its lanes' online sums, which are in bits. What is excluded is EXCLUDED in z
-    and -inf in r; without HAS_INF nothing is -inf in r but what is EXCLUDED in z."""
+def fold_bits(z, r, sums, HAS_REF: tl.constexpr, HAS_INF: tl.constexpr, AXIS: tl.constexpr):
+    """Adds a tile of logits along AXIS to the online sums in bits, of which there is one set per index of its other
+    axis. What is excluded is EXCLUDED in z, and -inf in r (EXCLUDED will do where it is excluded in both); without
+    HAS_INF nothing is -inf in r."""
     m, mr, s, a, sr, g = sums
-    m_new = tl.maximum(m, tl.max(z, 0) * LOG2E)
+    m_new = tl.maximum(m, tl.max(z, AXIS) * LOG2E)
     rescale = tl.exp2(m - m_new)
-    z = centred_bits(z, m_new[None, :])
+    z = centred_bits(z, tl.expand_dims(m_new, AXIS))
     e = tl.exp2(z)
     if HAS_REF:
-        mr_new = tl.maximum(mr, tl.max(r, 0) * LOG2E)
-        r = centred_bits(r, mr_new[None, :])
-        sr = sr * tl.exp2(mr - mr_new) + tl.sum(tl.exp2(r), 0)
+        mr_new = tl.maximum(mr, tl.max(r, AXIS) * LOG2E)
+        r = centred_bits(r, tl.expand_dims(mr_new, AXIS))
+        sr = sr * tl.exp2(mr - mr_new) + tl.sum(tl.exp2(r), AXIS)
         gap = z - r
-        if HAS_INF:  # infinite where the reference excludes an id
-            gap = tl.where(e == 0.0, 0.0, gap)
-        g = weighted(rescale, g + s * ((m - m_new) - (mr - mr_new))) + tl.sum(e * gap, 0)
+        g += s * ((m - m_new) - (mr - mr_new))
+        if HAS_INF:  # the gap is infinite where the reference excludes an id
+            g = weighted(rescale, g) + tl.sum(weighted(e, gap), AXIS)
+        else:
+            g = rescale * g + tl.sum(e * gap, AXIS)
         mr = mr_new
-    a = rescale * (a + s * (m - m_new)) + tl.sum(e * z, 0)
-    s = s * rescale + tl.sum(e, 0)
+    a = rescale * (a + s * (m - m_new)) + tl.sum(e * z, AXIS)
+    s = s * rescale + tl.sum(e, AXIS)
     return m_new, mr, s, a, sr, g
 
 
@@ -388,12 +363,12 @@ def score_block(
     z, r = load_pair(row, cols, numbers, FLAGS.has_ref, FLAGS, MASKED, True)
     if (target >= start) & (target < start + BLOCK):
         z = tl.where(cols == target, EXCLUDED, z)
-    sums = fold_bits(z, r, sums, FLAGS.has_ref, FLAGS.has_inf or MASKED)
+    sums = fold_bits(z, r, sums, FLAGS.has_ref, FLAGS.has_inf or MASKED, 0)
     if FLAGS.has_keep:
         keep = tl.load(keep_ptr + cols, mask=cols < numbers[0], other=0) != 0
         z = tl.where(keep, z, EXCLUDED)
         r = tl.where(keep, r, -float("inf"))
-        sums_k = fold_bits(z, r, sums_k, FLAGS.has_ref, True)
+        sums_k = fold_bits(z, r, sums_k, FLAGS.has_ref, True, 0)
     return sums, sums_k
 
 
