@@ -19,7 +19,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..passes import LogitOptions, RowStats, Side
 from .rows import (
-    EXCLUDED, Flags, finish, fold_bits, in_nats, no_sums_bits, process_logits, store_fields, weighted,
+    EXCLUDED,
+    Flags,
+    finish,
+    fold_bits,
+    in_nats,
+    no_sums_bits,
+    process_logits,
+    store_fields,
+    weighted,
 )  # fmt: skip
 
 BLOCK_ROWS, NUM_WARPS = 128, 8

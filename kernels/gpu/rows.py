@@ -221,10 +221,8 @@ def fold_bits(z, r, sums, HAS_REF: tl.constexpr, HAS_INF: tl.constexpr, AXIS: tl
         sr = sr * tl.exp2(mr - mr_new) + tl.sum(tl.exp2(r), AXIS)
         gap = z - r
         g += s * ((m - m_new) - (mr - mr_new))
-        if HAS_INF:  # the gap is infinite where the reference excludes an id
-            g = weighted(rescale, g) + tl.sum(weighted(e, gap), AXIS)
-        else:
-            g = rescale * g + tl.sum(e * gap, AXIS)
+        # the gap is infinite where the reference excludes an id
+        g = weighted(rescale, g) + tl.sum(weighted(e, gap) if HAS_INF else e * gap, AXIS)
         mr = mr_new
     a = rescale * (a + s * (m - m_new)) + tl.sum(e * z, AXIS)
     s = s * rescale + tl.sum(e, AXIS)
