@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .active import active_rows
 from .call import Call
 from .passes import Passes, Side, chunk_ranges
 from .support import as_record
 from .types import TokenCoefficients, TokenScores
-
-GAP_ROWS = {"cpu": 64, "cuda": 384}
-"""Two runs of rows with a gradient are processed as one if fewer rows than this lie between them. On a GPU a run reads
-and writes the head's whole gradient, which takes as long as the products of about so many rows, whatever H and V."""
 
 Inputs = tuple[Tensor | None, ...]
 """The policy inputs of a Function: (hidden, weight, bias) or (logits,)."""
@@ -127,29 +124,4 @@ class Chunk:
 
     def gradient(self, coefficients: TokenCoefficients) -> None:
         """Takes the gradient of those of its rows that have one; coefficients: of the chunk's rows."""
-        for i, j in active_runs(coefficients, len(self.z)):
-            gap = None if self.gap is None else self.gap[i:j]
-            first = self.first + i
-            self.passes.gradient_(first, self.first + j, self.z[i:j], gap, coefficients.select(slice(i, j)))
-
-
-def active_rows(coefficients: TokenCoefficients, num_rows: int) -> Tensor:
-    """Indices of the rows with any coefficient that is not zero (NaN counts as not zero)."""
-    given = [c for c in coefficients.values() if c is not None]
-    if not given:
-        return torch.empty(0, dtype=torch.int64)
-    active = torch.zeros(num_rows, dtype=torch.bool, device=given[0].device)
-    for c in given:
-        active |= c != 0
-    return active.nonzero()[:, 0]
-
-
-def active_runs(coefficients: TokenCoefficients, num_rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges that together hold all rows with a coefficient, without the long stretches that have none."""
-    active = active_rows(coefficients, num_rows)
-    if not len(active):
-        return
-    breaks = (active.diff() > GAP_ROWS["cuda" if active.is_cuda else "cpu"]).nonzero()[:, 0]
-    starts = torch.cat([active[:1], active[breaks + 1]]).tolist()
-    ends = torch.cat([active[breaks], active[-1:]]).tolist()
-    yield from ((start, end + 1) for start, end in zip(starts, ends, strict=True))
+        self.passes.gradient_of_active_(self.first, self.z, self.gap, coefficients)

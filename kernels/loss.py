@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autograd import Chunk, Inputs, active_rows, policy_of, without_autocast
+from .active import active_rows
+from .autograd import Chunk, Inputs, policy_of, without_autocast
 from .call import Call
 from .errors import UserError
 from .passes import Passes, RowStats, chunk_ranges

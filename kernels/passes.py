@@ -220,5 +220,8 @@ class Passes(Protocol):
     def gradient_(self, lo: int, hi: int, z: Tensor, gap: Tensor | None, coefficients: TokenCoefficients) -> None:
         """Turns the result of `score` or `reload` into the gradient and stores it. coefficients: of these rows."""
 
+    def gradient_of_active_(self, lo: int, z: Tensor, gap: Tensor | None, coefficients: TokenCoefficients) -> None:
+        """`gradient_` of those rows of a chunk that have one; z, gap, coefficients: of rows lo, lo + 1, ..."""
+
     def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
         """`score`, then `gradient_` of the same rows."""

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..active import ActiveRuns
 from ..passes import Rows, RowStats, chunk_ranges
 from ..types import TokenCoefficients
 from .epilogue import Factors, Slopes, Sums, dlogits_, exponentials_again_, gather, row_sums_
@@ -96,6 +97,11 @@ class CpuPasses:
             if softcap_slope is not None:
                 e_block.mul_(softcap_slope)
         self.source.store(lo, hi, e)
+
+    def gradient_of_active_(self, lo: int, z: Tensor, gap: Tensor | None, coefficients: TokenCoefficients) -> None:
+        for i, j in ActiveRuns(coefficients, len(z)):
+            of_run = None if gap is None else gap[i:j]
+            self.gradient_(lo + i, lo + j, z[i:j], of_run, coefficients.select(slice(i, j)))
 
     def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
         z, gap = self.score(lo, hi)

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..active import ActiveRuns
 from ..passes import Rows, RowStats
 from ..support import keep_mask, keep_sampled_
 from ..types import TokenCoefficients
@@ -50,7 +51,19 @@ class GpuPasses:
         return self.source.load(lo, hi, need_ref=need_gap)
 
     def gradient_(self, lo: int, hi: int, z: Tensor, gap: Tensor | None, coefficients: TokenCoefficients) -> None:
-        """gap is the reference's logits here."""
+        self.source.store(lo, hi, self._launch_gradient(lo, hi, z, gap, coefficients))
+
+    def gradient_of_active_(self, lo: int, z: Tensor, gap: Tensor | None, coefficients: TokenCoefficients) -> None:
+        """The kernel goes over all rows, while which of them need the products after it is still on its way here."""
+        runs = ActiveRuns(coefficients, len(z))
+        dlogits = self._launch_gradient(lo, lo + len(z), z, gap, coefficients)
+        for i, j in runs:
+            self.source.store(lo + i, lo + j, dlogits[i:j])
+
+    def _launch_gradient(
+        self, lo: int, hi: int, z: Tensor, gap: Tensor | None, coefficients: TokenCoefficients
+    ) -> Tensor:
+        """The gradient of the logits of rows lo..hi, [hi - lo, V]; gap is the reference's logits here."""
         _, b, c, a_s, c_s = coefficients.values()
         keep = self._keep(lo, hi, z) if a_s is not None or c_s is not None else None
         out = self.source.gradient_buffer(z)
@@ -60,7 +73,7 @@ class GpuPasses:
                 *self._arguments(lo, hi, z, gap, keep, coefficients, out), FLAGS=flags, BLOCK=GRADIENT_BLOCK,
                 num_warps=GRADIENT_WARPS,
             )  # fmt: skip
-        self.source.store(lo, hi, out)
+        return out
 
     def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
         if self.support_stats is not None:
