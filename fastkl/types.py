@@ -45,6 +45,17 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Settled:
+    """What a rollout brings to its updates that is computed once, before the first of them.
+
+    A tensor per prompt, f32 [tokens of its valid samples, end to end], on the CPU. None: computed in the update itself.
+    """
+
+    advantages: tuple[torch.Tensor, ...] | None = None  # [B]; each token's
+    old_logprobs: tuple[torch.Tensor, ...] | None = None  # [B]; under the policy before the first update
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutBatch:
     """One step's samples and their rewards."""
 
@@ -53,6 +64,7 @@ class RolloutBatch:
     rewards: torch.Tensor  # f32 [B, K], CPU; 0 where not valid
     valid: torch.Tensor  # bool [B, K], CPU; False: the reward does not apply, the sample has left its group
     policy_version: int  # weight version that sampled the completions
+    settled: Settled = Settled()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +105,8 @@ class PackedBatch:
     valid: torch.Tensor  # bool [G, K]
     lengths: tuple[int, ...]  # the sequences' lengths as Python ints (no device round trip); len s
     prompt_lengths: tuple[int, ...] = ()  # tokens of each group's prompt, len G; () where groups share none
+    advantages: torch.Tensor | None = None  # f32 [N], where they are known beforehand
+    old_logprobs: torch.Tensor | None = None  # f32 [N], where the policy is no longer the one that sampled
 
     @property
     def completion_lengths(self) -> torch.Tensor:

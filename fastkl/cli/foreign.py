@@ -23,6 +23,10 @@ OURS: dict[str, str] = {
     "--kl-estimator": "algorithm.kl_penalty actor_rollout_ref.actor.kl_loss_type",
     "--kl-placement": "use_kl_loss algorithm.use_kl_in_reward actor_rollout_ref.actor.use_kl_loss",
     "--advantage": "baseline advantage_estimator algorithm.adv_estimator",
+    "--advantage-scale": "scale_rewards normalize_advantages normalize_reward",
+    "--reward-clip": "reward_clip_range",
+    "--loss-level": "loss_type actor_rollout_ref.actor.loss_agg_mode",
+    "--entropy-coef": "entropy_loss_coef actor_rollout_ref.actor.entropy_coeff",
     "--truncated drop": "mask_truncated_completions",
     "--reference-every": "sync_ref_model ref_model_sync_steps",
     "--reference-share": "ref_model_mixup_alpha",
@@ -65,11 +69,8 @@ NOT_HERE: dict[str, str] = {
     "num_iterations max_epochs steps_per_generation actor_rollout_ref.actor.ppo_mini_batch_size": (
         "every completion is trained on once"
     ),
-    "epsilon epsilon_high delta eps_clip actor_rollout_ref.actor.clip_ratio loss_type policy_loss_type": (
+    "epsilon epsilon_high delta eps_clip actor_rollout_ref.actor.clip_ratio policy_loss_type": (
         "the policy that is updated is the one that sampled, so there is no ratio to clip"
-    ),
-    "scale_rewards normalize_advantages normalize_reward": (
-        "rewards are not scaled; write an advantage of your own: --advantage FILE.py:FUNCTION"
     ),
     "critic_pretrain critic_learning_rate gamma lambd": "there is no critic",
     "use_peft": "adapters are asked for by their rank: --lora-rank 16",

@@ -16,8 +16,9 @@ from fastkl.config.held_out import check_evaluation, samples_of
 from fastkl.config.setting import Registry, Setting, Unset, table_of
 from fastkl.data.prompts import template_kwargs
 from fastkl.errors import UserError
-from fastkl.objective.advantages import ADVANTAGES, find_advantage
+from fastkl.objective.advantages import ADVANTAGES, Advantage, find_advantage, scaled
 from fastkl.objective.kl_estimators import ESTIMATORS, NO_REFERENCE, Penalty, check_penalty
+from fastkl.objective.loss_levels import LOSS_LEVELS
 from fastkl.rollout.generator import GENERATORS
 from fastkl.sampling.params import AT_LEAST_0, AT_LEAST_1, SEEDS, SHARE, Heading, Sampling, SamplingSettings
 
@@ -82,8 +83,19 @@ class TrainConfig(SamplingSettings):
     reference_share: Annotated[float, SHARE] = 1.0
     """The policy's share in a renewed reference: 1 copies; with reference_every 1, below 1 is a moving average."""
     advantage: Annotated[str, Registry(ADVANTAGES, own=True)] = "rloo"
-    """What a reward is compared with: "rloo" (mean of the prompt's other samples), "none" (plain REINFORCE), or a
-    function of yours."""
+    """What a reward is compared with: "rloo" (mean of the prompt's other samples), "dr_grpo" (mean of all of them),
+    "grpo" (the same, in units of their spread), "reinforce_pp" (mean and spread of the whole step), "none" (plain
+    REINFORCE), or a function of yours."""
+    advantage_scale: Literal["none", "group", "batch"] = "none"
+    """What the advantage is divided by: "none", the spread of the rewards in its "group", or in the whole "batch" of
+    the step. A spread changes what is optimised."""
+    reward_clip: tuple[float, ...] = ()
+    """LOW HIGH: rewards below and above are cut to these, before the KL is taken off; none does not clip."""
+    loss_level: Annotated[str, Registry(LOSS_LEVELS)] = "sum"
+    """What the loss of a step's tokens is averaged over: "sum" (completions), "mean" (each completion's mean over its
+    tokens, then completions: GRPO), "token" (all tokens: DAPO), "max_length" ("sum" over max_new_tokens: Dr. GRPO)."""
+    entropy_coef: Annotated[float, AT_LEAST_0] = 0.0
+    """Reward per nat of entropy, summed over a completion's tokens, in the loss; 0 for none."""
     truncated: Literal["keep", "drop"] = "keep"
     """Completions cut at max_new_tokens: "keep" scores them whole, "drop" takes them out of their group."""
     importance: Literal["none", "token", "sequence"] = "none"
@@ -184,7 +196,7 @@ def check_config(config: TrainConfig) -> None:
         setting.check(getattr(config, name))
     check_combinations(config)
     template_kwargs(config.chat_template_kwargs)
-    check_penalty(penalty_of(config))
+    check_penalty(penalty_of(config), advantage_of(config), config.loss_level)
 
 
 def check_combinations(config: TrainConfig) -> None:
@@ -199,17 +211,7 @@ def check_combinations(config: TrainConfig) -> None:
             f"reward_weights: {len(config.reward_weights)} weights for {len(config.reward)} reward functions; give "
             "one for each."
         )
-    needed = find_advantage(config.advantage).min_samples
-    if config.num_samples < needed:
-        raise UserError(
-            f"num_samples: {config.num_samples} leaves the advantage {config.advantage} no other sample to compare "
-            f"with; use {needed} or more, or --advantage none."
-        )
-    if config.dynamic_sampling and needed < 2:
-        raise UserError(
-            f"dynamic_sampling: equal rewards are a signal, too, to the advantage {config.advantage}, which compares "
-            "no samples; use 0, or --advantage rloo."
-        )
+    check_advantage(config)
     if config.min_tokens > config.max_new_tokens:
         raise UserError(
             f"min_tokens: {config.min_tokens} is more than max_new_tokens ({config.max_new_tokens}); lower it."
@@ -237,6 +239,36 @@ def check_combinations(config: TrainConfig) -> None:
     check_evaluation(
         config.eval_prompts, config.eval_text, config.eval_reward, num_samples, config.best, not config.no_reference
     )
+
+
+def check_advantage(config: TrainConfig) -> None:
+    """Rewards and what they are compared with."""
+    needed = advantage_of(config).min_samples
+    if config.num_samples < needed:
+        raise UserError(
+            f"num_samples: {config.num_samples} leaves the advantage {config.advantage} no other sample to compare "
+            f"with; use {needed} or more, or --advantage none."
+        )
+    if config.dynamic_sampling and needed < 2:
+        raise UserError(
+            f"dynamic_sampling: equal rewards are a signal, too, to the advantage {config.advantage}, which does not "
+            "compare a prompt's samples alone; use 0, or --advantage rloo."
+        )
+    if config.advantage_scale != "none" and find_advantage(config.advantage).is_scaled:
+        raise UserError(
+            f"advantage_scale: the advantage {config.advantage} is in units of a spread already; use none, or another "
+            "advantage."
+        )
+    if config.reward_clip and (len(config.reward_clip) != 2 or config.reward_clip[0] >= config.reward_clip[1]):
+        raise UserError(
+            f"reward_clip: {' '.join(f'{x:g}' for x in config.reward_clip)} is no range; give its lower and its upper "
+            "end."
+        )
+
+
+def advantage_of(config: TrainConfig) -> Advantage:
+    """The advantage with its scale."""
+    return scaled(find_advantage(config.advantage), config.advantage_scale)
 
 
 def penalty_of(config: TrainConfig, coef: float | None = None) -> Penalty:

@@ -31,12 +31,14 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from fastkl.errors import UserError
+from fastkl.objective.loss_levels import LOSS_LEVELS
 from fastkl.plugins import find_function
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fastkl.kernels.types import TokenScores
+    from fastkl.objective.advantages import Advantage
 
 PLACEMENTS = ("reward", "loss")
 
@@ -225,8 +227,11 @@ class Penalty:
     credit: str = "completion"  # which tokens KL_t is charged to: all of the "completion", or those that "caused" it
 
 
-def check_penalty(penalty: Penalty) -> None:
-    """Raises UserError for a combination whose expected gradient is that of no KL."""
+def check_penalty(penalty: Penalty, advantage: Advantage | None = None, loss_level: str = "sum") -> None:
+    """Raises UserError for a combination whose expected gradient is that of no KL.
+
+    advantage, loss_level: what the penalty is combined with; the default ones leave the gradient as it is.
+    """
     estimator = find_estimator(penalty.estimator)
     if reason := estimator.refused.get(penalty.placement):
         raise UserError(
@@ -239,4 +244,32 @@ def check_penalty(penalty: Penalty) -> None:
         raise UserError(
             "kl_credit: caused is biased with kl_reduction mean (the number of tokens divided by depends on the later "
             "tokens); use kl_reduction sum or kl_credit completion."
+        )
+    check_beside(penalty, advantage, loss_level)
+
+
+def check_beside(penalty: Penalty, advantage: Advantage | None, loss_level: str) -> None:
+    """Raises UserError where the advantage or the loss's average weighs one part of the penalty's gradient only."""
+    if not penalty.coef:
+        return
+    if penalty.placement == "reward" and advantage is not None and not advantage.is_unbiased:
+        if find_estimator(penalty.estimator).pathwise is not None:
+            raise UserError(
+                f"kl_estimator: {penalty.estimator} in the reward has a part that is differentiated, which an "
+                "advantage that scales rewards does not scale; use k1, or --kl-placement loss."
+            )
+        if penalty.credit == "caused":
+            raise UserError(
+                "kl_credit: caused gives each token a KL in units of the reward, which this advantage scales; use "
+                "--advantage rloo, or kl_credit completion."
+            )
+    if penalty.credit == "caused" and not LOSS_LEVELS[loss_level].is_unbiased:
+        raise UserError(
+            f"kl_credit: caused is biased with loss_level {loss_level}, whose weights depend on the later tokens; use "
+            "loss_level sum, or kl_credit completion."
+        )
+    if penalty.placement == "loss" and penalty.reduction == "mean" and loss_level != "sum":
+        raise UserError(
+            f"kl_reduction: mean divides a completion's KL by its length, and loss_level {loss_level} averages the "
+            "loss that it is a part of once more; use kl_reduction sum."
         )

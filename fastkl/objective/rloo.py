@@ -21,8 +21,10 @@ The loss is linear in the scores, with factors that need a whole group's scores 
 others). So the operator calls `BatchObjective` as soon as a run of whole groups is scored, takes the factors, and has
 the gradient while the logits are still in its buffer: no logit is computed twice.
 
-Left out on purpose: whitening of advantages, ratio clipping (one update per batch is on-policy), and any KL term added
-after the baseline.
+An entropy bonus takes c * sum_t H_t off the loss, H_t = -sum_v pi(v) log pi(v) over all ids, with the texts before each
+token held fixed (Williams and Peng 1991; Mnih et al. 2016). What the sums over tokens are divided by: loss_levels.py.
+
+Left out on purpose: any KL term added after the baseline.
 """
 
 from __future__ import annotations
@@ -43,9 +45,10 @@ from fastkl.objective.kl_estimators import (
     sampled_ref_logprobs,
     support_kl,
 )
+from fastkl.objective.loss_levels import LOSS_LEVELS
 from fastkl.objective.sequences import per_token, sequence_sums
 from fastkl.sampling.params import Sampling
-from fastkl.types import SAMPLE_SUMS, Breakdown, PackedBatch
+from fastkl.types import SAMPLE_SUMS, Breakdown, PackedBatch, RolloutBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +60,19 @@ class Objective:
     sampling: Sampling
     importance: str = "none"  # "none", "token" or "sequence"
     importance_cap: float = 2.0
+    entropy_coef: float = 0.0  # c, reward per nat
+    loss_level: str = "sum"  # an entry of LOSS_LEVELS
 
     def at(self, coef: float) -> Objective:
         """The same with the current coefficient."""
         return replace(self, penalty=replace(self.penalty, coef=coef))
+
+    def normalizer(self, batch: RolloutBatch, groups: Sequence[int]) -> float:
+        """What the loss of an update on these groups is divided by."""
+        valid = batch.valid[groups]
+        tokens = torch.tensor([[len(c.token_ids) for c in batch.completions[g]] for g in groups])
+        num_tokens = float(tokens.masked_fill(~valid, 0).sum()) if len(groups) else 0.0
+        return LOSS_LEVELS[self.loss_level].normalizer(float(valid.sum()), num_tokens, self.sampling.max_new_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,27 +93,38 @@ def penalize(scores: TokenScores, rewards: torch.Tensor, cu_seqlens: torch.Tenso
     return Penalized(kl_tokens, kl, rewards - penalty.coef * kl.view_as(rewards))
 
 
+def token_advantages(
+    penalized: Penalized, advantages: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penalty
+) -> torch.Tensor:
+    """Each token's advantage, f32 [N]: its completion's, and with credit "caused" the KL that it has no part in.
+
+    advantages f32 [G, K] of whole prompt groups, and what `penalize` computed from their scores.
+    """
+    of_tokens = per_token(advantages.flatten(), cu_seqlens)
+    if penalty.credit == "completion" or not penalty.coef:
+        return of_tokens
+    sampled = find_estimator(penalty.estimator).sampled
+    return of_tokens + penalty.coef * not_caused(penalized.kl_tokens, cu_seqlens, sampled=sampled)
+
+
 def token_coefficients(
     scores: TokenScores,
-    penalized: Penalized,
-    valid: torch.Tensor,
+    advantages: torch.Tensor,
     cu_seqlens: torch.Tensor,
     penalty: Penalty,
     *,
-    advantage: Advantage,
     normalizer: float,
     weights: torch.Tensor | None = None,
+    entropy_coef: float = 0.0,
 ) -> TokenCoefficients:
     """The factor of every score in the loss: the gradient of sum over tokens of factor * score is the update's.
 
-    scores [N], constants, of whole prompt groups, and what `penalize` computed from them; valid bool [G, K]; cu_seqlens
-    i32 [G * K + 1] (a sequence that is not valid has no tokens); normalizer: the number of valid samples in the whole
-    step, not in this micro-batch; weights f32 [N] or None: importance weights of the tokens (importance.py).
+    scores [N], constants, of whole prompt groups; advantages f32 [N], of the tokens; cu_seqlens i32 [G * K + 1] (a
+    sequence that is not valid has no tokens); normalizer: the number of valid samples in the whole step, not in this
+    micro-batch; weights f32 [N] or None: what each token's part is multiplied with (importance.py, loss_levels.py).
     """
     estimator = find_estimator(penalty.estimator)
-    factor = -per_token(advantage.function(penalized.rewards, valid).flatten(), cu_seqlens)
-    if penalty.credit == "caused":
-        factor = factor - penalty.coef * not_caused(penalized.kl_tokens, cu_seqlens, sampled=estimator.sampled)
+    factor = -advantages
     slope = _reduced(torch.full_like(factor, penalty.coef), cu_seqlens, penalty)
     if penalty.placement == "loss" and estimator.slope is not None:
         factor = factor + slope * estimator.slope(scores)
@@ -109,6 +132,8 @@ def token_coefficients(
     pathwise = {} if estimator.pathwise is None else estimator.pathwise(scores)
     logprobs = "policy_logprobs" if scores.policy_logprobs_support is None else "policy_logprobs_support"
     exact = {name: slope * scale * share for name, share in pathwise.items()}
+    if entropy_coef:
+        exact["entropy"] = torch.full_like(factor, -entropy_coef) * scale
     return TokenCoefficients(**{logprobs: factor * scale, **exact})
 
 
@@ -117,6 +142,14 @@ def _reduced(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penalty
     if penalty.reduction == "sum":
         return kl_tokens
     return kl_tokens / per_token(cu_seqlens.diff().to(kl_tokens.dtype), cu_seqlens)
+
+
+def averaged(weights: torch.Tensor | None, cu_seqlens: torch.Tensor, loss_level: str) -> torch.Tensor | None:
+    """The tokens' weights f32 [N], each over the length of its completion where the loss is averaged so. None: one."""
+    if not LOSS_LEVELS[loss_level].by_length:
+        return weights
+    shares = per_token(1.0 / cu_seqlens.diff().clamp(min=1).float(), cu_seqlens)
+    return shares if weights is None else weights * shares
 
 
 def not_caused(kl_tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, sampled: bool) -> torch.Tensor:
@@ -144,28 +177,40 @@ class BatchObjective:
         self.penalized = torch.zeros_like(batch.rewards)  # f32 [G, K]
         self.num_weights_cut = 0
 
+    def penalize(self, rows: slice, scores: TokenScores) -> tuple[Penalized, slice, torch.Tensor]:
+        """The KL and the penalised rewards of these rows, which are those of whole groups: with the groups, and their
+        cu_seqlens.
+        """
+        batch, samples_of = self.batch, self.batch.rewards.shape[1]
+        groups = slice(self._group_at[rows.start], self._group_at[rows.stop])
+        samples = slice(groups.start * samples_of, groups.stop * samples_of)
+        cu_seqlens = batch.completion_cu_seqlens[samples.start : samples.stop + 1] - rows.start
+        penalized = penalize(scores, batch.rewards[groups], cu_seqlens, self.objective.penalty)
+        self.kl[samples], self.penalized[groups] = penalized.kl, penalized.rewards
+        return penalized, groups, cu_seqlens
+
     def __call__(self, rows: slice, scores: TokenScores) -> TokenCoefficients:
         """The factors of the scores of these rows, which are those of whole groups."""
         objective, batch, penalty = self.objective, self.batch, self.objective.penalty
-        groups = slice(self._group_at[rows.start], self._group_at[rows.stop])
-        samples = slice(*(g * batch.rewards.shape[1] for g in (groups.start, groups.stop)))
-        cu_seqlens = batch.completion_cu_seqlens[samples.start : samples.stop + 1] - rows.start
-        penalized = penalize(scores, batch.rewards[groups], cu_seqlens, penalty)
-        self.kl[samples], self.penalized[groups] = penalized.kl, penalized.rewards
+        penalized, groups, cu_seqlens = self.penalize(rows, scores)
         engine_logprobs, level = batch.engine_logprobs[rows], objective.importance
         weights = importance_weights(
             engine_logprobs, sampled_logprobs(scores), cu_seqlens, level, objective.importance_cap
         )
         self.num_weights_cut += weights.num_cut
+        if batch.advantages is not None:
+            advantages = batch.advantages[rows]
+        else:
+            of_samples = objective.advantage.function(penalized.rewards, batch.valid[groups])
+            advantages = token_advantages(penalized, of_samples, cu_seqlens, penalty)
         return token_coefficients(
             scores,
-            penalized,
-            batch.valid[groups],
+            advantages,
             cu_seqlens,
             penalty,
-            advantage=objective.advantage,
             normalizer=self.normalizer,
-            weights=weights.values,
+            weights=averaged(weights.values, cu_seqlens, objective.loss_level),
+            entropy_coef=objective.entropy_coef,
         )
 
     def breakdown(self, scores: TokenScores, loss: torch.Tensor) -> Breakdown:

@@ -94,6 +94,9 @@ def _pack_groups(batch: RolloutBatch, groups: Sequence[int], device: torch.devic
     def int64(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
+    def settled(of_groups: tuple[torch.Tensor, ...] | None) -> torch.Tensor | None:
+        return None if of_groups is None else torch.cat([of_groups[g] for g in groups]).to(device)
+
     return PackedBatch(
         input_ids=int64(input_ids),
         position_ids=int64(position_ids),
@@ -107,6 +110,8 @@ def _pack_groups(batch: RolloutBatch, groups: Sequence[int], device: torch.devic
         valid=batch.valid[list(groups)].to(device),
         lengths=tuple(lengths),
         prompt_lengths=tuple(len(batch.prompts[g].token_ids) for g in groups),
+        advantages=settled(batch.settled.advantages),
+        old_logprobs=settled(batch.settled.old_logprobs),
     )
 
 

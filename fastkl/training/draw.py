@@ -67,7 +67,8 @@ def draw(run: Run, num_prompts: int, step: int, watch: Stopwatch, *, first: int 
             run.rewards, prompts, completions, step=step, max_steps=config.steps, timeout=config.reward_timeout
         )
     valid = scorable(completions, rewards.valid, config.truncated)
-    total = rewards.total.masked_fill(~valid, 0.0)
+    total = rewards.total.clamp(*config.reward_clip) if config.reward_clip else rewards.total
+    total = total.masked_fill(~valid, 0.0)
     batch = RolloutBatch(prompts, completions, total, valid, policy_version=step - 1)
     return Drawn(batch, rewards, sum(len(c.token_ids) for group in completions for c in group))
 

@@ -22,6 +22,7 @@ from fastkl.rollout.agreement import check_agreement
 from fastkl.scoring.pack import pack, scorable_groups
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training.draw import draw_batch
+from fastkl.training.first_forward import with_advantages
 from fastkl.training.given import Reward, taken
 from fastkl.training.schedule import learning_rate, set_learning_rate
 from fastkl.training.setup import set_up
@@ -119,7 +120,8 @@ def update(
     Raises StaleEngineError when generator and trainer disagree about the sampled tokens' log-probs.
     """
     groups = scorable_groups(batch.valid, objective.advantage.min_samples)
-    normalizer = float(batch.valid[groups].sum())  # of the whole step: micro-batches add up to it
+    normalizer = objective.normalizer(batch, groups)  # of the whole step: micro-batches add up to it
+    batch = with_advantages(policy, reference, batch, objective, limits.micro_batch_tokens, watch)
     parts = []
     with policy.scoring(), reference.scoring() if reference else nullcontext():
         once = policy.layout == "shared"

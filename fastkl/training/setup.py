@@ -19,12 +19,11 @@ from torch import nn
 
 from fastkl.config.defaults import lr_of, lr_warnings, resolved
 from fastkl.config.held_out import best_by
-from fastkl.config.settings import TrainConfig, check_config, penalty_of
+from fastkl.config.settings import TrainConfig, advantage_of, check_config, penalty_of
 from fastkl.data.prompts import PromptSource
 from fastkl.errors import UserError
 from fastkl.evaluation.evaluate import Evaluator
 from fastkl.evaluation.plan import eval_rewards, evaluator_of, prompts_of, split, text_windows
-from fastkl.objective.advantages import find_advantage
 from fastkl.objective.kl_control import KlController
 from fastkl.objective.rloo import Objective
 from fastkl.report.loggers import RunLog, check_report_to
@@ -303,7 +302,13 @@ def closed_on_failure(lock: TextIO) -> Iterator[None]:
 def objective_of(config: TrainConfig, sampling: Sampling) -> Objective:
     """What the steps optimise; its coefficient is the controller's, step by step."""
     return Objective(
-        penalty_of(config), find_advantage(config.advantage), sampling, config.importance, config.importance_cap
+        penalty_of(config),
+        advantage_of(config),
+        sampling,
+        config.importance,
+        config.importance_cap,
+        config.entropy_coef,
+        config.loss_level,
     )
 
 

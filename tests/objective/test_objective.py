@@ -17,7 +17,7 @@ from fastkl.kernels.operators import token_scores
 from fastkl.kernels.types import TokenScores
 from fastkl.objective.advantages import find_advantage
 from fastkl.objective.kl_estimators import ESTIMATORS, PLACEMENTS, Penalty, check_penalty, off_support_kl
-from fastkl.objective.rloo import penalize, token_coefficients
+from fastkl.objective.rloo import penalize, token_advantages, token_coefficients
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
 
@@ -150,8 +150,9 @@ def applied_loss(scores: TokenScores, rewards, cu, penalty, advantage, **options
     constants = TokenScores(*(None if x is None else x.detach() for x in values_of(scores)))
     valid = torch.ones_like(rewards, dtype=torch.bool)
     penalized = penalize(constants, rewards, cu, penalty)
+    of_samples = find_advantage(advantage).function(penalized.rewards, valid)
     factors = token_coefficients(
-        constants, penalized, valid, cu, penalty, advantage=find_advantage(advantage), **options
+        constants, token_advantages(penalized, of_samples, cu, penalty), cu, penalty, **options
     )
     named = [f.name for f in fields(factors) if getattr(factors, f.name) is not None]
     return sum((getattr(factors, name) * getattr(scores, name)).sum() for name in named)
@@ -292,8 +293,9 @@ def test_without_a_support_the_estimator_over_all_ids_is_k1_to_the_bit():
     for estimator in ("k1", "k1_full"):
         penalty = Penalty(BETA, estimator)
         penalized = penalize(scores, rewards, cu, penalty)
+        of_samples = find_advantage("rloo").function(penalized.rewards, valid)
         factors = token_coefficients(
-            scores, penalized, valid, cu, penalty, advantage=find_advantage("rloo"), normalizer=2.0
+            scores, token_advantages(penalized, of_samples, cu, penalty), cu, penalty, normalizer=2.0
         )
         found.append([penalized.kl, factors.policy_logprobs])
         assert factors.kl is None and factors.kl_support is None

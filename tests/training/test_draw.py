@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_loop import reward_file, rows, small
 
+import fastkl
 from fastkl.config.settings import TrainConfig, check_config
 from fastkl.data.prompts import PromptSource
 from fastkl.errors import UserError
@@ -232,3 +233,11 @@ def test_it_is_refused_where_equal_rewards_are_a_signal():
         check_config(TrainConfig(advantage="none", dynamic_sampling=2))
     with pytest.raises(UserError, match="dynamic_sampling: -1 is out of range"):
         check_config(TrainConfig(dynamic_sampling=-1))
+
+
+def test_rewards_are_cut_to_their_range_before_anything_is_computed_from_them(tmp_path):
+    config = small(tmp_path, steps=1, reward=("length?target=1",), reward_clip=(-8.0, -2.0), kl_coef=0.0)
+    fastkl.train(config)
+    samples = rows(config, "samples")
+    drawn = [sample["rewards"]["length"] for sample in samples]
+    assert min(drawn) < -8 and [s["reward"] for s in samples] == [min(max(r, -8.0), -2.0) for r in drawn]

@@ -1,0 +1,107 @@
+"""What is known of a rollout before its first update: the advantages that need the whole step, and what these take.
+
+In: the step's batch. Out: the same with `settled` filled in. An advantage that compares all samples of a step needs
+their penalised rewards before the gradient of any of them is taken. Without a KL in the reward these are the rewards;
+with one, policy and reference pass over the whole rollout once more, without gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastkl.objective.kl_estimators import Penalty, sampled_logprobs
+from fastkl.objective.rloo import BatchObjective, Objective, Penalized, token_advantages, whole_step
+from fastkl.scoring.pack import cumulative, pack, scorable_groups
+from fastkl.scoring.scored_model import ScoredModel
+from fastkl.training.stopwatch import Stopwatch
+from fastkl.types import Breakdown, RolloutBatch, Settled
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class FirstForward:
+    """The scores of a rollout under the policy that sampled it. A tensor per prompt, f32 [tokens of its valid samples],
+    on the CPU; empty for a prompt without an advantage.
+    """
+
+    logprobs: tuple[torch.Tensor, ...]  # [B]
+    kl_tokens: tuple[torch.Tensor, ...]  # [B]; as in Penalized
+    rewards: torch.Tensor  # f32 [B, K]; penalised
+    total: Breakdown  # of the whole step; its loss is zero
+
+
+def with_advantages(
+    policy: ScoredModel,
+    reference: ScoredModel | None,
+    batch: RolloutBatch,
+    objective: Objective,
+    micro_batch_tokens: int,
+    watch: Stopwatch,
+) -> RolloutBatch:
+    """The batch, with the advantages that need the whole step; as it is where the update computes its own."""
+    if not objective.advantage.whole_step:
+        return batch
+    penalty = objective.penalty
+    first = None
+    if penalty.placement == "reward" and penalty.coef:
+        first = first_forward(policy, reference, batch, objective, micro_batch_tokens, watch)
+    return replace(batch, settled=Settled(advantages=step_advantages(batch, objective, first)))
+
+
+def first_forward(
+    policy: ScoredModel,
+    reference: ScoredModel | None,
+    batch: RolloutBatch,
+    objective: Objective,
+    micro_batch_tokens: int,
+    watch: Stopwatch,
+) -> FirstForward:
+    """One forward of both models over the groups that have an advantage, without gradients."""
+    groups = scorable_groups(batch.valid, objective.advantage.min_samples)
+    logprobs, kl_tokens = [torch.empty(0)] * len(batch.prompts), [torch.empty(0)] * len(batch.prompts)
+    rewards = torch.zeros_like(batch.rewards)
+    parts: list[tuple[Sequence[int], Breakdown]] = []
+    once = policy.layout == "shared"
+    with policy.scoring(), reference.scoring() if reference else nullcontext(), watch("score"), torch.no_grad():
+        for members, micro in pack(batch, groups, micro_batch_tokens, policy.device, prompts_once=once):
+            ref_hidden = reference.hidden(micro) if reference else None
+            scores = policy(micro, ref_hidden, sampling=objective.sampling).scores
+            part = BatchObjective(objective, micro, 1.0)
+            penalized, *_ = part.penalize(slice(0, part.row_splits[-1]), scores)
+            sizes = torch.tensor(part.row_splits).diff().tolist()
+            sampled = sampled_logprobs(scores).cpu().split(sizes)
+            for g, of_group, kl_of_group in zip(members, sampled, penalized.kl_tokens.cpu().split(sizes), strict=True):
+                logprobs[g], kl_tokens[g] = of_group, kl_of_group
+            rewards[members] = penalized.rewards.to(rewards)
+            parts.append((members, part.breakdown(scores, torch.zeros(()))))
+    return FirstForward(tuple(logprobs), tuple(kl_tokens), rewards, whole_step(batch.valid.shape, parts))
+
+
+def step_advantages(batch: RolloutBatch, objective: Objective, first: FirstForward | None) -> tuple[torch.Tensor, ...]:
+    """Each token's advantage, by prompt. first: None where the rewards are not penalised."""
+    advantage, penalty = objective.advantage, objective.penalty
+    groups = scorable_groups(batch.valid, advantage.min_samples)
+    lengths = torch.tensor([[len(c.token_ids) for c in group] for group in batch.completions])
+    valid = torch.zeros_like(batch.valid)
+    valid[groups] = batch.valid[groups]
+    lengths = lengths.masked_fill(~valid, 0)
+    rewards = batch.rewards if first is None else first.rewards
+    more = [lengths] if advantage.whole_step else []
+    values = advantage.function(rewards, valid, *more)
+    return tuple(
+        of_group(values[b], lengths[b], torch.empty(0) if first is None else first.kl_tokens[b], penalty)
+        for b in range(len(batch.prompts))
+    )
+
+
+def of_group(
+    advantages: torch.Tensor, lengths: torch.Tensor, kl_tokens: torch.Tensor, penalty: Penalty
+) -> torch.Tensor:
+    """The tokens' advantages of one prompt, f32 [n]: advantages f32 [K], lengths i64 [K], kl_tokens f32 [n] or none."""
+    penalized = Penalized(kl_tokens, torch.empty(0), torch.empty(0))
+    return token_advantages(penalized, advantages, cumulative(lengths.tolist(), CPU), penalty)
