@@ -2,6 +2,7 @@
 the table. Less than nine minutes.
 
     python bench/gpu.py [--output bench/results/gpu] [--quick] [--checks-only] [--budget 480]
+        [--jobs DFE,BA] [--seconds 0.3]
     python bench/gpu.py --dry-run       the same lines on tiny sizes without a GPU, through Triton's interpreter
     python bench/gpu.py --steps         whole training steps instead, beside TRL's (bench/training/gpu_steps.py)
 
@@ -115,6 +116,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", default="bench/results/gpu")
     parser.add_argument("--quick", action="store_true", help="two shapes instead of four")
+    parser.add_argument("--jobs", metavar="LETTERS", help="in the order in which they are to run, groups by commas")
+    parser.add_argument("--seconds", type=float, default=SIZES.seconds, help="how long a row is timed (default: 1)")
     parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="start no row after that")
     parser.add_argument("--checks-only", action="store_true", help="time nothing")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, without a GPU; the numbers mean nothing")
@@ -142,7 +145,7 @@ def main() -> None:
     torch.cuda.empty_cache()
     shapes = SIZES.shapes[:2] if options.quick else SIZES.shapes
     left = options.budget - (time.perf_counter() - started)
-    run_bench(options.output, device=DEVICE, shapes=shapes, seconds=SIZES.seconds, budget_s=left)
+    run_bench(options.output, device=DEVICE, shapes=shapes, jobs=options.jobs, seconds=options.seconds, budget_s=left)
     print(f"all of it took {time.perf_counter() - started:.0f} s")
 
 

@@ -22,20 +22,46 @@ PACKAGES = (
     "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn",
 )  # fmt: skip
 
+SPIN_CYCLES = 2_000_000
+"""How long a GPU spins before a call that is timed: about a millisecond."""
+
 
 def times_ms(call: Callable[[], object], device: str, seconds: float) -> list[float]:
     """Wall times of a call in ms, after a warm-up: as many as fit into `seconds`, at least one.
 
-    By triton.testing.do_bench on a GPU (the L2 cache is flushed before each call), by torch.utils.benchmark elsewhere.
+    On a GPU between two events, after the L2 cache was flushed and while the host runs ahead; by torch.utils.benchmark
+    elsewhere.
     """
     if device == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(call, rep=int(1000 * seconds), return_mode="all")
+        return _gpu_times_ms(call, seconds)
     from torch.utils.benchmark import Timer
 
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return [1000 * taken for taken in timer.blocked_autorange(min_run_time=seconds).times]
+
+
+def _gpu_times_ms(call: Callable[[], object], seconds: float) -> list[float]:
+    """Nothing waits for the device between two calls, and it spins for about a millisecond before each: what is timed
+    is the device's work, and of the host's only what a call itself waits for."""
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def timed() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        flush.zero_()
+        torch.cuda._sleep(SPIN_CYCLES)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        return begin, end
+
+    timed(), timed()  # compiles, allocates
+    torch.cuda.synchronize()
+    begin, end = timed()
+    torch.cuda.synchronize()
+    count = max(5, min(200, int(1000 * seconds / begin.elapsed_time(end))))
+    events = [timed() for _ in range(count)]
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
 
 
 def peak_mib(call: Callable[[], object], device: str) -> float | None:
