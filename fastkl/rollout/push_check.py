@@ -8,6 +8,9 @@ Where the engine packs what it has loaded, tensors are compared in between, afte
 packed; the packed form has to be there still when the push is over, and what can be multiplied with it is (packed.py).
 That packing itself is right is the engine's part, and agreement.py's to see.
 
+Where all parameters of an engine turn out to be copies of the policy's parts that can be read, as on a GPU, the pushes
+after the first one write them to their places directly (`place_all`), which spares the engine's loader its bookkeeping.
+
 Measured on one thread of a busy processor: 14 ms for the embedded model's 1.7 million parameters, beside 15 ms for the
 push; 0.1 to 0.2 s for 110 million, which is 2 to 4 GB of float32 a second, beside 0.38 s. Fingerprints alone run at 10
 to 15 GB a second.
@@ -39,6 +42,9 @@ NAMED = 4
 """Tensors that an error names; it counts the others."""
 
 NOT_LOADED = "not loaded"
+
+PACKING_DEVICES = ("cpu",)
+"""Where engines may compute with other copies of a parameter than the one that can be read."""
 
 
 @dataclass(slots=True)
@@ -94,6 +100,31 @@ class PushCheck:
         with Watch(model, self.places) as watch:
             yield Push(self.places, watch, None)
         self.places.sent.clear()
+
+    def knows_all(self, model: nn.Module) -> bool:
+        """Whether every parameter of the engine is known to be a copy of the policy's, and to be read as it is used.
+
+        Never on CPUs, where an engine may multiply with packed copies beside them.
+        """
+        if self.packs != frozenset() or self.places.altered:
+            return False
+        engine = dict(model.named_parameters(remove_duplicate=False))
+        places = self.places.of_parameter
+        copies = {id(engine[name]) for name in places if name in engine and self.places.filled(name)}
+        return all(id(p) in copies and p.device.type not in PACKING_DEVICES for p in engine.values()) and all(
+            engine[name].dtype == place.dtype and place.target.within(engine[name])
+            for name, found in places.items()
+            for place in found
+        )
+
+    @torch.no_grad()
+    def place_all(self, model: nn.Module, weights: Weights) -> Push:
+        """Copies the policy's weights to their places; for an engine of which `knows_all` is true."""
+        engine, at = dict(model.named_parameters(remove_duplicate=False)), self.places.of_sent()
+        for name, tensor in weights:
+            for place in at.get(name, ()):
+                place.target(engine[place.parameter]).copy_(place.source(tensor))
+        return Push(self.places, None, frozenset())
 
     @torch.no_grad()
     def verify(self, model: nn.Module, weights: Callable[[], Weights], push: Push, step: int) -> None:

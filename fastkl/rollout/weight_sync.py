@@ -1,6 +1,7 @@
 """Weight sync: the policy's weights into the running vLLM engine, and the proof that they arrived.
 
-vLLM reloads weights in place, but three things can go wrong without a word: a packed, tied output head on CPUs keeps
+vLLM reloads weights in place (after the first push they are copied to where its loader has put them, if that is all it
+does), but three things can go wrong without a word: a packed, tied output head on CPUs keeps
 the old weights; packed experts on CPUs get plain ones; a prefix cache survives with the old keys and values. All three
 are cured here, and push_check.py compares what the engine holds in the end, tensor by tensor.
 """
@@ -33,11 +34,14 @@ class WeightSync:
         Raises StaleEngineError, naming tensors, where the engine does not hold them then.
         """
         (model,) = self.llm.apply_model(_itself)
-        with self.check.watching(model) as push, packing(model, push.pack):
-            weights = push.through(checkpoint_weights(policy))
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if getattr(policy.config, "tie_word_embeddings", False):
-            _repack_tied_head(model)
+        if self.check.knows_all(model):
+            push = self.check.place_all(model, checkpoint_weights(policy))
+        else:
+            with self.check.watching(model) as push, packing(model, push.pack):
+                weights = push.through(checkpoint_weights(policy))
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if getattr(policy.config, "tie_word_embeddings", False):
+                _repack_tied_head(model)
         self.llm.reset_prefix_cache()
         self.check.verify(model, lambda: checkpoint_weights(policy), push, step)
 

@@ -8,21 +8,25 @@ scaled_dot_product_attention: a pad lies to the right of every token that counts
 `PromptsOnce`: a group's prompt once, then its completions without it. The prompt's tokens attend as ever; those of a
 completion see the prompt's keys, computed once, and their own.
 
+On a GPU both go to a kernel that needs no padding where it takes them (segments.py).
+
 On a CPU attention runs in float32 whatever comes in: the bfloat16 backward of PyTorch's CPU kernel takes three times as
 long. Elsewhere in the values' dtype: under autocast rotary embeddings leave queries and keys in float32.
-
-Left out: variable-length kernels for long ragged batches on a GPU; they would take the place of `attend`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from fastkl.scoring import segments
+from fastkl.scoring.segments import Segments
 
 ATTENTION = "fastkl_packed"
 
@@ -133,6 +137,48 @@ def seen_by(before: int, width: int, window: int | None, device: torch.device) -
     distance = torch.arange(before, before + width, device=device)[:, None]
     distance = distance - torch.arange(before + width, device=device)[None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+class OnGpu:
+    """Sequences as segments where the kernel takes them; else as `side_by_side` lays them, which is found out then."""
+
+    def __init__(self, packed: Segments, side_by_side: Callable[[], Row]) -> None:
+        self.packed = packed
+        self._side_by_side = side_by_side
+
+    @cached_property
+    def padded(self) -> Row:
+        """The sequences side by side."""
+        return self._side_by_side()
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
+        """By the kernel, or side by side."""
+        if segments.takes(query, value):
+            return self.packed.attend(query, key, value, how.scale, how.window)
+        return self.padded.attend(query, key, value, how)
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether segments may be an answer there."""
+    return device.type == "cuda"
+
+
+def sequences_of(lengths: Sequence[int], device: torch.device) -> Row:
+    """A row of whole sequences of the given lengths."""
+    if not has_kernel(device):
+        return rows_of(lengths, device)
+    return OnGpu(segments.whole_sequences(lengths, device), lambda: rows_of(lengths, device))
+
+
+def prompts_once(groups: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> Row:
+    """A row of groups: the tokens of a prompt, and of each of its completions."""
+
+    def side_by_side() -> Row:
+        return PromptsOnce(tuple(group_of(prompt, completions, device) for prompt, completions in groups))
+
+    if not has_kernel(device):
+        return side_by_side()
+    return OnGpu(segments.behind_prompts(groups, device), side_by_side)
 
 
 def rows_of(lengths: Sequence[int], device: torch.device) -> Rows:

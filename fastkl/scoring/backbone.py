@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from fastkl.errors import UserError
-from fastkl.scoring.attention import ATTENTION, PromptsOnce, group_of, register_packed_attention, rows_of
+from fastkl.scoring.attention import ATTENTION, Row, prompts_once, register_packed_attention, sequences_of
 from fastkl.scoring.models import backbone_of, context_length, text_config
 from fastkl.scoring.pack import cumulative
 from fastkl.types import PackedBatch
@@ -68,7 +68,7 @@ def packed_hidden_states(model: PreTrainedModel, batch: PackedBatch) -> torch.Te
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
-        packed_rows=rows_of(batch.lengths, batch.input_ids.device),
+        packed_rows=sequences_of(batch.lengths, batch.input_ids.device),
     ).last_hidden_state[0]
     return hidden.index_select(0, batch.score_positions)
 
@@ -91,29 +91,33 @@ class SharedRow:
 
     source: torch.Tensor  # i64 [m]; the packed position of every token in the row
     place: torch.Tensor  # i64 [M]; where each packed token stands in the row; m for the last of a sequence
-    attention: PromptsOnce
+    attention: Row
 
 
 def shared_row(batch: PackedBatch) -> SharedRow:
     """The row for a batch whose groups share a prompt. A prompt is taken from the first sequence that is not empty."""
     samples, device = batch.rewards.shape[1], batch.input_ids.device
-    source: list[int] = []
-    place: list[int] = []
-    groups = []
+    source: list[torch.Tensor] = []
+    place: list[torch.Tensor] = []
+    groups: list[tuple[int, list[int]]] = []
+    computed = packed = 0  # tokens so far: in the row, and in the batch
     for g, prompt in enumerate(batch.prompt_lengths):
         lengths = [length for length in batch.lengths[g * samples : (g + 1) * samples] if length]
         if not lengths:
             continue
-        first = len(source)
-        source.extend(range(len(place), len(place) + prompt))
-        for length in lengths:
-            own = range(len(source), len(source) + length - prompt - 1)
-            source.extend(range(len(place) + prompt, len(place) + length - 1))
-            place.extend([*range(first, first + prompt), *own, -1])
-        groups.append(group_of(prompt, [length - prompt - 1 for length in lengths], device))
-    places = torch.tensor(place)
-    places[places < 0] = len(source)  # no state: to ask for one is an error
-    return SharedRow(torch.tensor(source, device=device), places.to(device), PromptsOnce(tuple(groups)))
+        own = [length - prompt - 1 for length in lengths]  # without a sequence's last token
+        prompt_at = torch.arange(computed, computed + prompt)
+        source.append(torch.arange(packed, packed + prompt))
+        computed += prompt
+        for length, count in zip(lengths, own, strict=True):
+            source.append(torch.arange(packed + prompt, packed + length - 1))
+            place += [prompt_at, torch.arange(computed, computed + count), torch.tensor([-1])]
+            computed += count
+            packed += length
+        groups.append((prompt, own))
+    places = torch.cat(place)
+    places[places < 0] = computed  # no state: to ask for one is an error
+    return SharedRow(torch.cat(source).to(device), places.to(device), prompts_once(groups, device))
 
 
 def padded_hidden_states(model: PreTrainedModel, batch: PackedBatch, rows_at_once: int = 32) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastkl.rollout import push_check
 from fastkl.rollout.agreement import StaleEngineError
 from fastkl.rollout.packed import alike, probes
 from fastkl.rollout.places import Places, Watch
@@ -122,3 +123,56 @@ def test_products_in_another_order_are_alike_and_those_of_the_step_before_are_no
         backwards = (x.flip(1) @ weight.to(dtype).float().flip(1).T).to(dtype)
         assert alike(backwards, want, columns)
         assert not alike((x @ moved.to(dtype).float().T).to(dtype), want, columns)
+
+
+class PlainEngine(Engine):
+    """Only fuses, turns round and pads, and uses one parameter under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.computed, self.single
+        self.head = self.padded
+
+
+def plain_policy(seed: int = 0) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in policy(seed).items() if name not in ("computed", "single")}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(push_check, "PACKING_DEVICES", ())
+
+
+def test_after_the_first_push_weights_are_copied_to_their_places_as_the_loader_does(as_on_a_gpu):
+    engine, loaded, check = PlainEngine(), PlainEngine(), PushCheck(torch.float32)
+    assert not check.knows_all(engine), "nothing has been pushed"
+    push(check, engine, plain_policy())
+    assert check.knows_all(engine)
+    weights = plain_policy(1)
+    seen = check.place_all(engine, weights.items())
+    loaded.load(weights.items())
+    assert all(torch.equal(a, b) for a, b in zip(engine.parameters(), loaded.parameters(), strict=True))
+    check.verify(engine, lambda: weights.items(), seen, 1)
+
+
+def test_a_copy_that_does_not_reach_its_place_is_named(as_on_a_gpu):
+    engine, check = PlainEngine(), PushCheck(torch.float32)
+    push(check, engine, plain_policy())
+    weights = plain_policy(1)
+    seen = check.place_all(engine, (pair for pair in weights.items() if pair[0] != "v"))
+    with pytest.raises(StaleEngineError, match=r"v \(of an earlier push\)"):
+        check.verify(engine, lambda: weights.items(), seen, 1)
+
+
+def test_an_engine_that_does_more_than_copy_is_left_to_its_own_loader(as_on_a_gpu, monkeypatch):
+    engine, check = Engine(), PushCheck(torch.float32)
+    push(check, engine, policy())
+    assert not check.knows_all(engine), "it computes"
+    plain, check = PlainEngine(), PushCheck(torch.float32)
+    push(check, plain, plain_policy())
+    check.places.of_parameter["fused"].pop()
+    assert not check.knows_all(plain), "half of a parameter has no place"
+    check = PushCheck(torch.float32)
+    push(check, plain, plain_policy())
+    monkeypatch.setattr(push_check, "PACKING_DEVICES", ("cpu",))
+    assert not check.knows_all(plain), "it may pack what it multiplies with"

@@ -13,6 +13,7 @@ from toy import toy_batch, toy_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastkl.errors import UserError
+from fastkl.sampling.params import Sampling
 from fastkl.scoring import backbone, models
 from fastkl.scoring.head import check_head, head_of
 from fastkl.scoring.models import (
@@ -233,3 +234,22 @@ def test_a_cached_model_is_loaded_offline_with_a_note_where_the_hub_cannot_be_re
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "the hub cannot be reached" in said
     assert "'some/model' is loaded from the local cache" in said and "asks the hub for nothing" in said
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_head_is_multiplied_in_the_backbones_dtype_and_keeps_a_float32_gradient():
+    """Scores are those of rounded states and weights, computed in float64; the gradient is not rounded to bfloat16."""
+    backbone.register_packed_attention()
+    model = toy_model(dtype=torch.float32, tie_word_embeddings=False).cuda()
+    ((_, micro),) = pack(toy_batch(toy_model()), range(3), 1 << 30, model.device, prompts_once=True)
+    policy = ScoredModel(model, "shared", torch.bfloat16)
+    with policy.scoring():
+        hidden = policy.hidden(micro)
+        scores = policy(micro, sampling=Sampling()).scores
+    assert hidden.states.dtype == torch.bfloat16
+    logits = hidden.states.double() @ model.lm_head.weight.bfloat16().double().T
+    expected = logits.log_softmax(-1).gather(1, micro.target_ids[:, None])[:, 0]
+    torch.testing.assert_close(scores.policy_logprobs.double(), expected, rtol=0, atol=1e-5)
+    scores.policy_logprobs.sum().backward()
+    gradient = model.lm_head.weight.grad
+    assert gradient.dtype == torch.float32 and bool((gradient != gradient.bfloat16()).any())
