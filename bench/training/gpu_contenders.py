@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 WARM_UP_STEPS = 2
-CACHE_BYTES = 4 << 30  # of keys and values, in vLLM: room for every sequence of a step, whatever else runs on the GPU
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Job:
     steps: int = 4  # counted
     profiled: int = 0  # steps after them that run under torch.profiler
     vllm: bool = True  # the generator; without it transformers'
+    cache_gib: float = 4  # of keys and values, in vLLM: room for every sequence of a step
     options: Mapping[str, Any] = field(default_factory=dict)  # of TrainConfig or RLOOConfig
 
     @property
@@ -135,14 +135,14 @@ def sevens(completions: list[str], **_: Any) -> list[float]:
     return [float(text.count("7")) for text in completions]
 
 
-def give_fixed_cache() -> None:
-    """vLLM takes CACHE_BYTES for its cache: it does not look at how much is free, which others change meanwhile."""
+def give_fixed_cache(num_bytes: int) -> None:
+    """vLLM takes so much for its cache; it does not look at how much is free, which others change meanwhile."""
     import vllm
 
     original = vllm.LLM.__init__
 
     def with_cache(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **({"kv_cache_memory_bytes": CACHE_BYTES} | kwargs))
+        original(self, *args, **({"kv_cache_memory_bytes": num_bytes} | kwargs))
 
     vllm.LLM.__init__ = with_cache
 
@@ -272,7 +272,7 @@ def main() -> None:
     if job.trainer == "trl":
         from trl import RLOOTrainer  # noqa: F401
     if job.vllm:
-        give_fixed_cache()
+        give_fixed_cache(int(job.cache_gib * 2**30))
     parent.wait(imported_s=time.perf_counter() - start)
     prompts = prompts_of(4 * job.prompts, job.prompt_tokens)
     watch = StepWatch(job, parent, output)

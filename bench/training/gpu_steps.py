@@ -50,10 +50,30 @@ PHASES: list[list[Job]] = [
         Job("fastkl-0.5B-1024", "fastkl", "0.5B", new_tokens=1024, steps=3),
         Job("trl-0.5B-1024", "trl", "0.5B", new_tokens=1024, steps=3, options={"per_device_train_batch_size": 16}),
     ],
-    [Job("fastkl-7B-lora", "fastkl", "7B", steps=3, options={"lora_rank": 16})],
+    [
+        Job(
+            "fastkl-7B-lora",
+            "fastkl",
+            "7B",
+            steps=3,
+            cache_gib=2,
+            options={"lora_rank": 16, "gradient_checkpointing": True},
+        ),
+    ],  # fmt: skip
 ]
 TINY = [
     Job("fastkl-tiny", "fastkl", "tiny", 2, 4, 8, 8, steps=2, profiled=2),
+    Job(
+        "fastkl-tiny-lora",
+        "fastkl",
+        "tiny",
+        2,
+        4,
+        8,
+        8,
+        steps=2,
+        options={"lora_rank": 4, "gradient_checkpointing": True},
+    ),
     Job("trl-tiny", "trl", "tiny", 2, 4, 8, 8, steps=2, options={"per_device_train_batch_size": 4}),
 ]
 SETUP_SECONDS = 180  # how long a contender may take to be ready

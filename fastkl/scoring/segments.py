@@ -47,15 +47,16 @@ class Segments:
 
 def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *places: Any, **options: Any) -> torch.Tensor:
     """PyTorch's: query [M, heads, d], key and value [L, kv_heads, d] -> [M, heads, d]."""
-    return _varlen_attn()(query, key, value, *places, **options)
+    out: torch.Tensor = _varlen_attn()(query, key, value, *places, **options)
+    return out
 
 
 @cache
-def _varlen_attn() -> Callable[..., torch.Tensor]:
+def _varlen_attn() -> Callable[..., Any]:
     """It takes keys with fewer heads than the queries; later versions than 2.11 want to be told so."""
     from torch.nn.attention import varlen
 
-    function: Callable[..., torch.Tensor] = varlen.varlen_attn
+    function: Callable[..., Any] = varlen.varlen_attn
     return partial(function, enable_gqa=True) if "enable_gqa" in signature(function).parameters else function
 
 

@@ -170,6 +170,10 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
     view.note(f"generator: {inputs.generator} ({inputs.generator_reason})")
     view.note(f"backbone: {layout} ({layout_reason}), {str(dtype).removeprefix('torch.')} on {device.type}")
     limits = limits_of(config, scored)
+    hashes = fingerprints(config, inputs.prompts, reference, inputs.evaluator, inputs.given.rewards)
+    if not config.reference_every:
+        models.store_as_computed(start, dtype)
+        give_back_gpu_memory(device)
     view.note(f"starting {inputs.generator} ...")
     generator = start_generator(inputs, config, policy, dtype, view.note)
     if inputs.is_fork and resumed:
@@ -207,11 +211,9 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
         best=Best(best_by(config.best)) if config.best else None,
         callbacks=callbacks,
         lock=inputs.lock,
-        inputs=fingerprints(config, inputs.prompts, reference, inputs.evaluator, inputs.given.rewards),
+        inputs=hashes,
     )
     record_environment(inputs.folder, first_step=resumed.step + 1 if resumed else 1, device=device, dtype=dtype)
-    if reference is not None and not config.reference_every:
-        models.store_as_computed(reference, dtype)
     for note in inputs.evaluator.notes if inputs.evaluator else ():
         view.note(note)
     if resumed:
@@ -232,8 +234,13 @@ def check_trainable(policy: ScoredModel, probe: PackedBatch) -> None:
         ) from failure
     finally:
         policy.zero_grad(set_to_none=True)
-    if policy.device.type == "cuda":
-        torch.cuda.empty_cache()  # an engine measures what is free
+    give_back_gpu_memory(policy.device)
+
+
+def give_back_gpu_memory(device: torch.device) -> None:
+    """What PyTorch keeps for later goes back to the GPU: an engine measures what is free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def load_models(config: TrainConfig, inputs: Inputs) -> tuple[PreTrainedModel, PreTrainedModel | None]:
