@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastkl import TrainConfig, train
+from fastkl import TrainConfig, UserError, train
+from fastkl.training import setup
 
 SMALL = TrainConfig(
     lora_rank=4, lr=1e-2, steps=4, prompts_per_step=2, num_samples=4, max_new_tokens=12, dtype="float32", save_every=1,
@@ -48,3 +50,19 @@ def test_a_run_with_adapters_starts_at_no_kl_the_engine_follows_and_it_resumes_b
     assert lines(whole)[0]["kl/exact"] == 0.0 and lines(whole)[-1]["kl/exact"] > 0.01
     assert max(row["mismatch/mean_abs_logprob"] for row in lines(whole)) < 1e-5
     assert not (whole / "checkpoints/step-4/model.safetensors").exists()
+
+
+def test_frozen_matrices_are_rounded_before_the_engine_starts(tmp_path, monkeypatch):
+    """So the engine's memory comes after theirs has halved, and its first weights are those of all later pushes."""
+    seen: dict[str, torch.dtype] = {}
+
+    def starts(inputs, config, policy, dtype, note):
+        seen.update({name: p.dtype for name, p in policy.named_parameters()})
+        raise UserError("enough")
+
+    monkeypatch.setattr(setup, "start_generator", starts)
+    with pytest.raises(UserError, match="enough"):
+        train(replace(SMALL, dtype="bfloat16", generator="transformers", output=str(tmp_path / "run")))
+    matrices = {name for name in seen if name.endswith("proj.base_layer.weight")}
+    assert matrices and all(seen[name] == torch.bfloat16 for name in matrices)
+    assert all(seen[name] == torch.float32 for name in seen if ".lora_" in name or "norm" in name or "embed" in name)
