@@ -57,7 +57,7 @@ PHASES: list[list[Job]] = [
             "7B",
             steps=3,
             cache_gib=2,
-            options={"lora_rank": 16, "gradient_checkpointing": True},
+            options={"lora_rank": 16, "gradient_checkpointing": True, "micro_batch_tokens": 2300},
         ),
     ],  # fmt: skip
 ]
