@@ -59,7 +59,7 @@ PHASES: list[list[Job]] = [
             cache_gib=2,
             options={"lora_rank": 16, "gradient_checkpointing": True, "micro_batch_tokens": 2300},
         ),
-    ],  # fmt: skip
+    ],
 ]
 TINY = [
     Job("fastkl-tiny", "fastkl", "tiny", 2, 4, 8, 8, steps=2, profiled=2),
