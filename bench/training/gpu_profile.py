@@ -28,7 +28,7 @@ def profiler() -> Any:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    return torch.profiler.profile(activities=activities, acc_events=True)
+    return torch.profiler.profile(activities=activities)
 
 
 def summary(profile: Any, steps: int) -> dict[str, Any]:
