@@ -42,6 +42,7 @@ class Request:
     support: Support | None
     valid_vocab: int | None
     logits_dtype: str
+    gradient_dtype: str
     outputs: Collection[str]
     chunk_tokens: int | None
     check_values: bool | None
@@ -204,9 +205,10 @@ def head_call(
     """The checked call, and the policy's inputs (hidden, weight, bias) cut to the vocabulary that exists."""
     policy_head, ref_head = whole_heads(policy_head, ref_head)
     check_heads(policy_hidden, policy_head, ref_hidden, ref_head)
-    check_options(policy_head, request.logits_dtype)
+    check_options(policy_head, logits_dtype=request.logits_dtype, gradient_dtype=request.gradient_dtype)
     valid = check_vocab(len(policy_head.weight), request.valid_vocab)
-    options = LogitOptions(request.temperature, policy_head.softcap, policy_head.logit_scale, request.logits_dtype)
+    dtypes = request.logits_dtype, request.gradient_dtype
+    options = LogitOptions(request.temperature, policy_head.softcap, policy_head.logit_scale, *dtypes)
     call = _new_call(request, policy_hidden, valid, options)
     weight = policy_head.weight
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (policy_hidden, weight))

@@ -66,10 +66,11 @@ def check_heads(policy_hidden: Tensor, policy_head: Head, ref_hidden: Tensor | N
             raise UserError(f"{name} is {ours} in policy_head and {theirs} in ref_head: the heads must share it.")
 
 
-def check_options(head: Head, logits_dtype: str) -> None:
-    """A softcap, a scale and a dtype that a head can have."""
-    if logits_dtype not in ("float32", "bfloat16"):
-        raise UserError(f'logits_dtype is {logits_dtype!r}, expected "float32" or "bfloat16".')
+def check_options(head: Head, **dtypes: str) -> None:
+    """A softcap, a scale and dtypes that a head can have. dtypes: logits_dtype and gradient_dtype."""
+    for name, dtype in dtypes.items():
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f'{name} is {dtype!r}, expected "float32" or "bfloat16".')
     if head.softcap is not None and not head.softcap > 0:
         raise UserError(f"softcap is {head.softcap}, expected a positive number or None.")
     if not head.logit_scale > 0:

@@ -58,12 +58,16 @@ def chunk_ranges(num_rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class LogitOptions:
-    """How a head's output becomes the logits that are sampled from: rounding, softcap, scale, then temperature."""
+    """How a head's output becomes the logits that are sampled from: rounding, softcap, scale, then temperature.
+
+    gradient_dtype: of the two products that take the gradient back through the head, on a CPU.
+    """
 
     temperature: float | Tensor = 1.0  # a number, or [n]
     softcap: float | None = None
     logit_scale: float = 1.0
     logits_dtype: str = "float32"
+    gradient_dtype: str = "float32"
 
     @property
     def scale(self) -> float:

@@ -57,6 +57,7 @@ class HeadSource:
         self.grad_hidden: Tensor | None = None
         self.grad_weight: Tensor | None = None
         self.grad_bias: Tensor | None = None
+        self.weight_for_gradient: Tensor | None = None  # the policy's, made by the first store
         self.loaded_from = 0
 
     def _clamp_biases(self) -> None:
@@ -109,22 +110,29 @@ class HeadSource:
 
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
         hidden = self.hidden_buffer[0, lo - self.loaded_from : hi - self.loaded_from]
+        if self.grad_bias is not None:
+            self.grad_bias.add_(dlogits.sum(0, dtype=self.grad_bias.dtype))
+        if self.weight_for_gradient is None:
+            weight = self.policy.weight
+            narrow = self.options.gradient_dtype == "bfloat16" and not self.raw and weight.dtype == torch.float32
+            self.weight_for_gradient = weight.bfloat16() if narrow else weight
+        dlogits, hidden = (x.to(self.weight_for_gradient.dtype) for x in (dlogits, hidden))
         if self.grad_hidden is not None:
-            grad = (dlogits @ self.policy.weight).to(self.grad_hidden.dtype)
+            grad = (dlogits @ self.weight_for_gradient).to(self.grad_hidden.dtype)
             if self.row_ids is None:
                 self.grad_hidden[lo:hi] = grad
             else:
                 self.grad_hidden.index_copy_(0, self.row_ids[lo:hi], grad)
         if self.needs_weight_grad:
             self._accumulate_weight(dlogits, hidden)
-        if self.grad_bias is not None:
-            self.grad_bias.add_(dlogits.sum(0, dtype=self.grad_bias.dtype))
 
     def _accumulate_weight(self, dlogits: Tensor, hidden: Tensor) -> None:
         if self.grad_weight is None:
-            self.grad_weight = dlogits.t() @ hidden
-        else:
+            self.grad_weight = (dlogits.t() @ hidden).to(self.policy.weight.dtype)
+        elif dlogits.dtype == self.grad_weight.dtype:
             self.grad_weight.addmm_(dlogits.t(), hidden)
+        else:
+            self.grad_weight.add_(dlogits.t() @ hidden)
 
     def _read_hidden(self, hidden: Tensor, lo: int, hi: int, out: Tensor) -> None:
         out[hi - lo :].zero_()

@@ -41,6 +41,7 @@ T = torch.zeros(3, dtype=torch.int64)
         (lambda: operators.linear_token_scores(Z, Z.t(), None, None, T), r"policy_weight has shape \[5, 3\]"),
         (lambda: operators.linear_token_scores(Z, Z, Z, None, T), "ref_hidden and ref_weight belong together"),
         (lambda: operators.linear_token_scores(Z, Z, None, None, T, logits_dtype="float16"), "logits_dtype"),
+        (lambda: operators.linear_token_scores(Z, Z, None, None, T, gradient_dtype="half"), "gradient_dtype is .half."),
         (lambda: operators.linear_token_scores(Z, Z, None, None, T, softcap=0.0), "softcap is 0.0"),
         (lambda: operators.linear_token_scores(Z, Z, None, None, T, logit_scale=0.0), "logit_scale is 0.0"),
         (lambda: operators.linear_token_scores(Z, Z, None, None, T, policy_bias=Z[0]), r"policy_bias has shape \[5\]"),

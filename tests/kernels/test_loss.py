@@ -177,3 +177,37 @@ def test_coefficients_that_do_not_fit_are_refused(coefficients, words):
 def test_row_splits_must_ascend_from_zero_to_the_number_of_rows(splits):
     with pytest.raises(UserError, match="row_splits"):
         operators.linear_token_loss(*make_case().args(), TokenCoefficients(), row_splits=splits)
+
+
+@pytest.mark.parametrize("in_the_forward", [True, False])
+@pytest.mark.parametrize("chunk_tokens", [16, 100])
+def test_bfloat16_products_take_the_gradient_back_within_their_rounding_and_leave_the_scores_alone(
+    in_the_forward, chunk_tokens
+):
+    exact = make_case(num_rows=40, hidden=32, vocab=300, bias=True)
+    coefficients = random_coefficients(40, names=("policy_logprobs", "entropy", "kl"))
+    scores = reference.linear_token_scores(*(leaves := leaves_of(exact)), *exact.args()[2:], **exact.options)
+    truth = torch.autograd.grad(linear_loss(scores, coefficients), leaves)
+    case = exact.to(torch.float32)
+
+    def run(**options):
+        hidden, weight = leaves_of(case)
+        arguments, options = (hidden, weight, *case.args()[2:]), {**case.options, **options}
+        if in_the_forward:
+            loss, scores = operators.linear_token_loss(
+                *arguments, TokenCoefficients(*(None if c is None else c.float() for c in coefficients.values())),
+                chunk_tokens=chunk_tokens, **options,
+            )  # fmt: skip
+        else:
+            scores = operators.linear_token_scores(*arguments, chunk_tokens=chunk_tokens, **options)
+            loss = linear_loss(scores, coefficients)
+        return scores, torch.autograd.grad(loss, (hidden, weight))
+
+    scores, gradients = run()
+    rounded_scores, rounded = run(gradient_dtype="bfloat16")
+    for name in ("policy_logprobs", "ref_logprobs", "entropy", "kl"):
+        assert torch.equal(getattr(scores, name), getattr(rounded_scores, name))
+    for narrow, wide, true in zip(rounded, gradients, truth, strict=True):
+        assert narrow.dtype == torch.float32
+        error, of_wide = (float((x.double() - true).norm() / true.norm()) for x in (narrow, wide))
+        assert of_wide < 1e-5 < 1e-4 < error < 5e-3
