@@ -46,7 +46,7 @@ class ScoredModel(nn.Module):
     adapters: off for a reference that is the policy's module without them (adapters.py).
     dtype: of the backbone's matrix products, under autocast unless it is float32; scores are float32. On a GPU the head
     is multiplied in `dtype`, too, as an engine does it, with float32 sums: float32 products take ten times as long
-    there. On a CPU it is float32.
+    there. On a CPU it is multiplied in float32, and its gradients' products in `dtype`.
     """
 
     def __init__(
@@ -93,21 +93,14 @@ class ScoredModel(nn.Module):
         policy = self.hidden(batch)
         models = policy.states, policy.head, *((reference.states, reference.head) if reference else (None, None))
         support = support_of(sampling, batch.completion_positions, len(policy.head.weight))
+        options: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "support": support,
+            "gradient_dtype": "bfloat16" if self.dtype == torch.bfloat16 else "float32",
+        }
         if coefficients is None:
-            return Scored(
-                None,
-                head_token_scores(*models, batch.target_ids, temperature=sampling.temperature, support=support),
-            )
-        return Scored(
-            *head_token_loss(
-                *models,
-                batch.target_ids,
-                coefficients,
-                row_splits=row_splits,
-                temperature=sampling.temperature,
-                support=support,
-            )
-        )
+            return Scored(None, head_token_scores(*models, batch.target_ids, **options))
+        return Scored(*head_token_loss(*models, batch.target_ids, coefficients, row_splits=row_splits, **options))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
