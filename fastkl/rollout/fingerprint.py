@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 WORDS = 256
@@ -21,14 +23,23 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     words = _words(tensor.detach())
     whole = len(words) // WORDS * WORDS
     body, rest = words[:whole].view(-1, WORDS), words[whole:]
-    by_column = _weighted(body.sum(0)) + _weighted(rest)
-    by_row = _weighted(body.sum(1)) + (len(body) + 1) * rest.sum()
-    return torch.stack([by_column, by_row])
+    sums = []  # what is not there is not summed: on a GPU every operation on a small tensor costs the same
+    if len(body):
+        sums.append(torch.stack([_weighted(body.sum(0)), _weighted(body.sum(1))]))
+    if len(rest) or not len(body):
+        sums.append(torch.stack([_weighted(rest), (len(body) + 1) * rest.sum()]))
+    return sums[0] if len(sums) == 1 else sums[0] + sums[1]
 
 
 def _weighted(words: torch.Tensor) -> torch.Tensor:
     """sum_i (i + 1) w_i."""
-    return (words * torch.arange(1, len(words) + 1, device=words.device)).sum()
+    return (words * _positions(len(words), words.device)).sum()
+
+
+@lru_cache(maxsize=256)
+def _positions(count: int, device: torch.device) -> torch.Tensor:
+    """1, 2, ..., count."""
+    return torch.arange(1, count + 1, device=device)
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
