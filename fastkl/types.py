@@ -133,6 +133,7 @@ class Breakdown:
     gap_max: float = 0.0  # the largest of them
     engine_kl_sum: float = 0.0  # k3 estimate of KL(engine, trainer), nats
     num_weights_cut: int = 0  # importance weights cut at the cap
+    num_clipped: int = 0  # tokens whose ratio to the policy that sampled was cut
     num_outside: int = 0  # tokens that the replayed sampling settings would not have allowed
 
     @property
@@ -151,9 +152,19 @@ class Breakdown:
 
 
 @dataclass(frozen=True, slots=True)
+class Reused:
+    """What became of a rollout that was trained on several times."""
+
+    num_updates: int  # that were applied
+    clipped_share: float  # of the tokens of all updates, those whose ratio was cut
+    drift: float  # k3 estimate of KL(sampler, policy) in the last update, nats per token
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutcome:
     """What became of one optimisation step."""
 
     total: Breakdown  # of the whole step
     grad_norm: float = 0.0  # before clipping
     applied: bool = True  # False: loss or gradient was not finite, and the weights are as they were
+    reused: Reused | None = None  # None: one update

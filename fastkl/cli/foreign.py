@@ -30,7 +30,11 @@ OURS: dict[str, str] = {
     "--truncated drop": "mask_truncated_completions",
     "--reference-every": "sync_ref_model ref_model_sync_steps",
     "--reference-share": "ref_model_mixup_alpha",
-    "--importance": "vllm_importance_sampling_correction enable_vllm_is_correction importance_sampling_level",
+    "--epochs": "num_iterations max_epochs actor_rollout_ref.actor.ppo_epochs",
+    "--updates-per-rollout": "steps_per_generation actor_rollout_ref.actor.ppo_mini_batch_size",
+    "--clip": "epsilon epsilon_high eps_clip actor_rollout_ref.actor.clip_ratio",
+    "--clip-level": "importance_sampling_level",
+    "--importance": "vllm_importance_sampling_correction enable_vllm_is_correction",
     "--importance-cap": "vllm_importance_sampling_clip_max vllm_importance_sampling_cap vllm_is_truncated_threshold",
     "--num-samples": "num_generations n_samples_per_prompt actor_rollout_ref.rollout.n",
     "--prompts-per-step": "rollout_batch_size data.train_batch_size",
@@ -66,12 +70,7 @@ NOT_HERE: dict[str, str] = {
     "per_device_train_batch_size train_batch_size generation_batch_size": (
         "a step takes --prompts-per-step times --num-samples completions, and --micro-batch-tokens bounds its memory"
     ),
-    "num_iterations max_epochs steps_per_generation actor_rollout_ref.actor.ppo_mini_batch_size": (
-        "every completion is trained on once"
-    ),
-    "epsilon epsilon_high delta eps_clip actor_rollout_ref.actor.clip_ratio policy_loss_type": (
-        "the policy that is updated is the one that sampled, so there is no ratio to clip"
-    ),
+    "delta policy_loss_type": "the ratio is cut as in PPO, by --clip, at the level of --clip-level",
     "critic_pretrain critic_learning_rate gamma lambd": "there is no critic",
     "use_peft": "adapters are asked for by their rank: --lora-rank 16",
     "lora_dropout": "dropout would count as KL; adapters have none",

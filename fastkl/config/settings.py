@@ -19,6 +19,7 @@ from fastkl.errors import UserError
 from fastkl.objective.advantages import ADVANTAGES, Advantage, find_advantage, scaled
 from fastkl.objective.kl_estimators import ESTIMATORS, NO_REFERENCE, Penalty, check_penalty
 from fastkl.objective.loss_levels import LOSS_LEVELS
+from fastkl.objective.reuse import Reuse, check_reuse
 from fastkl.rollout.generator import GENERATORS
 from fastkl.sampling.params import AT_LEAST_0, AT_LEAST_1, SEEDS, SHARE, Heading, Sampling, SamplingSettings
 
@@ -103,6 +104,19 @@ class TrainConfig(SamplingSettings):
     importance_cap: Annotated[float, AT_LEAST_1] = 2.0
     """Largest importance weight; larger ones are cut to it."""
 
+    updates_per_rollout: Annotated[int, AT_LEAST_1] = 1
+    """M: a rollout is cut into M minibatches of whole prompt groups, with an update for each. Above 1, clip or
+    importance sequence must correct for the policy that has moved on."""
+    epochs: Annotated[int, AT_LEAST_1] = 1
+    """Times that a rollout's minibatches are passed over; above 1 needs clip."""
+    clip: tuple[float, ...] = ()
+    """LOW HIGH: PPO's clipping of the ratio to the policy that sampled, to 1 - LOW and 1 + HIGH; none does not clip."""
+    clip_level: Literal["token", "sequence"] = "token"
+    """The ratio is each "token"'s, or the geometric mean over its completion, "sequence" (GSPO)."""
+    old_logprobs: Literal["trainer", "engine"] = "trainer"
+    """Whose log-probs the clipped ratio is to: the "trainer"'s before the first update, or those that the "engine"
+    recorded."""
+
     prompts_per_step: Annotated[int, Heading("Sampling"), AT_LEAST_1] = 8
     """B, prompts drawn for each step (a single prompt is repeated)."""
     num_samples: Annotated[int, AT_LEAST_1] = 16
@@ -125,7 +139,7 @@ class TrainConfig(SamplingSettings):
     head."""
 
     steps: Annotated[int, Heading("Optimisation"), AT_LEAST_1] = 40
-    """Optimizer steps."""
+    """Rollouts; each has one optimizer step, or updates_per_rollout times epochs."""
     lr: Annotated[float | None, AT_LEAST_0, Unset("auto")] = None
     """Peak learning rate of AdamW; auto: 1e-3 for the small embedded model, 1e-6 for any other (1e-5 with
     adapters)."""
@@ -196,7 +210,10 @@ def check_config(config: TrainConfig) -> None:
         setting.check(getattr(config, name))
     check_combinations(config)
     template_kwargs(config.chat_template_kwargs)
-    check_penalty(penalty_of(config), advantage_of(config), config.loss_level)
+    penalty, advantage = penalty_of(config), advantage_of(config)
+    check_penalty(penalty, advantage, config.loss_level)
+    sampling = Sampling.of(config, ())
+    check_reuse(reuse_of(config), penalty, advantage, config.importance, sampling, config.prompts_per_step)
 
 
 def check_combinations(config: TrainConfig) -> None:
@@ -264,6 +281,11 @@ def check_advantage(config: TrainConfig) -> None:
             f"reward_clip: {' '.join(f'{x:g}' for x in config.reward_clip)} is no range; give its lower and its upper "
             "end."
         )
+
+
+def reuse_of(config: TrainConfig) -> Reuse:
+    """How often a rollout is trained on."""
+    return Reuse(config.updates_per_rollout, config.epochs, config.clip, config.clip_level, config.old_logprobs)
 
 
 def advantage_of(config: TrainConfig) -> Advantage:

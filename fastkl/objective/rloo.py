@@ -46,6 +46,8 @@ from fastkl.objective.kl_estimators import (
     support_kl,
 )
 from fastkl.objective.loss_levels import LOSS_LEVELS
+from fastkl.objective.ratios import Ratios, clipped_ratios
+from fastkl.objective.reuse import Reuse
 from fastkl.objective.sequences import per_token, sequence_sums
 from fastkl.sampling.params import Sampling
 from fastkl.types import SAMPLE_SUMS, Breakdown, PackedBatch, RolloutBatch
@@ -62,6 +64,7 @@ class Objective:
     importance_cap: float = 2.0
     entropy_coef: float = 0.0  # c, reward per nat
     loss_level: str = "sum"  # an entry of LOSS_LEVELS
+    reuse: Reuse = Reuse()
 
     def at(self, coef: float) -> Objective:
         """The same with the current coefficient."""
@@ -116,18 +119,21 @@ def token_coefficients(
     normalizer: float,
     weights: torch.Tensor | None = None,
     entropy_coef: float = 0.0,
+    ratios: Ratios | None = None,
 ) -> TokenCoefficients:
     """The factor of every score in the loss: the gradient of sum over tokens of factor * score is the update's.
 
     scores [N], constants, of whole prompt groups; advantages f32 [N], of the tokens; cu_seqlens i32 [G * K + 1] (a
     sequence that is not valid has no tokens); normalizer: the number of valid samples in the whole step, not in this
-    micro-batch; weights f32 [N] or None: what each token's part is multiplied with (importance.py, loss_levels.py).
+    micro-batch; weights f32 [N] or None: what each token's part is multiplied with (importance.py, loss_levels.py);
+    ratios: those to the policy that sampled, where it is another one (ratios.py).
     """
     estimator = find_estimator(penalty.estimator)
-    factor = -advantages
+    factor = -advantages if ratios is None else -advantages * ratios.policy
     slope = _reduced(torch.full_like(factor, penalty.coef), cu_seqlens, penalty)
     if penalty.placement == "loss" and estimator.slope is not None:
-        factor = factor + slope * estimator.slope(scores)
+        drawn = estimator.slope(scores) if ratios is None else estimator.slope(scores) * ratios.token
+        factor = factor + slope * drawn
     scale = 1.0 / normalizer if weights is None else weights / normalizer
     pathwise = {} if estimator.pathwise is None else estimator.pathwise(scores)
     logprobs = "policy_logprobs" if scores.policy_logprobs_support is None else "policy_logprobs_support"
@@ -175,7 +181,7 @@ class BatchObjective:
         self._group_at = {row: group for group, row in enumerate(self.row_splits)}
         self.kl = torch.zeros_like(batch.rewards).flatten()  # f32 [G * K]
         self.penalized = torch.zeros_like(batch.rewards)  # f32 [G, K]
-        self.num_weights_cut = 0
+        self.num_weights_cut = self.num_clipped = 0
 
     def penalize(self, rows: slice, scores: TokenScores) -> tuple[Penalized, slice, torch.Tensor]:
         """The KL and the penalised rewards of these rows, which are those of whole groups: with the groups, and their
@@ -194,15 +200,20 @@ class BatchObjective:
         objective, batch, penalty = self.objective, self.batch, self.objective.penalty
         penalized, groups, cu_seqlens = self.penalize(rows, scores)
         engine_logprobs, level = batch.engine_logprobs[rows], objective.importance
-        weights = importance_weights(
-            engine_logprobs, sampled_logprobs(scores), cu_seqlens, level, objective.importance_cap
-        )
+        logprobs = sampled_logprobs(scores)
+        old = logprobs if batch.old_logprobs is None else batch.old_logprobs[rows]
+        weights = importance_weights(engine_logprobs, old, cu_seqlens, level, objective.importance_cap)
         self.num_weights_cut += weights.num_cut
         if batch.advantages is not None:
             advantages = batch.advantages[rows]
         else:
             of_samples = objective.advantage.function(penalized.rewards, batch.valid[groups])
             advantages = token_advantages(penalized, of_samples, cu_seqlens, penalty)
+        ratios = None
+        if batch.old_logprobs is not None:
+            old = engine_logprobs if objective.reuse.old == "engine" else old
+            ratios = clipped_ratios(logprobs, old, advantages, cu_seqlens, objective.reuse)
+            self.num_clipped += ratios.num_cut
         return token_coefficients(
             scores,
             advantages,
@@ -211,6 +222,7 @@ class BatchObjective:
             normalizer=self.normalizer,
             weights=averaged(weights.values, cu_seqlens, objective.loss_level),
             entropy_coef=objective.entropy_coef,
+            ratios=ratios,
         )
 
     def breakdown(self, scores: TokenScores, loss: torch.Tensor) -> Breakdown:
@@ -237,6 +249,7 @@ class BatchObjective:
             gap_max=gap_max,
             engine_kl_sum=engine_kl_sum(batch.engine_logprobs, logprobs),
             num_weights_cut=self.num_weights_cut,
+            num_clipped=self.num_clipped,
             num_outside=0 if outside is None else int(outside.sum()),
         )
 
@@ -255,5 +268,6 @@ def whole_step(shape: Sequence[int], parts: Sequence[tuple[Sequence[int], Breakd
         gap_max=max((part.gap_max for part in found), default=0.0),
         engine_kl_sum=sum(part.engine_kl_sum for part in found),
         num_weights_cut=sum(part.num_weights_cut for part in found),
+        num_clipped=sum(part.num_clipped for part in found),
         num_outside=sum(part.num_outside for part in found),
     )

@@ -44,13 +44,25 @@ def with_advantages(
     watch: Stopwatch,
 ) -> RolloutBatch:
     """The batch, with the advantages that need the whole step; as it is where the update computes its own."""
-    if not objective.advantage.whole_step:
+    if not objective.advantage.whole_step or batch.settled.advantages is not None:
         return batch
     penalty = objective.penalty
     first = None
     if penalty.placement == "reward" and penalty.coef:
         first = first_forward(policy, reference, batch, objective, micro_batch_tokens, watch)
     return replace(batch, settled=Settled(advantages=step_advantages(batch, objective, first)))
+
+
+def settled_for_updates(batch: RolloutBatch, objective: Objective, first: FirstForward) -> RolloutBatch:
+    """The batch, with what all of its several updates have in common (reuse.py)."""
+    clips, whole_step_needed = bool(objective.reuse.clip), objective.advantage.whole_step
+    return replace(
+        batch,
+        settled=Settled(
+            advantages=step_advantages(batch, objective, first) if clips or whole_step_needed else None,
+            old_logprobs=first.logprobs if clips else None,
+        ),
+    )
 
 
 def first_forward(

@@ -1,8 +1,9 @@
 """The training loop: prompts -> completions -> rewards -> scores -> RLOO update -> weights back into the generator.
 
-`train(config)` is the whole run; `update` is the whole optimisation step. setup.py has checked everything that can be
-checked cheaply before the loop begins. One policy forward per update: its detached log-probs are the KL in the reward,
-its differentiable ones carry the gradient, so a step costs two forwards and one backward per token.
+`train(config)` is the whole run; `learn` takes a rollout's updates, one by default, and `update` is the whole
+optimisation step. setup.py has checked everything that can be checked cheaply before the loop begins. One policy
+forward per update: its detached log-probs are the KL in the reward, its differentiable ones carry the gradient, so a
+step costs two forwards and one backward per token.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +24,9 @@ from fastkl.rollout.agreement import check_agreement
 from fastkl.scoring.pack import pack, scorable_groups
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training.draw import draw_batch
-from fastkl.training.first_forward import with_advantages
+from fastkl.training.first_forward import first_forward, settled_for_updates, with_advantages
 from fastkl.training.given import Reward, taken
+from fastkl.training.minibatches import joined, minibatches
 from fastkl.training.schedule import learning_rate, set_learning_rate
 from fastkl.training.setup import set_up
 from fastkl.training.signals import StopRequest, stop_request
@@ -82,7 +85,7 @@ def run_steps(run: Run) -> TrainResult:
             batch, rewards = drawn.batch, drawn.rewards
             set_learning_rate(run.optimizer, learning_rate(step, config))
             objective, limits = run.objective.at(run.controller.coef), run.limits_now
-            outcome = update(run.policy, run.reference, run.optimizer, batch, objective, limits, watch, step=step)
+            outcome = learn(run.policy, run.reference, run.optimizer, batch, objective, limits, watch, step=step)
             run.commit(step, drawn.num_tokens, outcome)
             with watch("sync"):
                 run.generator.sync(run.policy.model, step)
@@ -100,6 +103,37 @@ def run_steps(run: Run) -> TrainResult:
             if config.save_every and step % config.save_every == 0:
                 run.save()
         return run.finish()
+
+
+def learn(
+    policy: ScoredModel,
+    reference: ScoredModel | None,
+    optimizer: torch.optim.Optimizer,
+    batch: RolloutBatch,
+    objective: Objective,
+    limits: StepLimits,
+    watch: Stopwatch,
+    *,
+    step: int,
+) -> StepOutcome:
+    """The updates of one rollout: one, or several after a forward under the policy that sampled it (reuse.py).
+
+    Raises as `update`, before the first of them.
+    """
+    if not objective.reuse.repeats:
+        return update(policy, reference, optimizer, batch, objective, limits, watch, step=step)
+    first = first_forward(policy, reference, batch, objective, limits.micro_batch_tokens, watch)
+    if not first.total.num_tokens:
+        return StepOutcome(first.total)
+    check_agreement(first.total.mean_gap, first.total.gap_max, limits.agreement_nats, step)
+    batch, moved_on = settled_for_updates(batch, objective, first), replace(limits, agreement_nats=math.inf)
+    return joined(
+        first.total,
+        [
+            update(policy, reference, optimizer, part, objective, moved_on, watch, step=step)
+            for part in minibatches(batch, objective)
+        ],
+    )
 
 
 def update(

@@ -19,7 +19,7 @@ from torch import nn
 
 from fastkl.config.defaults import lr_of, lr_warnings, resolved
 from fastkl.config.held_out import best_by
-from fastkl.config.settings import TrainConfig, advantage_of, check_config, penalty_of
+from fastkl.config.settings import TrainConfig, advantage_of, check_config, penalty_of, reuse_of
 from fastkl.data.prompts import PromptSource
 from fastkl.errors import UserError
 from fastkl.evaluation.evaluate import Evaluator
@@ -316,6 +316,7 @@ def objective_of(config: TrainConfig, sampling: Sampling) -> Objective:
         config.importance_cap,
         config.entropy_coef,
         config.loss_level,
+        reuse_of(config),
     )
 
 
