@@ -65,8 +65,9 @@ def _rowwise(name: str, kernel: Any, flags: rows.Flags, logits: str) -> Configur
         "numbers": rows.Numbers("i32", "fp32", "fp32"),
     }
     if kernel is rows.score_kernel:
-        constants = {"FLAGS": flags, "BLOCK": passes.forward_block(flags), "LANES": passes.FORWARD_LANES}
-        return Configuration(name, kernel, signature, constants, passes.FORWARD_WARPS)
+        shape = passes.score_shape(flags)
+        constants = {"FLAGS": flags, "BLOCK": shape.block, "LANES": shape.lanes}
+        return Configuration(name, kernel, signature, constants, shape.warps)
     constants = {"FLAGS": flags, "BLOCK": passes.GRADIENT_BLOCK}
     return Configuration(name, kernel, signature, constants, passes.GRADIENT_WARPS)
 
