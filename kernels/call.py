@@ -189,8 +189,11 @@ def logits_call(
     reference = None if ref_logits is None else ref_logits.detach()[:, :valid]
     if valid < policy_logits.shape[1]:
         policy_logits = policy_logits[:, :valid]
-    if call.use_triton and request.chunk_tokens is None and call.rows.support is None:
-        call = replace(call, chunk_rows=max(1, call.num_rows))  # the kernels read them in place: no buffer, one launch
+    if call.use_triton and request.chunk_tokens is None:
+        from .gpu.supports import needs_masks
+
+        if not needs_masks(call.rows.support):  # the kernels read logits in place: no buffer, one launch
+            call = replace(call, chunk_rows=max(1, call.num_rows))
     return replace(call, reference=reference, inplace=inplace), policy_logits
 
 

@@ -137,7 +137,8 @@ class RowStats:
     """Per row, [n]: all that the scores and the backward need, so that the logits need not be kept.
 
     The maxima are of the logits after temperature. `outside` is 1 where the support would not have kept the target,
-    else 0; it has no meaning in the statistics over the full vocabulary.
+    else 0. threshold and first_id say what a support recomputed on a GPU keeps (gpu/supports.py). These three have no
+    meaning in the statistics over the full vocabulary.
     """
 
     max: Tensor
@@ -149,6 +150,8 @@ class RowStats:
     ref_logprobs: Tensor
     mean_gap: Tensor
     outside: Tensor
+    threshold: Tensor
+    first_id: Tensor
 
     @classmethod
     def empty(cls, num_rows: int, like: Tensor, dtype: torch.dtype) -> RowStats:

@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .gpu import heads, passes, rows, slices
+from .gpu import heads, passes, rows, slices, supports
 
 ARCHITECTURES = (80, 90, 100)
 ALIGNED = ("z_stride", "r_stride", "out_stride", "strides", "vocab", "hidden")
@@ -59,8 +59,8 @@ class Resources:
 def _rowwise(name: str, kernel: Any, flags: rows.Flags, logits: str) -> Configuration:
     f32, z = "*fp32", f"*{logits}"
     signature = {
-        "inputs": rows.Inputs(z, "i64", z, "i64", f32, f32, "*u8", "*i64", "*i64", f32),
-        "stats": rows.Stats(f32, f32, "i64"),
+        "inputs": rows.Inputs(z, "i64", z, "i64", f32, f32, "*u8", "*i64", "*i64", "*i64", "*i64", f32),
+        "stats": rows.Stats(f32, f32, "i64", "*i64", f32),
         "gradient": rows.Gradient(f32, "i64", "*bf16", "i64"),
         "numbers": rows.Numbers("i32", "fp32", "fp32"),
     }
@@ -70,6 +70,25 @@ def _rowwise(name: str, kernel: Any, flags: rows.Flags, logits: str) -> Configur
         return Configuration(name, kernel, signature, constants, shape.warps)
     constants = {"FLAGS": flags, "BLOCK": passes.GRADIENT_BLOCK}
     return Configuration(name, kernel, signature, constants, passes.GRADIENT_WARPS)
+
+
+def _support(name: str, flags: rows.Flags, logits: str, **limits: bool) -> Configuration:
+    """support_kernel with some limits; or support_sums_kernel, for none."""
+    signature = _rowwise(name, rows.gradient_kernel, flags, logits).signature
+    del signature["gradient"]
+    numbers = signature.pop("numbers")
+    f32, i64, i32 = "*fp32", "*i64", "*i32"
+    signature["limits"] = supports.Limits(i64, f32, f32, f32, i64, i64, i64, i32, i32)
+    signature["numbers"] = numbers
+    if not limits:
+        constants: dict[str, Any] = {"FLAGS": flags, "BLOCK": supports.SUMS_BLOCK, "LANES": supports.SUMS_LANES}
+        return Configuration(name, supports.support_sums_kernel, signature, constants, supports.SUMS_WARPS)
+    which = supports.Which(
+        limits.get("top_k", False), limits.get("top_p", False), limits.get("min_p", False), False, supports.LIST,
+        supports.SHORT_LIST,
+    )  # fmt: skip
+    constants = {"FLAGS": flags, "WHICH": which, "BLOCK": supports.SUPPORT_BLOCK, "LANES": supports.SUPPORT_LANES}
+    return Configuration(name, supports.support_kernel, signature, constants, supports.SUPPORT_WARPS)
 
 
 def _linear(name: str, flags: rows.Flags, architecture: int, shared: bool = False) -> Configuration:
@@ -102,7 +121,8 @@ def configurations(architecture: int) -> list[Configuration]:
     b_and_c = flags(has_b=True, has_c=True)
     given = flags(has_row_ids=True, has_inf=True)
     extras = flags(has_bias=True, has_softcap=True, has_scale=True, has_inf=True, row_temperature=True)
-    both_extras = extras._replace(has_ref=True, has_ref_bias=True)
+    both_extras, both_given = extras._replace(has_ref=True, has_ref_bias=True), given._replace(has_ref=True)
+    on_threshold = b_and_c._replace(has_threshold=True, has_c_support=True)
     result = [
         _rowwise("score: policy, bf16 logits", score, flags(has_inf=True), "bf16"),
         _rowwise("score: policy + reference, bf16 logits", score, given._replace(has_ref=True), "bf16"),
@@ -114,6 +134,15 @@ def configurations(architecture: int) -> list[Configuration]:
         _rowwise("gradient: logp + KL, bf16 logits", gradient, given._replace(has_c=True), "bf16"),
         _rowwise("gradient: all", gradient, b_and_c, "fp32"),
         _rowwise("gradient: all + support", gradient, b_and_c._replace(has_keep=True, has_c_support=True), "fp32"),
+        _rowwise("gradient: all + threshold", gradient, on_threshold, "fp32"),
+        _rowwise("score: + bound for top_k", score, given._replace(has_ref=True, find_low=True), "bf16"),
+        _support("support: top_k", both_given, "bf16", top_k=True),
+        _support("support: min_p", both_given, "bf16", min_p=True),
+        _support("support: top_p", both_given, "bf16", top_p=True),
+        _support("support: all, fp32 logits", flags(has_ref=True), "fp32", top_k=True, top_p=True, min_p=True),
+        _support("support: all + bias, softcap", both_extras, "fp32", top_k=True, top_p=True, min_p=True),
+        _support("support: sums", both_given, "bf16"),
+        _support("support: sums + bias, softcap", both_extras, "fp32"),
         _linear("linear score: policy", flags(), architecture),
         _linear("linear score: policy + bias, softcap", extras, architecture),
         _linear("linear score: policy + reference", flags(has_ref=True), architecture),

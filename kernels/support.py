@@ -80,9 +80,9 @@ def _recompute(support: Support, logits: Tensor) -> Tensor:
     return logits > -torch.inf
 
 
-def ranks(top_k: int | Tensor, logits: Tensor) -> Tensor:
-    """top_k as i64 [n, 1] from 1 to V; V where it is off."""
-    k = column(top_k, logits.device, torch.int64).expand(len(logits), 1)
+def ranks(top_k: int | Tensor, logits: Tensor, device: torch.device | None = None) -> Tensor:
+    """top_k as i64 [n, 1] from 1 to V, on the logits' device unless another is named; V where it is off."""
+    k = column(top_k, device or logits.device, torch.int64).expand(len(logits), 1)
     return torch.where((k <= 0) | (k > logits.shape[1]), logits.shape[1], k)
 
 

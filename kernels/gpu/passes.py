@@ -8,7 +8,9 @@ score_and_gradient  both in one launch, unless there is a support
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,8 +20,10 @@ from ..active import ActiveRuns
 from ..passes import Rows, RowStats
 from ..support import keep_mask, keep_sampled_
 from ..types import TokenCoefficients
+from . import supports
 from .rows import Flags, Gradient, Inputs, Numbers, Stats, gradient_kernel, scale_kernel, score_kernel
 from .sources import HeadSource, LogitsSource
+from .supports import Thresholds, has_thresholds
 
 
 class Shape(NamedTuple):
@@ -41,23 +45,41 @@ SCORE_MORE = Shape(1024, 256, 2)
 
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
 SCALE_BLOCK = 4096
+KERNEL_FIELDS = 8
+"""So many fields of RowStats come from score_kernel."""
+
+
+MASK_ROWS = 256
+"""Rows whose masks exist at a time, where a support is recomputed and a threshold does not do."""
 
 
 class GpuPasses:
-    """See Passes. Raw logits are what is handed from `score` or `reload` to `gradient_`."""
+    """See Passes. Raw logits are what is handed from `score` or `reload` to `gradient_`.
+
+    A support is a threshold per row where that can be (supports.py), and a mask of bytes otherwise: one byte per logit
+    for recorded ids and many banned ones, or for the few rows of a recomputed support that have no threshold.
+    """
 
     def __init__(
         self, source: HeadSource | LogitsSource, rows: Rows, stats: RowStats, support_stats: RowStats | None
     ) -> None:
         self.source, self.rows, self.stats, self.support_stats = source, rows, stats, support_stats
         self.bias, self.ref_bias = source.biases()
+        self.thresholds: Thresholds | None = None
+        if rows.support is not None and has_thresholds(rows.support):
+            self.thresholds = Thresholds(rows.support, len(rows), source.vocab, rows.target_ids.device)
 
     def allowed(self) -> None:
-        """Nothing: supports are masks here."""
+        """Nothing: supports are thresholds and masks here."""
 
     def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
         z, r = self.source.load(lo, hi)
         self._launch_score(lo, hi, z, r, None)
+        if self.thresholds is not None and hi > lo:
+            for first in range(lo, hi, supports.ROWS_AT_A_TIME):
+                self._launch_support(lo, slice(first, min(first + supports.ROWS_AT_A_TIME, hi)), z, r, self.thresholds)
+            for part in self._without_threshold(lo, hi):
+                self._score_with_mask(lo, part, z, r)
         return z, r
 
     def reload(self, lo: int, hi: int, need_gap: bool) -> tuple[Tensor, Tensor | None]:
@@ -77,15 +99,17 @@ class GpuPasses:
         self, lo: int, hi: int, z: Tensor, gap: Tensor | None, coefficients: TokenCoefficients
     ) -> Tensor:
         """The gradient of the logits of rows lo..hi, [hi - lo, V]; gap is the reference's logits here."""
-        _, b, c, a_s, c_s = coefficients.values()
-        keep = self._keep(lo, hi, z) if a_s is not None or c_s is not None else None
         out = self.source.gradient_buffer(z)
         if hi > lo:
-            flags = self._flags(keep)._replace(has_b=b is not None, has_c=c is not None, has_c_support=c_s is not None)
-            gradient_kernel[(hi - lo, triton.cdiv(self.source.vocab, GRADIENT_BLOCK))](
-                *self._arguments(lo, hi, z, gap, keep, coefficients, out), FLAGS=flags, BLOCK=GRADIENT_BLOCK,
-                num_warps=GRADIENT_WARPS,
-            )  # fmt: skip
+            on_support = coefficients.policy_logprobs_support is not None or coefficients.kl_support is not None
+            masked: list[tuple[Tensor, Tensor]] = []
+            if on_support and self.thresholds is not None:  # the masks first: the gradient may lie over the logits
+                masked = [(part, self._keep(lo, part, z)) for part in self._without_threshold(lo, hi)]
+            mask = on_support and self.thresholds is None
+            keep = self._keep(lo, slice(lo, hi), z) if mask else None
+            self._launch_gradient_kernel(lo, slice(lo, hi), z, gap, keep, coefficients, out)
+            for part, keep in masked:
+                self._launch_gradient_kernel(lo, part, z, gap, keep, coefficients.select(part - lo), out)
         return out
 
     def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
@@ -99,48 +123,128 @@ class GpuPasses:
     def _launch_score(
         self, lo: int, hi: int, z: Tensor, r: Tensor | None, coefficients: TokenCoefficients | None
     ) -> None:
-        keep = None if self.support_stats is None else self._keep(lo, hi, z)
+        rows = slice(lo, hi)
+        mask = self.support_stats is not None and self.thresholds is None
+        keep = self._keep(lo, rows, z) if mask else None
         flags = self._flags(keep)._replace(has_ref=r is not None)
         out = z
+        if self.thresholds is not None and self.thresholds.rank is not None:
+            flags = flags._replace(find_low=True)
         if coefficients is not None:
             out = self.source.gradient_buffer(z)
             has_b, has_c = coefficients.entropy is not None, coefficients.kl is not None
             flags = flags._replace(write_gradient=True, has_b=has_b, has_c=has_c)
         if hi > lo:
-            shape = score_shape(flags)
-            score_kernel[(hi - lo,)](
-                *self._arguments(lo, hi, z, r, keep, coefficients, out), FLAGS=flags, BLOCK=shape.block,
-                LANES=shape.lanes, num_warps=shape.warps,
-            )  # fmt: skip
+            inputs, stats, gradient, numbers = self._arguments(lo, rows, z, r, keep, coefficients, out)
+            self._launch(score_kernel, hi - lo, inputs, stats, gradient, numbers, flags)
+
+    @staticmethod
+    def _launch(
+        kernel: Any, num_rows: int, inputs: Inputs, stats: Stats, gradient: Gradient, numbers: Numbers, flags: Flags
+    ) -> None:
+        shape = score_shape(flags)
+        kernel[(num_rows,)](
+            inputs, stats, gradient, numbers, FLAGS=flags, BLOCK=shape.block, LANES=shape.lanes, num_warps=shape.warps,
+        )  # fmt: skip
+
+    def _launch_support(self, lo: int, rows: slice, z: Tensor, r: Tensor | None, thresholds: Thresholds) -> None:
+        """Thresholds of some rows, and the statistics on their supports; lo: the first row of z."""
+        inputs, stats, _, numbers = self._arguments(lo, rows, z, r, None, None, z)
+        flags = self._flags(None)._replace(has_ref=r is not None)
+        limits = thresholds.limits(rows)
+        grid = (rows.stop - rows.start,)
+        supports.support_kernel[grid](
+            inputs, stats, limits, numbers, FLAGS=flags, WHICH=thresholds.which, BLOCK=supports.SUPPORT_BLOCK,
+            LANES=supports.SUPPORT_LANES, num_warps=supports.SUPPORT_WARPS,
+        )  # fmt: skip
+        supports.support_sums_kernel[grid](
+            inputs, stats, limits, numbers, FLAGS=flags, BLOCK=supports.SUMS_BLOCK, LANES=supports.SUMS_LANES,
+            num_warps=supports.SUMS_WARPS,
+        )  # fmt: skip
+
+    def _without_threshold(self, lo: int, hi: int) -> Iterator[Tensor]:
+        """Those rows, i64 [m], MASK_ROWS at a time. It waits for the device."""
+        assert self.support_stats is not None
+        rows = self.support_stats.threshold[lo:hi].isnan().nonzero()[:, 0] + lo
+        yield from rows.split(MASK_ROWS) if len(rows) else ()
+
+    def _score_with_mask(self, lo: int, rows: Tensor, z: Tensor, r: Tensor | None) -> None:
+        """The statistics on the support, by masks, of some rows i64 [m]; lo: the first row of z."""
+        assert self.support_stats is not None
+        keep = self._keep(lo, rows, z)
+        flags = self._flags(keep)._replace(has_ref=r is not None, has_row_ids=True)
+        inputs, _, gradient, numbers = self._arguments(lo, rows, z, r, keep, None, z)
+        full, part = (RowStats.empty(len(rows), z, torch.float32) for _ in range(2))
+        stats = Stats(full.max, part.max, full.stride, full.max, full.max)
+        self._launch(score_kernel, len(rows), inputs, stats, gradient, numbers, flags)
+        for field in fields(RowStats)[:KERNEL_FIELDS]:
+            getattr(self.support_stats, field.name)[rows] = getattr(part, field.name)
+
+    def _launch_gradient_kernel(
+        self,
+        lo: int,
+        rows: slice | Tensor,
+        z: Tensor,
+        gap: Tensor | None,
+        keep: Tensor | None,
+        coefficients: TokenCoefficients,
+        out: Tensor,
+    ) -> None:
+        """The gradient of some rows; lo: the first row of z."""
+        _, b, c, a_s, c_s = coefficients.values()
+        flags = self._flags(keep)._replace(has_b=b is not None, has_c=c is not None, has_c_support=c_s is not None)
+        on_support = a_s is not None or c_s is not None
+        flags = flags._replace(has_threshold=on_support and keep is None, has_row_ids=self._has_row_ids(rows))
+        arguments = self._arguments(lo, rows, z, gap, keep, coefficients, out)
+        num_rows = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
+        gradient_kernel[(num_rows, triton.cdiv(self.source.vocab, GRADIENT_BLOCK))](
+            *arguments, FLAGS=flags, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
+        )  # fmt: skip
+
+    def _has_row_ids(self, rows: slice | Tensor) -> bool:
+        return isinstance(rows, Tensor) or self.source.picked is not None
 
     def _arguments(
         self,
         lo: int,
-        hi: int,
+        rows: slice | Tensor,
         z: Tensor,
         r: Tensor | None,
         keep: Tensor | None,
         coefficients: TokenCoefficients | None,
         out: Tensor,
     ) -> tuple[Inputs, Stats, Gradient, Numbers]:
-        """What both kernels begin with; z is passed where there is nothing to point at."""
-        rows, options, picked = slice(lo, hi), self.source.options, self.source.picked
+        """What the kernels begin with, for some rows; z is passed where there is nothing to point at. lo: the row that
+        z begins with."""
+        options, picked, thresholds = self.source.options, self.source.picked, self.thresholds
 
         def given(x: Tensor | None) -> Tensor:
             return z if x is None else x
 
+        if picked is not None:
+            places = picked[rows]
+        elif isinstance(rows, Tensor):
+            places = rows - lo
+        else:
+            places = z
+            z, r, out = z[rows.start - lo :], None if r is None else r[rows.start - lo :], out[rows.start - lo :]
         r = given(r)
         inputs = Inputs(
             z, z.stride(0), r, r.stride(0), given(self.bias), given(self.ref_bias), given(keep),
-            self.rows.target_ids[rows], z if picked is None else picked[rows],
+            z if thresholds is None else thresholds.bans, z if thresholds is None else thresholds.num_bans[rows],
+            self.rows.target_ids[rows], places,
             options.temperature[rows] if isinstance(options.temperature, Tensor) else z,
         )  # fmt: skip
         stats = self.stats[rows]
         on_support = stats if self.support_stats is None else self.support_stats[rows]
-        factors = self.stats.max if coefficients is None else _factors(coefficients, hi - lo, z.device)
+        rank, low = stats.max, stats.max
+        if thresholds is not None and thresholds.rank is not None:
+            rank, low = thresholds.rank[rows], thresholds.low[rows]
+        num_rows = len(stats.max)
+        factors = self.stats.max if coefficients is None else _factors(coefficients, num_rows, z.device)
         return (
             inputs,
-            Stats(stats.max, on_support.max, self.stats.stride),
+            Stats(stats.max, on_support.max, stats.stride, rank, low),
             Gradient(factors, factors.stride(0), out, out.stride(0)),
             Numbers(self.source.vocab, float(options.softcap or 1.0), options.scale),
         )
@@ -153,23 +257,29 @@ class GpuPasses:
             has_inf=flags.has_inf or self.source.has_inf,
         )
 
-    def _keep(self, lo: int, hi: int, z: Tensor) -> Tensor:
-        """The support of the rows, one byte per logit: u8 [hi - lo, V], found by support.keep_mask itself. Targets
-        outside of it are noted in its statistics.
+    def _keep(self, lo: int, rows: slice | Tensor, z: Tensor) -> Tensor:
+        """The support of some rows, one byte per logit: u8 [m, V], found by support.keep_mask itself. Targets outside
+        of it are noted in its statistics.
 
-        Recomputing it takes a processed copy of the policy's raw logits z.
+        Recomputing it takes a processed copy of the policy's raw logits z, which begin with row lo.
         """
         assert self.rows.support is not None and self.support_stats is not None
-        support, options, picked = self.rows.support.select(slice(lo, hi)), self.source.options, self.source.picked
+        support, options, picked = self.rows.support.select(rows), self.source.options, self.source.picked
+        target_ids = self.rows.target_ids[rows]
         if support.is_recomputed:
-            z = z if picked is None else z.index_select(0, picked[lo:hi])
+            if picked is not None:
+                z = z.index_select(0, picked[rows])
+            else:
+                z = z[rows - lo] if isinstance(rows, Tensor) else z[rows.start - lo : rows.stop - lo]
             z = z.float().clone() if self.bias is None else z.float() + self.bias
             options.apply_(z)
-            options.scale_(z, lo, hi)
+            if isinstance(options.temperature, Tensor):
+                options = replace(options, temperature=options.temperature[rows])
+            options.scale_(z, 0, len(z))
         else:
-            z = z[:1].expand(hi - lo, z.shape[1])  # only its shape and device are used
+            z = z[:1].expand(len(target_ids), z.shape[1])  # only its shape and device are used
         keep = keep_mask(support, z)
-        self.support_stats.outside[lo:hi] = keep_sampled_(keep, self.rows.target_ids[lo:hi])
+        self.support_stats.outside[rows] = keep_sampled_(keep, target_ids).to(torch.float32)
         return keep.view(torch.uint8)
 
 

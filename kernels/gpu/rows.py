@@ -34,6 +34,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST_BITS = tl.constexpr(-1e25)
 """A maximum over nothing, in bits: far above what is EXCLUDED, which therefore adds exactly nothing to any sum."""
+OUTSIDE, THRESHOLD, FIRST_ID = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)  # places in RowStats
 VECTOR = tl.constexpr(4)
 """How many logits a thread of score_kernel loads at once, the same for every dtype: otherwise narrower ones would have
 to be rearranged between threads."""
@@ -49,6 +50,8 @@ class Inputs(NamedTuple):
     bias: Any  # f32 [V]
     ref_bias: Any
     keep: Any  # u8 [n, V]
+    bans: Any  # i64 [B]: ids that a threshold does not let in
+    num_bans: Any  # i64 [n]: so many of them in each row
     target: Any  # i64 [n]
     row_ids: Any  # i64 [n]
     temperature: Any  # f32 [n]
@@ -60,6 +63,8 @@ class Stats(NamedTuple):
     full: Any
     support: Any
     stride: Any
+    rank: Any  # i64 [n]: the number of logits that must reach `low`
+    low: Any  # f32 [n]
 
 
 class Gradient(NamedTuple):
@@ -85,7 +90,9 @@ class Flags(NamedTuple):
     has_ref: bool = False
     has_bias: bool = False
     has_ref_bias: bool = False
-    has_keep: bool = False  # a support
+    has_keep: bool = False  # a support as a mask
+    has_threshold: bool = False  # a support as a threshold in its RowStats
+    find_low: bool = False  # a bound for top_k is wanted
     has_row_ids: bool = False
     row_temperature: bool = False
     has_softcap: bool = False
@@ -371,6 +378,26 @@ def score_block(
 
 
 @triton.jit
+def reached_by(maxima, rank, LANES: tl.constexpr):
+    """A number that at least `rank` logits reach: that many of the lanes' maxima (in bits) do. -inf: no such number."""
+    ordered = tl.sort(maxima, 0, True)
+    bits = tl.sum(tl.where(tl.arange(0, LANES) == rank - 1, ordered, 0.0), 0)
+    low = (bits - tl.abs(bits) * 4e-7) * LN2  # below all that the maximum may have been rounded from
+    return tl.where(rank > LANES, -float("inf"), low)
+
+
+@triton.jit
+def is_kept(z, cols, threshold, first_id, start, block, bans, num_bans):
+    """Which logits of columns start..start + block a threshold keeps (gpu/supports.py), the target aside."""
+    keep = (z > threshold) | ((z == threshold) & (cols >= first_id))
+    for b in range(0, num_bans):
+        banned = tl.load(bans + b).to(tl.int32)
+        if (banned >= start) & (banned < start + block):
+            keep = keep & (cols != banned)
+    return keep
+
+
+@triton.jit
 def write_gradient_block(
     row, out, start, block, target, numbers, known, factors,
     FLAGS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
@@ -410,6 +437,8 @@ def score_kernel(
     if whole < vocab:
         sums, sums_k = score_block(row, keep_ptr, whole, block, target, numbers, sums, sums_k, FLAGS, BLOCK, True)
 
+    if FLAGS.find_low:
+        tl.store(stats.low + i, reached_by(sums[0], tl.load(stats.rank + i), LANES))
     z_t, r_t = load_pair(row, target, numbers, FLAGS.has_ref, FLAGS, False, True)
     full = finish(z_t, r_t, merge_lanes(sums, FLAGS.has_ref), FLAGS.has_ref)
     store_fields(stats.full, stats.stride, i, True, full)
@@ -431,8 +460,24 @@ def score_kernel(
 
 @triton.jit
 def gradient_kernel(inputs, stats, gradient, numbers, FLAGS: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of one block of one row from known statistics; gradient.out may be z."""
+    """The gradient of one block of one row from known statistics; gradient.out may be z.
+
+    With has_threshold, rows without a threshold (NaN) are left for a launch with has_keep.
+    """
     i, row_id, target, numbers = locate(inputs, numbers, FLAGS)
+    if FLAGS.has_threshold:
+        threshold = tl.load(stats.support + THRESHOLD * stats.stride + i)
+        if threshold == threshold:
+            gradient_of_block(inputs, stats, gradient, i, row_id, target, numbers, threshold, FLAGS, BLOCK)
+    else:
+        gradient_of_block(inputs, stats, gradient, i, row_id, target, numbers, 0.0, FLAGS, BLOCK)
+
+
+@triton.jit
+def gradient_of_block(
+    inputs, stats, gradient, i, row_id, target, numbers, threshold, FLAGS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """gradient_kernel, of one row after locate."""
     vocab = numbers[0]
     row = inputs.z + row_id * inputs.z_stride, inputs.bias, inputs.r + row_id * inputs.r_stride, inputs.ref_bias
     start = tl.program_id(1) * BLOCK
@@ -443,8 +488,13 @@ def gradient_kernel(inputs, stats, gradient, numbers, FLAGS: tl.constexpr, BLOCK
     fa = load_factor(gradient, 0, i, True)
     factors = (fa, load_factor(gradient, 1, i, FLAGS.has_b), load_factor(gradient, 2, i, FLAGS.has_c))
     dz = gradient_block(z, r, cols, target, holds_target, known, factors, FLAGS.has_b, FLAGS.has_c)
-    if FLAGS.has_keep:
-        keep = tl.load(inputs.keep + i * vocab + cols, mask=cols < vocab, other=0) != 0
+    if FLAGS.has_keep or FLAGS.has_threshold:
+        if FLAGS.has_keep:
+            keep = tl.load(inputs.keep + i * vocab + cols, mask=cols < vocab, other=0) != 0
+        else:
+            first_id = tl.load(stats.support + FIRST_ID * stats.stride + i).to(tl.int32)
+            num_bans = tl.load(inputs.num_bans + i).to(tl.int32)
+            keep = is_kept(z, cols, threshold, first_id, start, BLOCK, inputs.bans, num_bans) | (cols == target)
         known = load_stats(stats.support, stats.stride, i)
         factors = (load_factor(gradient, 3, i, True), 0.0, load_factor(gradient, 4, i, FLAGS.has_c_support))
         on_support = gradient_block(z, r, cols, target, holds_target, known, factors, False, FLAGS.has_c_support)

@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastkl.kernels import call, operators, reference
 from fastkl.kernels.dispatch import interpreting
-from fastkl.kernels.gpu import heads, passes, slices
+from fastkl.kernels.gpu import heads, passes, slices, supports
 from fastkl.kernels.operators import TokenCoefficients
 
 assert interpreting(), "run with TRITON_INTERPRET=1"
@@ -94,6 +94,69 @@ def test_given_logits_take_one_launch_however_many_they_are_unless_chunks_are_as
         leaf = z.clone().requires_grad_()
         operators.token_scores(leaf, z, targets, chunk_tokens=chunk).kl.sum().backward()
         assert launches == ["score_kernel"] * expected + ["gradient_kernel"] * expected
+
+
+def flat_logits(g):
+    return torch.randn(6, 300, generator=g) * 0.3
+
+
+def tied_logits(g):
+    return (torch.randn(6, 300, generator=g) * 4).round() / 2
+
+
+def equal_logits(g):
+    return torch.zeros(6, 300)
+
+
+def banned_above_all(g):
+    z = torch.randn(6, 300, generator=g) * 2
+    z[:, 7] = 30.0
+    return z
+
+
+BANS = {"banned_ids": torch.tensor([7, 299]), "banned_rows": torch.tensor([1, 1, 0, 1, 0, 1]).bool(),
+        "excluded_ids": torch.tensor([7, 3])}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("logits", "limits", "by_mask"),
+    [
+        (flat_logits, {"top_p": 0.9}, 0),  # two hundred ids are kept: pivots, and sums in a second pass
+        (flat_logits, {"top_p": torch.tensor([0.9, 1.0, 0.02, 1.5, 0.3, 0.999])}, 0),
+        (flat_logits, {"top_k": torch.tensor([0, 3, 300, 1, 7, -1])}, 0),
+        (flat_logits, {"top_k": 200}, 6),  # more than the lanes: no bound, a list that is too long
+        (flat_logits, {"top_p": 0.9, **BANS}, 0),
+        (tied_logits, {"top_k": 5}, 0),
+        (tied_logits, {"top_p": 0.5}, None),  # equal logits are cut where the definition's sort cuts them
+        (tied_logits, {"min_p": 0.05, "top_k": 4, "top_p": 0.7}, None),
+        (equal_logits, {"top_p": 0.4983}, 6),
+        (equal_logits, {"top_k": 5}, 6),
+        (banned_above_all, {"top_p": 0.9, **BANS}, 6),  # nothing is left of a difference of sums
+        (banned_above_all, {"top_k": 4, **BANS}, 0),
+        (banned_above_all, {"min_p": 0.05, **BANS}, 6),
+    ],
+)
+def test_a_threshold_keeps_what_the_definition_keeps(logits, limits, by_mask, monkeypatch):
+    for name, value in (("LIST", 64), ("SHORT_LIST", 16), ("SUPPORT_BLOCK", 128), ("SUPPORT_LANES", 64)):
+        monkeypatch.setattr(supports, name, value)
+    monkeypatch.setattr(passes, "SCORE", passes.Shape(64, 32, 1))
+    monkeypatch.setattr(passes, "SCORE_MORE", passes.Shape(32, 32, 1))
+    masked = []
+    keep = passes.GpuPasses._keep
+    monkeypatch.setattr(passes.GpuPasses, "_keep", lambda *a: masked.append(len(a[2])) or keep(*a))
+    g = torch.Generator().manual_seed(0)
+    z, r = logits(g), torch.randn(6, 300, generator=g)
+    targets = torch.tensor([299, 0, 7, 5, 16, 63])
+    support = reference.Support(**limits)
+    leaf, exact = z.clone().requires_grad_(), z.double().requires_grad_()
+    got = operators.token_scores(leaf, r, targets, support=support)
+    assert by_mask is None or sum(masked) == by_mask
+    truth = reference.token_scores(exact, r.double(), targets, support=support)
+    for name in ("policy_logprobs_support", "ref_logprobs_support", "kl_support", "outside_support"):
+        torch.testing.assert_close(getattr(got, name).double(), getattr(truth, name), rtol=1e-5, atol=1e-5)
+    (got.kl_support + got.policy_logprobs_support).sum().backward()
+    (truth.kl_support + truth.policy_logprobs_support).sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])

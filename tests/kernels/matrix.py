@@ -215,12 +215,17 @@ LOGITS: list[dict] = [
 
 def shrink_blocks(put: Callable[[object, str, object], None] = setattr) -> None:
     """Several blocks per row, tiles per share and shares per vocabulary, even for the interpreter's tiny sizes."""
-    from fastkl.kernels.gpu import heads, passes, slices
+    from fastkl.kernels.gpu import heads, passes, slices, supports
 
-    for name, value in (("SCORE", passes.Shape(16, 4, 1)), ("GRADIENT_BLOCK", 16)):
+    for name, value in (("SCORE", passes.Shape(16, 8, 1)), ("GRADIENT_BLOCK", 16)):
         put(passes, name, value)
     for name in ("SCORE_AND_GRADIENT", "SCORE_MORE"):
-        put(passes, name, passes.Shape(8, 4, 1))
+        put(passes, name, passes.Shape(8, 8, 1))
+    for name, value in (
+        ("SUPPORT_BLOCK", 16), ("SUPPORT_LANES", 4), ("SUMS_BLOCK", 8), ("SUMS_LANES", 4), ("LIST", 16),
+        ("SHORT_LIST", 8), ("ROWS_AT_A_TIME", 5),
+    ):  # fmt: skip
+        put(supports, name, value)
     for name, value in (("BLOCK_ROWS", 16), ("MAX_SPLITS", 3), ("GROUP", 2), ("GROUP_OF_TWO_HEADS", 2)):
         put(heads, name, value)
     put(heads, "tile_shape", lambda *_: heads.Shape(16, 16, 1))
