@@ -192,7 +192,7 @@ def logits_call(
     if call.use_triton and request.chunk_tokens is None:
         from .gpu.supports import needs_masks
 
-        if not needs_masks(call.rows.support):  # the kernels read logits in place: no buffer, one launch
+        if not needs_masks(call.rows.support, valid):  # the kernels read logits in place: no buffer, one launch
             call = replace(call, chunk_rows=max(1, call.num_rows))
     return replace(call, reference=reference, inplace=inplace), policy_logits
 

@@ -66,7 +66,7 @@ class GpuPasses:
         self.source, self.rows, self.stats, self.support_stats = source, rows, stats, support_stats
         self.bias, self.ref_bias = source.biases()
         self.thresholds: Thresholds | None = None
-        if rows.support is not None and has_thresholds(rows.support):
+        if rows.support is not None and has_thresholds(rows.support, source.vocab):
             self.thresholds = Thresholds(rows.support, len(rows), source.vocab, rows.target_ids.device)
 
     def allowed(self) -> None:

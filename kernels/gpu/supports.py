@@ -397,14 +397,15 @@ def _bans(support: Support, num_rows: int, device: torch.device) -> tuple[Tensor
     return bans if len(bans) else none.new_zeros(1), len(excluded) + len(banned) * here.long()
 
 
-def has_thresholds(support: Support | None) -> bool:
-    """Whether a support is found as thresholds: it depends on the logits, and few ids are banned."""
-    if support is None or not support.is_recomputed:
+def has_thresholds(support: Support | None, vocab: int) -> bool:
+    """Whether a support is found as thresholds: it depends on the logits, and few ids are banned. (Triton 3.6 does not
+    compile the search among one id.)"""
+    if support is None or not support.is_recomputed or vocab == 1:
         return False
     lists = (ids for ids in (support.excluded_ids, support.banned_ids) if ids is not None)
     return sum(len(ids) for ids in lists) <= MAX_BANS
 
 
-def needs_masks(support: Support | None) -> bool:
+def needs_masks(support: Support | None, vocab: int) -> bool:
     """Whether there is a support that is a mask for every row."""
-    return support is not None and not has_thresholds(support)
+    return support is not None and not has_thresholds(support, vocab)
