@@ -147,6 +147,14 @@ class TrainConfig(SamplingSettings):
     """Linear warm-up from 0."""
     lr_decay: Literal["linear", "cosine", "constant"] = "linear"
     """"linear" to zero at the last step, "cosine", or "constant"."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """"adamw8bit": AdamW whose moments have 8 bits, 2 bytes per parameter instead of 8, rounded at random. Slower on a
+    CPU."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """"bfloat16": the policy's matrices and their gradients take 2 bytes a number instead of 4; updates are rounded at
+    random. Embeddings, norms and the head stay float32."""
+    offload: Literal["none", "optimizer"] = "none"
+    """"optimizer": the moments wait in the host's memory between steps; with a GPU only."""
     weight_decay: Annotated[float, AT_LEAST_0] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, AT_LEAST_0] = 1.0
@@ -240,6 +248,8 @@ def check_combinations(config: TrainConfig) -> None:
         )
     if config.lora_rank and not config.lora_targets:
         raise UserError("lora_targets: names no layer; give all-linear or the ends of layers' names.")
+    if config.lora_rank and config.param_dtype == "bfloat16":
+        raise UserError("param_dtype: adapters are small and stay in float32; leave it at float32 with lora_rank.")
     if "" in config.stop:
         raise UserError("stop: an empty text would end every completion at its first token; leave it out.")
     for name in ("kl_coef", "reference_every") if config.no_reference else ():

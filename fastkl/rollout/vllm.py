@@ -17,7 +17,7 @@ from torch import nn
 
 from fastkl.errors import UserError
 from fastkl.rollout.requests import EngineOptions, Request, completion
-from fastkl.rollout.weight_sync import WeightSync
+from fastkl.rollout.weight_sync import WeightSync, empty_cache
 from fastkl.sampling.params import Sampling, vllm_arguments
 from fastkl.sampling.rules import VLLM, check_parameters, vllm_parameters
 from fastkl.scoring.models import text_config
@@ -71,7 +71,8 @@ class VllmGenerator:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See Generator. Each request has its own seed; with one seed for all, the samples of a prompt would be
-        identical."""
+        identical. What earlier calls left in the prefix cache is not used: a completion does not depend on them."""
+        empty_cache(self.llm)
         prompts = [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests]
         params = self._params([request.seed for request in requests])
         outputs = [out.outputs[0] for out in self.llm.generate(prompts, params, use_tqdm=False)]
@@ -155,7 +156,7 @@ def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utiliz
             max_model_len=max_model_len,
             max_num_seqs=512,
             logprobs_mode="processed_logprobs",
-            enable_prefix_caching=False,  # a reload of weights does not empty that cache
+            enable_prefix_caching=True,  # a prompt is computed once for its samples; `empty_cache` says when it ends
             generation_config="vllm",  # ours are the sampling settings, not those in the model folder
             trust_remote_code=False,
             skip_tokenizer_init=not reads_text,  # token ids in, token ids out; a text that ends it needs the words

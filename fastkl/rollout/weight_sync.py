@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkl.rollout.agreement import StaleEngineError
 from fastkl.rollout.push_check import PushCheck
 from fastkl.scoring.adapters import is_adapter, merged
 
@@ -42,8 +43,17 @@ class WeightSync:
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if getattr(policy.config, "tie_word_embeddings", False):
                 _repack_tied_head(model)
-        self.llm.reset_prefix_cache()
+        empty_cache(self.llm)
         self.check.verify(model, lambda: checkpoint_weights(policy), push, step)
+
+
+def empty_cache(llm: Any) -> None:
+    """Forgets the keys and values of earlier prompts, which neither new weights nor new requests may meet."""
+    if not llm.reset_prefix_cache():
+        raise StaleEngineError(
+            "the engine could not empty its prefix cache, since requests are still running in it; no completion was "
+            "drawn, and --generator transformers has no such cache."
+        )
 
 
 def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -104,17 +104,18 @@ def class_of(config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def store_as_computed(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def store_as_computed(model: PreTrainedModel, dtype: torch.dtype, *, trained: bool = False) -> None:
     """Rounds the matrices that autocast would round in every forward, for good: half the memory, and the same numbers.
 
-    For weights that are not trained. Head, embeddings and norms, which are computed in float32, keep it; so do matrices
-    that are no Linear's. Nothing is rounded where the products are float32.
+    trained: weights that are trained, too, whose gradients then have this dtype; else they are left out. Head,
+    embeddings and norms, which are computed in float32, keep it; so do matrices that are no Linear's. Nothing is
+    rounded where the products are float32.
     """
     heads = {id(module) for module in (model.get_output_embeddings(),) if module is not None}
     for module in model.modules() if dtype != torch.float32 else ():
         if isinstance(module, nn.Linear) and id(module) not in heads:
             for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
+                if trained or not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
 
 

@@ -198,10 +198,13 @@ def restore_training_state(checkpoint: Checkpoint, policy: nn.Module, optimizer:
     from safetensors.torch import load_file
 
     tensors = load_file(checkpoint.folder / TENSORS)
-    for name, parameter in policy.named_parameters():
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
-        if keys:
-            optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in keys}
+    parameters = dict(policy.named_parameters())
+    home = getattr(optimizer, "home", None)  # where moments wait that are not beside their parameter
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        if name in parameters:
+            parameter = parameters[name]
+            optimizer.state[parameter][kind] = tensor.to(home or parameter.device)
     _restore_random(checkpoint.manifest["random"], tensors)
 
 

@@ -183,8 +183,16 @@ def update(
 
 
 def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:
-    """Scales the gradients down to the global norm `max_norm` (0: leaves them); returns the norm before."""
-    return float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm or math.inf))
+    """Scales the gradients down to the global norm `max_norm` (0: leaves them); returns the norm before, taken in
+    float32."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=_norm_dtype(p)) for p in policy.parameters() if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_norm or math.inf, norm)
+    return float(norm)
+
+
+def _norm_dtype(parameter: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from fastkl.config.settings import TrainConfig
 from fastkl.rollout.vllm import head_dims
 from fastkl.scoring.memory import CPU_BYTES, GPU_SHARE
 from fastkl.scoring.models import text_config, vocabulary
+from fastkl.training.small_adamw import BLOCK
 
 PROCESS_BYTES = {"transformers": 0.5e9, "vllm": 1.3e9}
 """What Python and the libraries take before a model is there, by generator: 0.46 and 1.2 GB were measured."""
@@ -30,6 +31,9 @@ GPU_CONTEXT_BYTES = 0.7e9
 
 LOGITS_BYTES = {"cpu": 3 * 128 << 20, "cuda": 3 * 2 << 30}
 """The operators' buffers: the logits of a chunk for both models, and what is made of them."""
+
+MOMENTS_8_BIT = 2 * (1 + 4 / BLOCK)
+"""Bytes per parameter of moments of 8 bits: two codes, and their blocks' scales."""
 
 MAX_ROWS = 512
 """Sequences that the generator on transformers decodes at a time."""
@@ -63,13 +67,15 @@ class MemoryPlan:
 
 def plan_of(
     config: TrainConfig, model_config: Any, parameters: int, *, generator: str, device: torch.device,
-    dtype: torch.dtype, max_tokens: int, adapters: int = 0,
+    dtype: torch.dtype, max_tokens: int, adapters: int = 0, matrices: int = 0,
 ) -> MemoryPlan:  # fmt: skip
     """The plan of a run. max_tokens: of the longest prompt with its completion. adapters: numbers in them, 0 without;
-    the reference is then the same module."""
+    the reference is then the same module. matrices: how many of the parameters bfloat16 can store in 2 bytes."""
     on_gpu = device.type == "cuda"
     sequences = config.prompts_per_step * config.num_samples
-    weights, trained = 4.0 * parameters, 4.0 * (adapters or parameters)
+    halved = 4.0 * parameters - (2.0 * matrices if dtype == torch.bfloat16 else 0.0)  # where bfloat16 stores matrices
+    trained = 4.0 * adapters or (halved if config.param_dtype == "bfloat16" else 4.0 * parameters)
+    moments = (adapters or parameters) * (MOMENTS_8_BIT if config.optimizer == "adamw8bit" else 8.0)
     most = torch.cuda.get_device_properties(device).total_memory if on_gpu else memory_total()
     engine = (
         _engine_bytes(config, parameters, dtype, most if on_gpu else None)
@@ -78,10 +84,10 @@ def plan_of(
     )
     kept = _activation_bytes(model_config) * sequences * max_tokens
     parts = {
-        "policy": weights,
+        "policy": halved + trained if adapters else trained,
         "gradients": trained,
-        "AdamW": 2 * trained,
-        "reference": 0.0 if adapters or config.no_reference else weights,
+        "AdamW": moments if config.offload == "none" else 0.0,
+        "reference": 0.0 if adapters or config.no_reference else 4.0 * parameters if config.reference_every else halved,
         "vLLM" if generator == "vllm" else "decoding": engine,
         "buffers": min(kept, GPU_SHARE * most if on_gpu else CPU_BYTES) + LOGITS_BYTES[device.type],
         "process": GPU_CONTEXT_BYTES if on_gpu else PROCESS_BYTES.get(generator, PROCESS_BYTES["transformers"]),
@@ -139,9 +145,21 @@ def num_adapter_parameters(source: str, rank: int) -> int:
         shape
         for file in Path(source).glob("*.safetensors")
         for name, shape in _shapes_in(file).items()
-        if len(shape) == 2 and not any(word in name for word in ("embed", "wte", "wpe", "head"))
+        if _is_matrix(name, shape)
     ]
     return rank * sum(map(sum, matrices)) if matrices else rank * (num_parameters(source) or 0) // 500
+
+
+def num_in_matrices(source: str) -> int:
+    """How many numbers are in matrices but embeddings and head, which runs in bfloat16 can store in 2 bytes; all of
+    them where the files are not here."""
+    shapes = [item for file in Path(source).glob("*.safetensors") for item in _shapes_in(file).items()]
+    return sum(math.prod(shape) for name, shape in shapes if _is_matrix(name, shape)) or num_parameters(source) or 0
+
+
+def _is_matrix(name: str, shape: list[int]) -> bool:
+    """Whether it is the weight of a layer, and no embedding or head."""
+    return len(shape) == 2 and not any(word in name for word in ("embed", "wte", "wpe", "head"))
 
 
 def _numbers_in(file: Path) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastkl.audit.json_lines import rows_of_steps
 from fastkl.config.settings import TrainConfig
+from fastkl.errors import UserError
 from fastkl.evaluation.evaluate import Evaluator
 from fastkl.scoring.adapters import is_adapter
 from fastkl.training import checkpoint
@@ -23,6 +24,8 @@ from fastkl.types import Prompt
 
 def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
     """Continues where `saved` ended: optimizer, random states, prompt position, counters. own: it is this run's."""
+    if (kept := saved.manifest["config"].get("optimizer", "adamw")) != run.config.optimizer:
+        raise UserError(f"optimizer: the moments in {str(saved.folder)!r} are those of {kept}; go on with that.")
     checkpoint.restore_training_state(saved, run.policy.model, run.optimizer)
     state = saved.manifest["state"]
     if own:

@@ -48,9 +48,10 @@ from fastkl.training.callbacks import check_callbacks
 from fastkl.training.environment import record_environment
 from fastkl.training.fork import begin, copy_lines, forked
 from fastkl.training.given import Given
-from fastkl.training.memory_plan import num_adapter_parameters, num_parameters, plan_of
+from fastkl.training.memory_plan import num_adapter_parameters, num_in_matrices, num_parameters, plan_of
 from fastkl.training.resume import fingerprints, resume
 from fastkl.training.run_folder import has_checkpoint, lock_run_folder, prepare_run_folder
+from fastkl.training.small_adamw import SmallAdamW
 from fastkl.training.state import Run, StepLimits
 from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch
 
@@ -150,6 +151,7 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
         keep_freed_memory()
     view.first_step = resumed.step + 1 if resumed else 1
     dtype = compute_dtype(config.dtype, device)
+    check_storage(config, device, dtype)
     say_what_it_takes(config, inputs, dtype, view.note)
     view.note(f"loading {config.model} ...")
     of_held = inputs.evaluator.rewards if inputs.evaluator else ()
@@ -161,6 +163,8 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
     check_head(start, list(inputs.prompts[0].token_ids))
     probe = probe_batch(inputs.prompts[0], device)
     layout, layout_reason = backbone.choose_layout(start, probe, dtype, max_tokens=max_sequence_tokens(inputs, config))
+    if config.param_dtype == "bfloat16":
+        models.store_as_computed(policy, dtype, trained=True)
     scored = ScoredModel(policy, layout, dtype)
     check_trainable(scored, probe)
     if (repaired := checkpoint.check_savable(inputs.folder / "checkpoints", policy, inputs.tokenizer)) is not None:
@@ -185,12 +189,7 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
         policy=scored,
         reference=reference and ScoredModel(reference, layout, dtype, adapters=not config.lora_rank),
         tokenizer=inputs.tokenizer,
-        optimizer=torch.optim.AdamW(
-            [p for p in policy.parameters() if p.requires_grad],
-            lr=lr_of(config),
-            weight_decay=config.weight_decay,
-            fused=True,
-        ),
+        optimizer=optimizer_of(config, policy),
         prompts=PromptSource(inputs.prompts, seed=config.seed, shuffle=config.shuffle),
         rewards=inputs.rewards,
         generator=generator,
@@ -262,6 +261,30 @@ def load_models(config: TrainConfig, inputs: Inputs) -> tuple[PreTrainedModel, P
     return policy, reference
 
 
+def check_storage(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """UserError where weights or moments cannot be kept as the settings ask."""
+    if config.param_dtype == "bfloat16" and dtype != torch.bfloat16:
+        raise UserError(
+            "param_dtype: bfloat16 weights take part in products of bfloat16, and those of this run are float32; add "
+            "--dtype bfloat16, or leave param_dtype at float32."
+        )
+    if config.offload != "none" and device.type != "cuda":
+        raise UserError(
+            f"offload: {config.offload} frees a GPU's memory, and this run is on the {device.type}; leave it at none."
+        )
+
+
+def optimizer_of(config: TrainConfig, policy: nn.Module) -> torch.optim.Optimizer:
+    """torch's AdamW, or the one in little memory where the settings ask for what torch's does not do."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    lr, decay = lr_of(config), config.weight_decay
+    if (config.optimizer, config.param_dtype, config.offload) == ("adamw", "float32", "none"):
+        return torch.optim.AdamW(trained, lr=lr, weight_decay=decay, fused=True)
+    home = torch.device("cpu") if config.offload == "optimizer" else None
+    eight_bit = config.optimizer == "adamw8bit"
+    return SmallAdamW(trained, lr=lr, weight_decay=decay, eight_bit=eight_bit, home=home, seed=config.seed)
+
+
 def policy_of(inputs: Inputs) -> Any:
     """The model that is trained: read from the checkpoint or the start, or the caller's own module, which is trained in
     place and gets a checkpoint's weights."""
@@ -290,6 +313,7 @@ def say_what_it_takes(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, s
         dtype=dtype,
         max_tokens=max_sequence_tokens(inputs, config),
         adapters=num_adapter_parameters(inputs.source, config.lora_rank) if config.lora_rank else 0,
+        matrices=num_in_matrices(inputs.source),
     )
     say(plan.line())
     for warning in () if config.lora_rank else lr_warnings(lr_of(config), parameters):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from toy import STOP, VOCAB, ToyTokenizer, draw, prompt, toy_model, toy_rollouts
@@ -12,8 +14,9 @@ from fastkl.rollout.generator import choose_generator
 from fastkl.rollout.requests import sample_seed
 from fastkl.rollout.transformers import TransformersGenerator, sample
 from fastkl.rollout.vllm import VllmGenerator, head_dims, obstacle_on_cpu
-from fastkl.rollout.weight_sync import _repack_tied_head
+from fastkl.rollout.weight_sync import _repack_tied_head, empty_cache
 from fastkl.sampling.params import Sampling
+from fastkl.types import Prompt
 
 PROMPTS = (prompt(1, 2, 3), prompt(4), prompt(5, 6, 7, 8, 9))
 
@@ -137,9 +140,9 @@ def tied_model(seed: int = 0, **options):
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
-    tied_model().save_pretrained(folder)
+    tied_model(max_position_embeddings=1024).save_pretrained(folder)
     generator = VllmGenerator(
-        str(folder), ToyTokenizer(), Sampling(1.0, 12, stop_token_ids=(STOP,)), dtype="float32", max_model_len=32,
+        str(folder), ToyTokenizer(), Sampling(1.0, 12, stop_token_ids=(STOP,)), dtype="float32", max_model_len=512,
         gpu_memory_utilization=0.2, log=folder / "engine.log",
     )  # fmt: skip
     yield generator
@@ -176,9 +179,71 @@ def test_vllm_without_the_tied_heads_cure_is_stale_and_is_caught(engine):
     assert gaps(moved, PROMPTS, draw(engine, PROMPTS, 8, seed=3, step=1)).max() < 1e-4
 
 
+def long_prompt(engine, seed: int, more: int = 3) -> Prompt:
+    """Two whole blocks of the prefix cache and some tokens more."""
+    length = 2 * engine.llm.llm_engine.vllm_config.cache_config.block_size + more
+    return prompt(*torch.randint(STOP, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+@pytest.fixture
+def cached_tokens(engine, monkeypatch):
+    """How many prompt tokens each request of the last call took from the cache."""
+    found: list[int] = []
+    generate = engine.llm.generate
+
+    def looked_at(*arguments, **options):
+        outputs = generate(*arguments, **options)
+        found[:] = [out.num_cached_tokens for out in outputs]
+        return outputs
+
+    monkeypatch.setattr(engine.llm, "generate", looked_at)
+    return found
+
+
 @pytest.mark.vllm
-def test_vllm_prefix_cache_is_off_so_no_old_keys_and_values_survive_a_sync(engine):
-    assert not engine.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+@pytest.mark.slow
+def test_a_cached_prompt_gives_the_trainers_logprobs_over_three_pushes(engine, cached_tokens):
+    prompts = (long_prompt(engine, 1), long_prompt(engine, 2))
+    block = engine.llm.llm_engine.vllm_config.cache_config.block_size
+    for step in range(3):
+        model = tied_model(step, max_position_embeddings=1024)
+        engine.sync(model)
+        worst = gaps(model, prompts, draw(engine, prompts, 4, seed=3, step=step))
+        assert cached_tokens == [0, 2 * block, 2 * block, 2 * block] * 2  # each prompt was computed once, and anew
+        assert worst.max() < 1e-4
+
+
+@pytest.mark.vllm
+def test_old_keys_and_values_that_outlive_a_push_are_caught(engine, monkeypatch):
+    """The control: without the reset the completions are those of a mixture of two models."""
+    prompts = (long_prompt(engine, 1),)
+    engine.sync(tied_model(0, max_position_embeddings=1024))
+    draw(engine, prompts, 2, seed=3, step=1)
+    model = tied_model(1, max_position_embeddings=1024)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.llm, "reset_prefix_cache", lambda: True)
+        engine.sync(model)
+        stale = gaps(model, prompts, draw(engine, prompts, 2, seed=3, step=2))
+    assert stale.max() > 1e-3
+    with pytest.raises(StaleEngineError):
+        check_agreement(float(stale.mean()), float(stale.max()), AGREEMENT_NATS[torch.float32], step=2)
+
+
+@pytest.mark.vllm
+def test_a_vllm_completion_is_the_same_to_the_last_bit_whatever_was_drawn_before(engine, cached_tokens):
+    """So a run with evaluation is the run without."""
+    engine.sync(tied_model(0, max_position_embeddings=1024))
+    prompts = (long_prompt(engine, 1), long_prompt(engine, 1, more=9))
+    alone = draw(engine, prompts, 3, seed=7, step=1)
+    draw(engine, prompts[1:], 2, seed=8, step=1)
+    after = draw(engine, prompts, 3, seed=7, step=1)
+    assert cached_tokens[0] == 0
+    assert after == alone
+
+
+def test_an_engine_that_keeps_its_cache_stops_the_run():
+    with pytest.raises(StaleEngineError, match="could not empty its prefix cache"):
+        empty_cache(SimpleNamespace(reset_prefix_cache=lambda: False))
 
 
 @pytest.mark.vllm

@@ -17,7 +17,7 @@ from fastkl.config.settings import TrainConfig
 from fastkl.scoring.models import load_tokenizer
 from fastkl.scoring.source import resolve_model
 from fastkl.training import memory_plan
-from fastkl.training.memory_plan import MemoryPlan, num_adapter_parameters, num_parameters, plan_of
+from fastkl.training.memory_plan import MemoryPlan, num_adapter_parameters, num_in_matrices, num_parameters, plan_of
 
 TOLERANCE = 0.25
 CPU = torch.device("cpu")
@@ -54,6 +54,28 @@ def test_adapters_alone_have_gradients_and_moments(tmp_path):
     assert adapters == sum(3 * rows + 3 * columns for rows, columns in matrices)
     parts = plan(model, tmp_path, adapters=adapters).parts
     assert (parts["gradients"], parts["AdamW"], parts["reference"]) == (4 * adapters, 8 * adapters, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "matrix", "other"),
+    [
+        ({"optimizer": "adamw8bit"}, (4, 4, 2.03125, 2), (4, 4, 2.03125, 4)),
+        ({"param_dtype": "bfloat16"}, (2, 2, 8, 2), (4, 4, 8, 4)),
+        ({"param_dtype": "bfloat16", "optimizer": "adamw8bit"}, (2, 2, 2.03125, 2), (4, 4, 2.03125, 4)),
+        ({"no_reference": True, "kl_coef": 0.0}, (4, 4, 8, 0), (4, 4, 8, 0)),
+    ],
+)
+def test_bytes_of_a_matrixs_number_and_of_any_other_in_bfloat16(tmp_path, options, matrix, other):
+    model = toy_model(dtype=torch.float32)
+    numbers = {True: 0, False: 0}
+    for name, p in model.named_parameters():
+        numbers[p.dim() == 2 and "embed" not in name] += p.numel()
+    model.save_pretrained(tmp_path)
+    matrices = num_in_matrices(str(tmp_path))
+    assert matrices == numbers[True]
+    parts = plan(model, tmp_path, TrainConfig(**options), dtype=torch.bfloat16, matrices=matrices).parts
+    for name, of_matrix, of_other in zip(("policy", "gradients", "AdamW", "reference"), matrix, other, strict=True):
+        assert parts[name] == of_matrix * numbers[True] + of_other * numbers[False], name
 
 
 def test_decoding_takes_keys_values_and_logits_of_every_row(tmp_path):

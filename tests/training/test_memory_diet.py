@@ -1,0 +1,68 @@
+"""Whole runs with weights in bfloat16 and moments of 8 bits: what they compute, and that they resume bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastkl.config.settings import TrainConfig, check_config
+from fastkl.errors import UserError
+from fastkl.training.loop import train
+from fastkl.training.setup import check_storage
+
+SMALL = TrainConfig(
+    generator="transformers", steps=3, prompts_per_step=2, num_samples=4, max_new_tokens=12, report_to=(),
+    dtype="bfloat16", lr=3e-3, save_every=2, keep_checkpoints=0,
+)  # fmt: skip
+DIET = {"optimizer": "adamw8bit", "param_dtype": "bfloat16"}
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "throughput/", "memory/"))} for line in lines]
+
+
+def first_samples(folder: Path) -> list[dict]:
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [sample for sample in samples if sample["step"] == 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [DIET, {"optimizer": "adamw8bit", "dtype": "float32"}], ids=["both", "8 bits"])
+def test_a_run_resumes_bit_for_bit_and_starts_from_the_same_scores(tmp_path, options):
+    config = replace(SMALL, **options)
+    whole = train(replace(config, output=str(tmp_path / "whole")))
+    train(replace(config, output=str(tmp_path / "parts")))
+    (tmp_path / "parts" / "checkpoints" / "step-3").rename(tmp_path / "step-3")
+    resumed = train(replace(config, output=str(tmp_path / "parts"), resume=True))
+    for a, b in zip(whole.policy.parameters(), resumed.policy.parameters(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert metrics(whole.folder)[2] == metrics(resumed.folder)[-1]
+    full = train(replace(SMALL, dtype=config.dtype, output=str(tmp_path / "full"), steps=1))
+    assert metrics(whole.folder)[0]["kl/exact"] == 0
+    alike = [
+        (found["lm_cross_entropy"], wanted["lm_cross_entropy"])
+        for found, wanted in zip(first_samples(whole.folder), first_samples(full.folder), strict=True)
+        if found["completion"] == wanted["completion"]  # the generator's own products may round differently
+    ]
+    assert len(alike) >= 4 and all(found == wanted for found, wanted in alike)  # rounded as autocast rounds
+    if options is DIET:
+        linear = [m.weight for m in whole.policy.modules() if isinstance(m, nn.Linear)]
+        assert {w.dtype for w in linear[:-1]} == {torch.bfloat16}
+        with pytest.raises(UserError, match="optimizer: the moments in .* are those of adamw8bit"):
+            train(replace(SMALL, output=str(tmp_path / "fork"), fork=str(tmp_path / "whole")))
+
+
+def test_what_the_machine_or_the_run_cannot_do_is_refused():
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="param_dtype: bfloat16 .* --dtype bfloat16"):
+        check_storage(replace(SMALL, param_dtype="bfloat16"), cpu, torch.float32)
+    with pytest.raises(UserError, match="offload: optimizer frees a GPU's memory, and this run is on the cpu"):
+        check_storage(replace(SMALL, offload="optimizer"), cpu, torch.bfloat16)
+    with pytest.raises(UserError, match="param_dtype: adapters are small"):
+        check_config(replace(SMALL, param_dtype="bfloat16", lora_rank=4))
