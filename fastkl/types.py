@@ -51,8 +51,8 @@ class Settled:
     A tensor per prompt, f32 [tokens of its valid samples, end to end], on the CPU. None: computed in the update itself.
     """
 
-    advantages: tuple[torch.Tensor, ...] | None = None  # [B]; each token's
-    old_logprobs: tuple[torch.Tensor, ...] | None = None  # [B]; under the policy before the first update
+    advantages: tuple[torch.Tensor | None, ...] | None = None  # [B]; each token's
+    old_logprobs: tuple[torch.Tensor | None, ...] | None = None  # [B]; under the policy before the first update
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,8 @@ class Redraws:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Whole prompt groups laid end to end without padding: one micro-batch of G groups, s = G * K sequences.
+    """Whole prompt groups laid end to end without padding: one micro-batch of G groups, s = G * K sequences. Or a part
+    of one group, in which the samples of the other parts are not valid.
 
     The hidden state at packed position `score_positions[n]` predicts `target_ids[n]`: the shift by one happens once, in
     pack.py, and nowhere else.

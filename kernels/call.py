@@ -62,6 +62,7 @@ class Call:
     use_triton: bool
     check_values: bool
     inplace: bool = False  # logits in: the gradient overwrites the logits
+    chunk_given: bool = False  # the caller has said how many rows' logits there may be at a time
 
     def source(self, policy: Side | Tensor) -> Source:
         """The logits of the scored rows."""
@@ -259,6 +260,7 @@ def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOption
         dtype=dtype,
         use_triton=dtype == torch.float32 and uses_triton(policy),
         check_values=on_cpu if request.check_values is None else request.check_values,
+        chunk_given=chunk is not None,
     )
     mask = _scored_rows(mask, target_ids, call.check_values)
     if mask is not None and not (on_cpu and bool(mask.all())):

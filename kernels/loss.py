@@ -2,8 +2,12 @@
 
 loss = sum over rows and scores of coefficient * score. The coefficients are either known beforehand, or follow from the
 scores of whole groups of rows (the samples of one prompt share a baseline): then a function is called with each group's
-finished scores, while the group's logits are still in the buffer. Rows whose coefficients
-are all zero cost no backward.
+finished scores, while the group's logits are still in the buffer. Rows whose coefficients are all zero cost no
+backward.
+
+A group whose logits are more than that buffer may hold (`chunk_tokens`, or HELD_BYTES) is gone over twice, in chunks:
+the first time for its scores, the second, after the function, for the gradient. That takes six products again, and
+memory does not follow the group.
 """
 
 from __future__ import annotations
@@ -22,6 +26,9 @@ from .call import Call
 from .errors import UserError
 from .passes import Passes, RowStats, chunk_ranges
 from .types import CoefficientsFunction, TokenCoefficients, TokenScores
+
+HELD_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+"""What the logits of one group may take, policy's and reference's together, where chunk_tokens does not say."""
 
 
 class LossFunction(torch.autograd.Function):
@@ -113,28 +120,59 @@ def _passes(
 def _with_function(
     call: Call, function: CoefficientsFunction, row_splits: list[int], inputs: Inputs, needed: tuple[bool, ...]
 ) -> tuple[Tensor, TokenScores, Passes]:
-    """Chunks of whole groups of rows; the function is called for each chunk, in order."""
+    """Chunks of whole groups of rows; the function is called for each chunk, in order. Of a group that is too large
+    only the statistics are kept until then."""
     ranges = list(_pack(row_splits, call.chunk_rows))
+    chunk_rows, held_rows = call.chunk_rows, _held_rows(call, inputs)
     offsets: Sequence[int] = range(call.num_rows + 1)  # offsets[i]: how many of the scored rows lie before row i
     if call.row_ids is not None:
         scored = torch.zeros(call.num_rows, dtype=torch.int64).index_fill_(0, call.row_ids.cpu(), 1)
         offsets = [0, *scored.cumsum(0).tolist()]
-    call = replace(call, chunk_rows=max((offsets[hi] - offsets[lo] for lo, hi in ranges), default=1))
+    sizes = [offsets[hi] - offsets[lo] for lo, hi in ranges]
+    call = replace(call, chunk_rows=max((size if size <= held_rows else chunk_rows for size in sizes), default=1))
     stats, support_stats = call.empty_stats()
     passes = _passes(call, inputs, needed, stats, support_stats)
     loss = torch.zeros((), dtype=torch.float64, device=call.rows.target_ids.device)
     for lo, hi in ranges:
         first, last = offsets[lo], offsets[hi]
-        chunk = Chunk(passes, first, *passes.score(first, last))
+        fits = last - first <= held_rows
+        pieces = (
+            [(first, last)] if fits else [(first + i, first + j) for i, j in chunk_ranges(last - first, chunk_rows)]
+        )
+        for i, j in pieces:
+            chunk = Chunk(passes, i, *passes.score(i, j))
         row_ids = None if call.row_ids is None else call.row_ids[first:last] - lo
         part = replace(call, num_rows=hi - lo, row_ids=row_ids, rows=call.rows.select(slice(first, last)))
         scores = part.scores(stats[first:last], None if support_stats is None else support_stats[first:last])
         coefficients = function(slice(lo, hi), scores)
         check_coefficients(coefficients, call.available(), hi - lo)
         loss += _linear_loss(coefficients, scores)
-        if any(needed):
-            chunk.gradient(part.effective(coefficients if row_ids is None else coefficients.select(row_ids)))
+        if not any(needed):
+            continue
+        coefficients = part.effective(coefficients if row_ids is None else coefficients.select(row_ids))
+        if fits:
+            chunk.gradient(coefficients)
+            continue
+        for i, j in pieces:
+            _gradient_again(passes, i, j, coefficients.select(slice(i - first, j - first)))
     return loss, call.scores(stats, support_stats), passes
+
+
+def _held_rows(call: Call, inputs: Inputs) -> int:
+    """Of how many rows of one group the logits may be held at once."""
+    if call.chunk_given:
+        return call.chunk_rows
+    policy, *weights = inputs
+    assert policy is not None
+    vocab = policy.shape[-1] if not weights else len(weights[0])
+    return max(call.chunk_rows, HELD_BYTES.get(policy.device.type, 0) // (2 * call.dtype.itemsize * vocab))
+
+
+def _gradient_again(passes: Passes, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
+    """The gradient of rows whose logits are gone; their statistics are known. coefficients: of these rows."""
+    if len(active_rows(coefficients, hi - lo)):
+        need_gap = coefficients.kl is not None or coefficients.kl_support is not None
+        passes.gradient_(lo, hi, *passes.reload(lo, hi, need_gap), coefficients)
 
 
 def _pack(row_splits: list[int], chunk_rows: int) -> Iterator[tuple[int, int]]:

@@ -128,6 +128,9 @@ class TrainConfig(SamplingSettings):
     """"vllm", "transformers", or "auto": vLLM where it can run the model."""
     gpu_memory_utilization: Annotated[float, SHARE] = 0.3
     """Share of the GPU's memory that vLLM may take; ignored without a GPU."""
+    engine_sleep: bool = False
+    """vLLM gives its GPU memory to the trainer between sampling and the next push of weights; its share may then be
+    larger. With a GPU only."""
 
     lora_rank: Annotated[int, Heading("Adapters"), AT_LEAST_0] = 0
     """Rank of LoRA adapters, which are then all that is trained; the reference is the same model with them off. 0
@@ -160,8 +163,9 @@ class TrainConfig(SamplingSettings):
     max_grad_norm: Annotated[float, AT_LEAST_0] = 1.0
     """Gradients are scaled down to this global norm; 0 does not clip."""
     micro_batch_tokens: Annotated[int, AT_LEAST_0] = 0
-    """Packed tokens per forward and backward; prompt groups stay whole; the result does not depend on it. 0: as many as
-    activations of 1 GiB (on a GPU an eighth of its memory) hold, at most 4,096 (on a GPU 16,384)."""
+    """Packed tokens per forward and backward; the result does not depend on it. A larger prompt group is cut between
+    samples, at one more forward of both models where the KL is in the reward. 0: as many as activations of 1 GiB (on a
+    GPU an eighth of its memory) hold, at most 4,096 (on a GPU 16,384)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, one more forward."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

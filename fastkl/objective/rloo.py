@@ -258,7 +258,8 @@ def whole_step(shape: Sequence[int], parts: Sequence[tuple[Sequence[int], Breakd
     """The breakdown of a step of [B, K] samples from those of its micro-batches, each with its groups' indices."""
     sums = torch.full((*shape, len(SAMPLE_SUMS)), torch.nan)
     for members, part in parts:
-        sums[list(members)] = part.sums
+        members = list(members)
+        sums[members] = torch.where(part.sums.isnan(), sums[members], part.sums)  # a group may come in parts
     found = [part for _, part in parts]
     return Breakdown(
         sums,

@@ -38,6 +38,10 @@ class Generator(Protocol):
         drawn with them. One that holds a copy proves that it is equal, or raises StaleEngineError."""
         ...
 
+    def rest(self) -> None:
+        """No completion is wanted until the next sync: memory may be given to the trainer until then."""
+        ...
+
     def close(self) -> None:
         """Gives memory back; the generator is not used any more. May be called twice."""
         ...

@@ -44,6 +44,7 @@ class EngineOptions:
     gpu_memory_utilization: float
     log: Path  # where an engine's own messages go
     note: Callable[[str], None] = print  # says what a user should know about the engine
+    sleep: bool = False  # whether an engine gives its GPU memory to the trainer between sampling and the next sync
 
 
 def sample_seed(seed: int, step: int, prompt: int, sample: int) -> int:

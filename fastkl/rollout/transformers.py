@@ -238,6 +238,9 @@ class TransformersGenerator:
     def sync(self, policy: nn.Module, step: int = 0) -> None:
         """See Generator. Nothing to do and nothing to compare: it decodes with the policy itself, not with a copy."""
 
+    def rest(self) -> None:
+        """See Generator: it has no memory of its own between two calls."""
+
     def close(self) -> None:
         """See Generator. Nothing to do, since it holds no memory of its own."""
 

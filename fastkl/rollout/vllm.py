@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastkl.errors import UserError
+from fastkl.rollout.engine_memory import EngineMemory
 from fastkl.rollout.requests import EngineOptions, Request, completion
 from fastkl.rollout.weight_sync import WeightSync, empty_cache
 from fastkl.sampling.params import Sampling, vllm_arguments
@@ -48,6 +49,7 @@ class VllmGenerator:
         max_model_len: int,
         gpu_memory_utilization: float,
         log: Path,
+        sleep: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.sampling = sampling
@@ -59,6 +61,7 @@ class VllmGenerator:
                     max_model_len=max_model_len,
                     gpu_memory_utilization=gpu_memory_utilization,
                     reads_text=bool(sampling.stop),
+                    sleep=sleep,
                 )
             except Exception as failure:  # the engine raises many types; the log has the details
                 raise UserError(
@@ -68,6 +71,7 @@ class VllmGenerator:
                 ) from failure
         check_parameters(vllm_parameters(self._params([0])[0]), VLLM)
         self.weights = WeightSync(self.llm, getattr(torch, dtype))
+        self.memory = EngineMemory(self.llm, sleep)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See Generator. Each request has its own seed; with one seed for all, the samples of a prompt would be
@@ -84,7 +88,12 @@ class VllmGenerator:
 
     def sync(self, policy: nn.Module, step: int = 0) -> None:
         """See Generator: the weights are copied into the running engine, and compared there."""
-        self.weights.push(policy, step)
+        with self.memory.awake():
+            self.weights.push(policy, step)
+
+    def rest(self) -> None:
+        """See Generator."""
+        self.memory.rest()
 
     def _params(self, seeds: Sequence[int]) -> list[Any]:
         """vLLM's parameters for requests with these seeds, by the sampling of now."""
@@ -98,7 +107,7 @@ class VllmGenerator:
 
     def close(self) -> None:
         """See Generator."""
-        self.llm = self.weights.llm = None
+        self.llm = self.weights.llm = self.memory.llm = None
         gc.collect()  # the engine and its cache refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -114,6 +123,7 @@ def start(options: EngineOptions) -> VllmGenerator:
         max_model_len=options.max_model_len,
         gpu_memory_utilization=options.gpu_memory_utilization,
         log=options.log,
+        sleep=options.sleep,
     )
     generator.sync(options.policy)
     if unseen := generator.weights.check.not_compared:
@@ -134,7 +144,9 @@ def _sampled_logprobs(output: Any) -> list[float]:
     return logprobs
 
 
-def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utilization: float, reads_text: bool) -> Any:
+def _start_vllm(
+    model: str, *, dtype: str, max_model_len: int, gpu_memory_utilization: float, reads_text: bool, sleep: bool = False
+) -> Any:
     """The engine, quiet, in this process. Its settings are read from the environment when vllm is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default takes most of the memory
@@ -145,6 +157,7 @@ def _start_vllm(model: str, *, dtype: str, max_model_len: int, gpu_memory_utiliz
     options: dict[str, Any] = {}
     if torch.cuda.is_available():
         options["gpu_memory_utilization"] = gpu_memory_utilization
+        options |= {"enable_sleep_mode": True} if sleep else {}
     else:
         options["enforce_eager"] = True  # compiling is slower on a CPU
         # a prompt processed in two parts needs its seed rewound, which CPU generators cannot do

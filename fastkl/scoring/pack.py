@@ -1,8 +1,10 @@
 """Pack: a RolloutBatch becomes micro-batches of whole prompt groups, laid end to end without padding.
 
-In: one step's prompts, completions and rewards. Out: PackedBatches of at most `micro_batch_tokens` tokens (a group
-larger than that gets one of its own). A sample whose reward does not apply keeps its place in the group with length
-zero: it is neither forwarded nor scored. Groups in which no sample can have an advantage are left out by the caller.
+In: one step's prompts, completions and rewards. Out: PackedBatches of at most `micro_batch_tokens` tokens. A group
+larger than that gets one of its own, or is cut between samples where the caller can do with parts of groups: then each
+part holds some of its samples, and only a single sample may be larger than the limit. A sample whose reward does not
+apply keeps its place in the group with length zero: it is neither forwarded nor scored. Groups in which no sample can
+have an advantage are left out by the caller.
 
 There is no padding, so none can be scored. The end-of-sequence token is scored once, as the token that the policy
 chose.
@@ -11,10 +13,11 @@ chose.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch
+from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch, Settled
 
 
 def scorable(completions: Sequence[Sequence[Completion]], valid: torch.Tensor, truncated: str) -> torch.Tensor:
@@ -52,20 +55,68 @@ def pack(
     device: torch.device,
     *,
     prompts_once: bool = False,
+    cut: bool = False,
 ) -> list[tuple[list[int], PackedBatch]]:
     """Packs the named groups of `batch`; returns (group indices, PackedBatch) per micro-batch, tensors on `device`.
 
-    prompts_once: micro_batch_tokens counts a group's prompt once, for a layout that computes it once.
+    prompts_once: micro_batch_tokens counts a group's prompt once, for a layout that computes it once. cut: a group that
+    is larger comes in parts, in which the other samples are not valid.
     """
+    found: list[tuple[list[int], PackedBatch]] = []
+    tokens = [sum(sample_tokens(batch, g, prompts_once=prompts_once)) for g in groups]
+    for run in split_groups(tokens, micro_batch_tokens):
+        members, parts = [groups[i] for i in run], [batch]
+        if cut and tokens[run[0]] > micro_batch_tokens:
+            parts = parts_of(batch, members[0], micro_batch_tokens, prompts_once=prompts_once)
+        found += [(members, _pack_groups(part, members, device)) for part in parts]
+    return found
 
-    def tokens_of(g: int) -> int:
-        prompt = len(batch.prompts[g].token_ids)
-        completions = [len(c.token_ids) for c, ok in zip(batch.completions[g], batch.valid[g], strict=True) if ok]
-        return sum(completions) + prompt * (1 if prompts_once else len(completions))
 
-    runs = split_groups([tokens_of(g) for g in groups], micro_batch_tokens)
-    members = [[groups[i] for i in run] for run in runs]
-    return [(run, _pack_groups(batch, run, device)) for run in members]
+def sample_tokens(batch: RolloutBatch, group: int, *, prompts_once: bool) -> list[int]:
+    """The tokens that each sample [K] of a group adds to a micro-batch; 0 for one that is not valid."""
+    prompt, free, found = len(batch.prompts[group].token_ids), False, []
+    for completion, valid in zip(batch.completions[group], batch.valid[group].tolist(), strict=True):
+        found.append((len(completion.token_ids) + (0 if free else prompt)) if valid else 0)
+        free |= valid and prompts_once  # the others find the prompt there
+    return found
+
+
+def too_large(batch: RolloutBatch, groups: Sequence[int], micro_batch_tokens: int, *, prompts_once: bool) -> list[int]:
+    """Those of the groups that `pack` would cut."""
+    return [g for g in groups if sum(sample_tokens(batch, g, prompts_once=prompts_once)) > micro_batch_tokens]
+
+
+def parts_of(batch: RolloutBatch, group: int, micro_batch_tokens: int, *, prompts_once: bool) -> list[RolloutBatch]:
+    """The batch several times, each with a run of the group's samples for its only valid ones, in their order."""
+    prompt = len(batch.prompts[group].token_ids)
+    runs: list[list[int]] = []
+    filled = 0
+    for k in batch.valid[group].nonzero()[:, 0].tolist():
+        tokens = len(batch.completions[group][k].token_ids)
+        if not runs or filled + tokens + (0 if prompts_once else prompt) > micro_batch_tokens:
+            runs.append([])
+            filled = prompt if prompts_once else 0
+        runs[-1].append(k)
+        filled += tokens + (0 if prompts_once else prompt)
+    return [_only(batch, group, run) for run in runs]
+
+
+def _only(batch: RolloutBatch, group: int, samples: Sequence[int]) -> RolloutBatch:
+    """The batch with these samples for the group's only valid ones."""
+    valid = batch.valid.clone()
+    valid[group] = False
+    valid[group, list(samples)] = True
+    lengths = [len(c.token_ids) for c, ok in zip(batch.completions[group], batch.valid[group], strict=True) if ok]
+    taken = torch.tensor([k in samples for k in batch.valid[group].nonzero()[:, 0].tolist()], dtype=torch.bool)
+    tokens = taken.repeat_interleave(torch.tensor(lengths))
+
+    def of_part(values: tuple[torch.Tensor | None, ...] | None) -> tuple[torch.Tensor | None, ...] | None:
+        if values is None or values[group] is None:
+            return values
+        return (*values[:group], values[group][tokens], *values[group + 1 :])
+
+    settled = Settled(of_part(batch.settled.advantages), of_part(batch.settled.old_logprobs))
+    return replace(batch, valid=valid, settled=settled)
 
 
 def _pack_groups(batch: RolloutBatch, groups: Sequence[int], device: torch.device) -> PackedBatch:
@@ -94,8 +145,9 @@ def _pack_groups(batch: RolloutBatch, groups: Sequence[int], device: torch.devic
     def int64(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    def settled(of_groups: tuple[torch.Tensor, ...] | None) -> torch.Tensor | None:
-        return None if of_groups is None else torch.cat([of_groups[g] for g in groups]).to(device)
+    def settled(of_groups: tuple[torch.Tensor | None, ...] | None) -> torch.Tensor | None:
+        known = [value for g in groups if of_groups is not None and (value := of_groups[g]) is not None]
+        return torch.cat(known).to(device) if known and len(known) == len(groups) else None
 
     return PackedBatch(
         input_ids=int64(input_ids),

@@ -1,8 +1,11 @@
 """What is known of a rollout before its first update: the advantages that need the whole step, and what these take.
 
 In: the step's batch. Out: the same with `settled` filled in. An advantage that compares all samples of a step needs
-their penalised rewards before the gradient of any of them is taken. Without a KL in the reward these are the rewards;
-with one, policy and reference pass over the whole rollout once more, without gradients.
+their penalised rewards before the gradient of any of them is taken; so does one that compares the samples of a prompt,
+where these do not fit into one micro-batch. Without a KL in the reward these are the rewards;
+with one, policy and reference pass over these samples once more, without gradients: loss and gradient are then those of
+the whole group, whatever it is cut into. (Engine log-probs in the place of the policy's would spare that forward; the
+baseline of a sample may be any function of the others. But they are of bfloat16 on a GPU, and know k1 alone.)
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 
 from fastkl.objective.kl_estimators import Penalty, sampled_logprobs
 from fastkl.objective.rloo import BatchObjective, Objective, Penalized, token_advantages, whole_step
-from fastkl.scoring.pack import cumulative, pack, scorable_groups
+from fastkl.scoring.pack import cumulative, pack, scorable_groups, too_large
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training.stopwatch import Stopwatch
 from fastkl.types import Breakdown, RolloutBatch, Settled
@@ -43,14 +46,22 @@ def with_advantages(
     micro_batch_tokens: int,
     watch: Stopwatch,
 ) -> RolloutBatch:
-    """The batch, with the advantages that need the whole step; as it is where the update computes its own."""
-    if not objective.advantage.whole_step or batch.settled.advantages is not None:
+    """The batch, with the advantages that need the whole step, and those of groups that do not fit into a micro-batch,
+    whose parts cannot compute them; the others are left to the update."""
+    if batch.settled.advantages is not None:
+        return batch
+    groups = scorable_groups(batch.valid, objective.advantage.min_samples)
+    if not objective.advantage.whole_step:
+        groups = too_large(batch, groups, micro_batch_tokens, prompts_once=policy.layout == "shared")
+    if not groups:
         return batch
     penalty = objective.penalty
     first = None
     if penalty.placement == "reward" and penalty.coef:
-        first = first_forward(policy, reference, batch, objective, micro_batch_tokens, watch)
-    return replace(batch, settled=Settled(advantages=step_advantages(batch, objective, first)))
+        first = first_forward(policy, reference, batch, objective, micro_batch_tokens, watch, groups)
+    advantages = step_advantages(batch, objective, first, groups)
+    known = tuple(values if b in groups else None for b, values in enumerate(advantages))
+    return replace(batch, settled=replace(batch.settled, advantages=known))
 
 
 def settled_for_updates(batch: RolloutBatch, objective: Objective, first: FirstForward) -> RolloutBatch:
@@ -72,15 +83,17 @@ def first_forward(
     objective: Objective,
     micro_batch_tokens: int,
     watch: Stopwatch,
+    groups: Sequence[int] | None = None,
 ) -> FirstForward:
-    """One forward of both models over the groups that have an advantage, without gradients."""
-    groups = scorable_groups(batch.valid, objective.advantage.min_samples)
+    """One forward of both models over these groups (None: all that have an advantage), without gradients."""
+    if groups is None:
+        groups = scorable_groups(batch.valid, objective.advantage.min_samples)
     logprobs, kl_tokens = [torch.empty(0)] * len(batch.prompts), [torch.empty(0)] * len(batch.prompts)
     rewards = torch.zeros_like(batch.rewards)
     parts: list[tuple[Sequence[int], Breakdown]] = []
     once = policy.layout == "shared"
     with policy.scoring(), reference.scoring() if reference else nullcontext(), watch("score"), torch.no_grad():
-        for members, micro in pack(batch, groups, micro_batch_tokens, policy.device, prompts_once=once):
+        for members, micro in pack(batch, groups, micro_batch_tokens, policy.device, prompts_once=once, cut=True):
             ref_hidden = reference.hidden(micro) if reference else None
             scores = policy(micro, ref_hidden, sampling=objective.sampling).scores
             part = BatchObjective(objective, micro, 1.0)
@@ -88,16 +101,20 @@ def first_forward(
             sizes = torch.tensor(part.row_splits).diff().tolist()
             sampled = sampled_logprobs(scores).cpu().split(sizes)
             for g, of_group, kl_of_group in zip(members, sampled, penalized.kl_tokens.cpu().split(sizes), strict=True):
-                logprobs[g], kl_tokens[g] = of_group, kl_of_group
-            rewards[members] = penalized.rewards.to(rewards)
+                logprobs[g], kl_tokens[g] = torch.cat([logprobs[g], of_group]), torch.cat([kl_tokens[g], kl_of_group])
+            rewards[members] = torch.where(micro.valid.cpu(), penalized.rewards.to(rewards), rewards[members])
             parts.append((members, part.breakdown(scores, torch.zeros(()))))
     return FirstForward(tuple(logprobs), tuple(kl_tokens), rewards, whole_step(batch.valid.shape, parts))
 
 
-def step_advantages(batch: RolloutBatch, objective: Objective, first: FirstForward | None) -> tuple[torch.Tensor, ...]:
-    """Each token's advantage, by prompt. first: None where the rewards are not penalised."""
+def step_advantages(
+    batch: RolloutBatch, objective: Objective, first: FirstForward | None, groups: Sequence[int] | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Each token's advantage, by prompt. first: None where the rewards are not penalised. groups: as in first_forward;
+    the others have no tokens."""
     advantage, penalty = objective.advantage, objective.penalty
-    groups = scorable_groups(batch.valid, advantage.min_samples)
+    if groups is None:
+        groups = scorable_groups(batch.valid, advantage.min_samples)
     lengths = torch.tensor([[len(c.token_ids) for c in group] for group in batch.completions])
     valid = torch.zeros_like(batch.valid)
     valid[groups] = batch.valid[groups]

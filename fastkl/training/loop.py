@@ -83,6 +83,8 @@ def run_steps(run: Run) -> TrainResult:
             watch = Stopwatch(run.device)
             drawn = draw_batch(run, step, watch)
             batch, rewards = drawn.batch, drawn.rewards
+            with watch("generate"):
+                run.generator.rest()
             set_learning_rate(run.optimizer, learning_rate(step, config))
             objective, limits = run.objective.at(run.controller.coef), run.limits_now
             outcome = learn(run.policy, run.reference, run.optimizer, batch, objective, limits, watch, step=step)
@@ -159,7 +161,9 @@ def update(
     parts = []
     with policy.scoring(), reference.scoring() if reference else nullcontext():
         once = policy.layout == "shared"
-        for members, micro in pack(batch, groups, limits.micro_batch_tokens, policy.device, prompts_once=once):
+        for members, micro in pack(
+            batch, groups, limits.micro_batch_tokens, policy.device, prompts_once=once, cut=True
+        ):
             with watch("score"), torch.no_grad():
                 ref_hidden = reference.hidden(micro) if reference else None
             with watch("update"):

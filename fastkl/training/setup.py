@@ -107,6 +107,7 @@ def check_inputs(
     check_vocabulary(models.vocabulary(model_config), [*prompts, *held], sampling)
     evaluator = evaluator_of(config, held, prompts, rewards_of_held, sampling, text)
     generator, reason = choose_generator(config.generator, model_config, device)
+    check_sleep(config, generator, device)
     lock = lock_run_folder(config)
     with closed_on_failure(lock):
         folder = prepare_run_folder(config)
@@ -274,6 +275,20 @@ def check_storage(config: TrainConfig, device: torch.device, dtype: torch.dtype)
         )
 
 
+def check_sleep(config: TrainConfig, generator: str, device: torch.device) -> None:
+    """UserError where no engine has memory of a GPU to give."""
+    if not config.engine_sleep:
+        return
+    if device.type != "cuda":
+        raise UserError(
+            f"engine_sleep: vLLM gives up a GPU's memory, and this run is on the {device.type}; leave it out."
+        )
+    if generator != "vllm":
+        raise UserError(
+            f"engine_sleep: only vLLM has an engine that can sleep, and the generator is {generator}; leave it out."
+        )
+
+
 def optimizer_of(config: TrainConfig, policy: nn.Module) -> torch.optim.Optimizer:
     """torch's AdamW, or the one in little memory where the settings ask for what torch's does not do."""
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -366,6 +381,7 @@ def start_generator(
             dtype=dtype,
             max_model_len=max_sequence_tokens(inputs, config),
             gpu_memory_utilization=config.gpu_memory_utilization,
+            sleep=config.engine_sleep,
             log=inputs.folder / "engine.log",
             note=note,
         )

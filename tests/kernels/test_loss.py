@@ -99,6 +99,54 @@ def test_coefficients_computed_from_whole_groups_give_the_gradient_of_autograd(m
     assert len(seen) == {1: 4, 16: 2, 100: 1}[chunk_tokens]
 
 
+@pytest.mark.parametrize("support", [None, Support(top_k=5), Support(top_p=0.7)], ids=["none", "top_k", "top_p"])
+@pytest.mark.parametrize("mask", ["none", "some"])
+@pytest.mark.parametrize("given", [True, False], ids=["chunk_tokens", "HELD_BYTES"])
+def test_a_group_larger_than_the_buffer_is_gone_over_twice_with_the_gradient_of_the_definition(
+    monkeypatch, given, mask, support
+):
+    """512 rows of one group and 16 at a time, against the definition in float64, differentiated by autograd."""
+    from fastkl.kernels import call, loss
+    from fastkl.kernels.cpu.sources import HeadSource
+
+    buffers = []
+    made = HeadSource.__init__
+    monkeypatch.setattr(
+        HeadSource, "__init__", lambda self, *arguments: (buffers.append(arguments[4]), made(self, *arguments))[1]
+    )
+    if not given:
+        monkeypatch.setattr(loss, "HELD_BYTES", {"cpu": 1})
+        monkeypatch.setattr(call, "CHUNK_BYTES", {"cpu": 1})  # the least: 16 rows
+    case = make_case(num_rows=530, mask=mask, support=support)
+    splits, names = [0, 9, 521, 530], POLICY_SCORES if support else ("policy_logprobs", "entropy", "kl")
+
+    def function(rows, scores):
+        mean = scores.policy_logprobs.detach().mean()  # of the whole group
+        weights = torch.linspace(-1, 1, 530, dtype=torch.float64)[rows].to(mean.dtype)
+        weights[:4] = 0
+        return TokenCoefficients(**dict.fromkeys(names, weights * mean))
+
+    hidden, weight = leaves_of(case)
+    scores = reference.linear_token_scores(hidden, weight, *case.args()[2:], **case.options)
+    parts = []
+    for lo, hi in zip(splits, splits[1:], strict=False):
+        rows = slice(lo, hi)
+        own = type(scores)(*(None if s is None else s[rows] for s in scores.values()))
+        parts.append(linear_loss(own, function(rows, own)))
+    expected = torch.autograd.grad(sum(parts), (hidden, weight))
+
+    hidden, weight = leaves_of(case)
+    options = {"chunk_tokens": 16} if given else {}
+    found, _ = operators.linear_token_loss(
+        hidden, weight, *case.args()[2:], function, row_splits=splits, **options, **case.options
+    )
+    found.backward()
+    assert max(buffers) <= 16
+    torch.testing.assert_close(found.detach().double(), sum(parts).detach().double(), rtol=1e-6, atol=1e-6)
+    for leaf, gradient in zip((hidden, weight), expected, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
+
+
 def test_rows_without_a_coefficient_cost_no_gradient_work(monkeypatch):
     from fastkl.kernels.cpu.sources import HeadSource
 

@@ -236,6 +236,9 @@ class Recording:
         self.calls.append("sync")
         self.at_sync.append(next(policy.parameters()).detach().clone())
 
+    def rest(self) -> None:
+        self.calls.append("rest")
+
     def close(self) -> None:
         self.calls.append("close")
 
@@ -245,7 +248,7 @@ def test_weights_go_to_the_generator_after_every_update_and_the_last_one_too(tmp
     run = set_up(small(tmp_path))
     recording = run.generator = Recording(run.generator, run.policy.model)
     result = run_steps(run)
-    assert recording.calls == ["generate", "sync"] * 3 + ["close"]
+    assert recording.calls == ["generate", "rest", "sync"] * 3 + ["close"]
     assert not torch.equal(recording.at_sync[0], recording.at_sync[1])
     assert torch.equal(recording.at_sync[-1], next(result.policy.parameters()))
 

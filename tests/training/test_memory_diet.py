@@ -55,7 +55,7 @@ def test_a_run_resumes_bit_for_bit_and_starts_from_the_same_scores(tmp_path, opt
         linear = [m.weight for m in whole.policy.modules() if isinstance(m, nn.Linear)]
         assert {w.dtype for w in linear[:-1]} == {torch.bfloat16}
         with pytest.raises(UserError, match="optimizer: the moments in .* are those of adamw8bit"):
-            train(replace(SMALL, output=str(tmp_path / "fork"), fork=str(tmp_path / "whole")))
+            train(replace(SMALL, output=str(tmp_path / "fork"), fork=str(tmp_path / "whole"), steps=5))
 
 
 def test_what_the_machine_or_the_run_cannot_do_is_refused():
