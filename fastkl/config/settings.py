@@ -140,6 +140,9 @@ class TrainConfig(SamplingSettings):
     lora_targets: tuple[str, ...] = ("all-linear",)
     """The layers that carry adapters, by the ends of their names (q_proj v_proj); "all-linear": every matrix but the
     head."""
+    qlora: bool = False
+    """With adapters: the frozen matrices in 4 bits (NF4 of bitsandbytes, which has to be installed), half a byte per
+    number instead of 2; reference and engine have the rounded weights, too. With a GPU only."""
 
     steps: Annotated[int, Heading("Optimisation"), AT_LEAST_1] = 40
     """Rollouts; each has one optimizer step, or updates_per_rollout times epochs."""
@@ -252,6 +255,8 @@ def check_combinations(config: TrainConfig) -> None:
         )
     if config.lora_rank and not config.lora_targets:
         raise UserError("lora_targets: names no layer; give all-linear or the ends of layers' names.")
+    if config.qlora and not config.lora_rank:
+        raise UserError("qlora: weights of 4 bits cannot be trained themselves; add --lora-rank 16.")
     if config.lora_rank and config.param_dtype == "bfloat16":
         raise UserError("param_dtype: adapters are small and stay in float32; leave it at float32 with lora_rank.")
     if "" in config.stop:

@@ -112,9 +112,20 @@ def merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         prefix = name.removesuffix("base_layer.weight")
         if prefix != name and prefix in layers:
             delta = layers[prefix].get_delta_weight(NAME).float()
-            yield f"{prefix}weight", parameter.detach().float() + delta
+            yield f"{prefix}weight", plain(parameter).float() + delta
         else:
-            yield name.replace(".base_layer.", "."), parameter.detach()
+            yield name.replace(".base_layer.", "."), plain(parameter)
+
+
+def plain(parameter: torch.Tensor) -> torch.Tensor:
+    """A frozen weight as numbers: itself, or what bitsandbytes makes of its 4 bits."""
+    quantised = getattr(parameter, "quant_state", None)
+    if quantised is None:
+        return parameter.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    numbers: torch.Tensor = dequantize_4bit(parameter.data, quantised)
+    return numbers
 
 
 def _carries(module: nn.Module) -> bool:

@@ -63,12 +63,17 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def load_model(source: str, device: torch.device) -> PreTrainedModel:
-    """A causal language model in float32 on `device`, dropout off. UserError when it cannot be loaded."""
+def load_model(source: str, device: torch.device, *, four_bit: bool = False) -> PreTrainedModel:
+    """A causal language model in float32 on `device`, dropout off. UserError when it cannot be loaded.
+
+    four_bit: its matrices are NF4 of bitsandbytes (Dettmers et al. 2023, "QLoRA"), for a model that is not trained.
+    """
     config = load_config(source)
     # Soft-capped attention scores (Gemma-2) exist only in the eager implementation; else transformers knows best.
     attention = "eager" if getattr(text_config(config), "attn_logit_softcapping", None) else None
-    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    if four_bit:
+        options |= {"quantization_config": nf4(), "device_map": {"": str(device)}}
     try:
         model, loading = class_of(config).from_pretrained(
             source, attn_implementation=attention, output_loading_info=True, **options
@@ -76,7 +81,18 @@ def load_model(source: str, device: torch.device) -> PreTrainedModel:
     except Exception as failure:
         raise UserError(f"model: {source!r} could not be loaded ({first_line(failure)}); name another.") from failure
     check_weights(source, loading["missing_keys"], loading["unexpected_keys"])
-    return aligned(without_dropout(model).to(device))
+    return without_dropout(model) if four_bit else aligned(without_dropout(model).to(device))
+
+
+def nf4() -> Any:
+    """How bitsandbytes is to store matrices. Products are float32 there, or what autocast makes of them: then the
+    engine, which gets the same weights in bfloat16, computes with the same numbers."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=True,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -115,7 +131,7 @@ def store_as_computed(model: PreTrainedModel, dtype: torch.dtype, *, trained: bo
     for module in model.modules() if dtype != torch.float32 else ():
         if isinstance(module, nn.Linear) and id(module) not in heads:
             for parameter in module.parameters(recurse=False):
-                if trained or not parameter.requires_grad:
+                if parameter.is_floating_point() and (trained or not parameter.requires_grad):
                     parameter.data = parameter.data.to(dtype)
 
 

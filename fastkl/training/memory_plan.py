@@ -35,6 +35,9 @@ LOGITS_BYTES = {"cpu": 3 * 128 << 20, "cuda": 3 * 2 << 30}
 MOMENTS_8_BIT = 2 * (1 + 4 / BLOCK)
 """Bytes per parameter of moments of 8 bits: two codes, and their blocks' scales."""
 
+NF4 = 0.5 + 0.016
+"""Bytes of a number in 4 bits: its code, and its share in the scales, which are themselves stored in 8 bits."""
+
 MAX_ROWS = 512
 """Sequences that the generator on transformers decodes at a time."""
 
@@ -84,7 +87,7 @@ def plan_of(
     )
     kept = _activation_bytes(model_config) * sequences * max_tokens
     parts = {
-        "policy": halved + trained if adapters else trained,
+        "policy": (halved - (2.0 - NF4) * matrices if config.qlora else halved) + trained if adapters else trained,
         "gradients": trained,
         "AdamW": moments if config.offload == "none" else 0.0,
         "reference": 0.0 if adapters or config.no_reference else 4.0 * parameters if config.reference_every else halved,

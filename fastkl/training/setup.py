@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,7 +248,7 @@ def load_models(config: TrainConfig, inputs: Inputs) -> tuple[PreTrainedModel, P
     """Policy and reference: one module, whose reference is without its adapters, or two; or no reference."""
     device, resumed = inputs.device, inputs.resumed
     if config.lora_rank:
-        policy = models.load_model(inputs.source, device)
+        policy = models.load_model(inputs.source, device, four_bit=config.qlora)
         add_adapters(policy, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
         if resumed:
             load_adapters(resumed.folder, policy)
@@ -269,6 +270,10 @@ def check_storage(config: TrainConfig, device: torch.device, dtype: torch.dtype)
             "param_dtype: bfloat16 weights take part in products of bfloat16, and those of this run are float32; add "
             "--dtype bfloat16, or leave param_dtype at float32."
         )
+    if config.qlora and device.type != "cuda":
+        raise UserError(f"qlora: 4 bits need a GPU, and this run is on the {device.type}; leave it out.")
+    if config.qlora and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("qlora: bitsandbytes, which stores the 4 bits, is not installed; pip install bitsandbytes.")
     if config.offload != "none" and device.type != "cuda":
         raise UserError(
             f"offload: {config.offload} frees a GPU's memory, and this run is on the {device.type}; leave it at none."
