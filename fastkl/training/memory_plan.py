@@ -86,13 +86,14 @@ def plan_of(
         else _decoding_bytes(model_config, min(sequences, MAX_ROWS), max_tokens, dtype)
     )
     kept = _activation_bytes(model_config) * sequences * max_tokens
+    copies = 0.0 if adapters or config.param_dtype == "bfloat16" else 4.0 * parameters - halved  # autocast's
     parts = {
         "policy": (halved - (2.0 - NF4) * matrices if config.qlora else halved) + trained if adapters else trained,
         "gradients": trained,
         "AdamW": moments if config.offload == "none" else 0.0,
         "reference": 0.0 if adapters or config.no_reference else 4.0 * parameters if config.reference_every else halved,
         "vLLM" if generator == "vllm" else "decoding": engine,
-        "buffers": min(kept, GPU_SHARE * most if on_gpu else CPU_BYTES) + LOGITS_BYTES[device.type],
+        "buffers": min(kept, GPU_SHARE * most if on_gpu else CPU_BYTES) + LOGITS_BYTES[device.type] + copies,
         "process": GPU_CONTEXT_BYTES if on_gpu else PROCESS_BYTES.get(generator, PROCESS_BYTES["transformers"]),
     }
     remedies = ["--generator transformers"] if generator == "vllm" else ["fewer --prompts-per-step or --num-samples"]

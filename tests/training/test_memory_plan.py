@@ -78,6 +78,21 @@ def test_bytes_of_a_matrixs_number_and_of_any_other_in_bfloat16(tmp_path, option
         assert parts[name] == of_matrix * numbers[True] + of_other * numbers[False], name
 
 
+def test_float32_weights_are_copied_by_autocast_and_bfloat16_ones_are_not(tmp_path):
+    model = toy_model(dtype=torch.float32)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    sizes = {
+        (dtype, options.get("param_dtype", "float32")): plan(
+            model, tmp_path, TrainConfig(**options), dtype=dtype, matrices=matrices
+        ).parts["buffers"]
+        for dtype in (torch.float32, torch.bfloat16)
+        for options in ({}, {"param_dtype": "bfloat16"})
+    }
+    without = sizes[torch.float32, "float32"]
+    assert sizes[torch.bfloat16, "float32"] == without + 2 * matrices
+    assert sizes[torch.bfloat16, "bfloat16"] == without
+
+
 def test_decoding_takes_keys_values_and_logits_of_every_row(tmp_path):
     few = TrainConfig(prompts_per_step=1, num_samples=2)
     one, two = (plan(toy_model(dtype=torch.float32), tmp_path, c) for c in (few, replace(few, num_samples=4)))
