@@ -1,7 +1,9 @@
 """Which token ids the sampler could have drawn: the recorded or recomputed support of a block of rows.
 
-`keep_mask` is the definition, a mask over the vocabulary; cpu/supports.py finds the same ids as lists.
-Follows the order and the tie rules of vLLM's sampler (vllm/v1/sample: banned ids, temperature, min_p, top_k, top_p).
+`keep_mask` is the definition, a mask over the vocabulary; cpu/supports.py finds the same ids as lists, gpu/supports.py
+as one threshold per row. Limits are applied in the order of vLLM's sampler (vllm/v1/sample: banned ids, temperature,
+min_p, top_k, top_p). Equal logits at a cut are treated as its PyTorch sampler treats them, which runs on CPUs; on CUDA
+vLLM keeps exactly k of them, the lowest ids first (see Support).
 Left out: settings that change the distribution in other ways (penalties, guided decoding); they cannot be replayed.
 """
 

@@ -108,7 +108,9 @@ class Support:
     [num_banned] from the rows where `banned_rows` bool [N] is true (from all rows if None): min_tokens bans the
     end-of-sequence ids in the first tokens.
     top_k, top_p and min_p are numbers or tensors [N]; top_k <= 0, top_p >= 1 and min_p <= 0 mean "off".
-    Ties at the top_k threshold are all kept; ties at the top_p threshold fall as torch.sort orders them, as in vLLM.
+    Ties at the top_k threshold are all kept; ties at the top_p threshold fall as torch.sort orders them, as in vLLM's
+    PyTorch sampler. Its CUDA sampler cuts ties by id, the lowest first: with bfloat16 logits one or two ids of a row,
+    which together weigh 5e-5 (peaked rows) to 1e-3 (flat ones).
 
     The target of a row is kept in either form, whatever the rest says: it was sampled. TokenScores.outside_support
     marks the rows where nothing else would have kept it.
