@@ -6,9 +6,11 @@ error and exit code 2, a run that had to stop in 1, an interruption in 130.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
+from fastkl.distributed.world import AGREED
 from fastkl.errors import UserError, nearest, printable
 
 EXTRAS = {  # which extra brings the packages that the commands import
@@ -24,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(list(sys.argv[1:] if argv is None else argv))
     except UserError as mistake:
+        if getattr(mistake, AGREED, False) and os.environ.get("RANK", "0") != "0":
+            return 2  # the first process says it
         print(f"fastkl: {printable(str(mistake))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as missing:

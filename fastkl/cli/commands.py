@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from inspect import Parameter as Option
 from pathlib import Path
@@ -101,7 +101,12 @@ ConfigFile = Annotated[Path | None, about("FILE", "YAML file with any of these s
 
 
 @command("[OPTION ...]", "fastkl train --prompts prompts.jsonl --reward rewards.py:score", options=settings())
-def train(*, config: ConfigFile = None, **given: Any) -> int:
+def train(
+    *,
+    config: ConfigFile = None,
+    nproc: Annotated[int, about("N", "Processes on this machine, one for each GPU. [1]")] = 1,
+    **given: Any,
+) -> int:
     """Train a model.
 
     Without options: the embedded main job, a story model that learns to alliterate.
@@ -110,26 +115,60 @@ def train(*, config: ConfigFile = None, **given: Any) -> int:
     defaults, with --fork those of the run that is forked. Where no step is left,
     --resume says so and ends with 0.
     """
-    run = resolved(merged(given, config))
+    from fastkl.distributed.launch import launch
+    from fastkl.distributed.start import launched
     from fastkl.training.early import check_names
 
-    check_names(run)
+    world = launched()
+    with world.together():
+        run = world.once(lambda: asked_for(given, config))
+        check_names(run)
+        if nproc < 1 or (nproc > 1 and world.size > 1):
+            raise UserError(f"nproc: {nproc} processes cannot be started here; use 1 or more, and not under torchrun.")
     if finished := nothing_left(run):
-        print(printable(finished))
+        if world.is_first:
+            print(printable(finished))
         return 0
+    if nproc > 1:
+        return launch(nproc, without_nproc(sys.argv[1:]))
+    from fastkl.distributed.world import AGREED, LostProcess, OtherFailed
     from fastkl.rollout.agreement import StaleEngineError
     from fastkl.training import loop
 
     try:
         result = loop.train(run)
-    except (loop.Diverged, StaleEngineError) as stop:
-        print(f"fastkl: {printable(str(stop))}", file=sys.stderr)
+    except (loop.Diverged, StaleEngineError, LostProcess, OtherFailed) as stop:
+        if world.is_first or not getattr(stop, AGREED, False):
+            print(f"fastkl: {printable(str(stop))}", file=sys.stderr)
         return 1
-    if result.saved_step < result.step:
+    if result.saved_step < result.step and world.is_first:
         saved = f"step {result.saved_step}" if result.saved_step else "none"
         print(f"fastkl: step {result.step} is not saved; the newest checkpoint is {saved}.", file=sys.stderr)
+    if result.saved_step < result.step:
         return 1
     return 130 if result.stopped else 0
+
+
+def without_nproc(words: Sequence[str]) -> list[str]:
+    """A command line without --nproc N or --nproc=N."""
+    kept: list[str] = []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if word == "--nproc":
+            words[:1] = []
+        elif not word.startswith("--nproc="):
+            kept.append(word)
+    return kept
+
+
+def asked_for(given: dict[str, Any], config: Path | None) -> TrainConfig:
+    """The run's settings; processes that torchrun has started again go on with what they have left."""
+    from fastkl.distributed.start import num_restarts
+
+    run = resolved(merged(given, config))
+    is_begun = num_restarts() > 0 and (Path(run.output).expanduser() / "config.yaml").is_file()
+    return replace(run, resume=True) if is_begun else run
 
 
 def merged(given: dict[str, Any], config: Path | None) -> TrainConfig:

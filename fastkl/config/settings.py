@@ -173,6 +173,9 @@ class TrainConfig(SamplingSettings):
     """Recompute activations in the backward: less memory, one more forward."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type over float32 weights: "float32", "bfloat16", or "auto": bfloat16 where the machine is fast at it."""
+    shard: Literal["none", "full"] = "none"
+    """Of several processes (--nproc, torchrun): "none" gives each all weights, "full" a piece of every weight, gradient
+    and moment, gathered layer by layer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"cpu", "cuda", or "auto"."""
 
@@ -259,6 +262,8 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError("qlora: weights of 4 bits cannot be trained themselves; add --lora-rank 16.")
     if config.lora_rank and config.param_dtype == "bfloat16":
         raise UserError("param_dtype: adapters are small and stay in float32; leave it at float32 with lora_rank.")
+    if config.shard == "full":
+        check_sharded(config)
     if "" in config.stop:
         raise UserError("stop: an empty text would end every completion at its first token; leave it out.")
     for name in ("kl_coef", "reference_every") if config.no_reference else ():
@@ -310,6 +315,13 @@ def reuse_of(config: TrainConfig) -> Reuse:
 def advantage_of(config: TrainConfig) -> Advantage:
     """The advantage with its scale."""
     return scaled(find_advantage(config.advantage), config.advantage_scale)
+
+
+def check_sharded(config: TrainConfig) -> None:
+    """UserError for what is made of whole weights."""
+    for name, plain in (("lora_rank", 0), ("param_dtype", "float32"), ("optimizer", "adamw"), ("offload", "none")):
+        if (value := getattr(config, name)) != plain:
+            raise UserError(f"shard: {name} {value} needs whole weights in each process; use --shard none.")
 
 
 def penalty_of(config: TrainConfig, coef: float | None = None) -> Penalty:

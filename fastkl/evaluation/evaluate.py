@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastkl.config.held_out import pass_ks
+from fastkl.distributed.world import ALONE, World
 from fastkl.evaluation.measures import mean_and_error, pass_at_k
 from fastkl.evaluation.text_loss import text_loss
 from fastkl.objective.sequences import sequence_sums
@@ -25,6 +26,7 @@ from fastkl.report.metrics import METRICS
 from fastkl.report.step_metrics import about_prompt, extra_of
 from fastkl.rewards.call import Rewards, compute_rewards
 from fastkl.rewards.load import RewardFunction
+from fastkl.rollout.dealt import generate
 from fastkl.rollout.generator import Generator
 from fastkl.rollout.requests import grouped, requests_of
 from fastkl.sampling.params import Sampling
@@ -83,6 +85,7 @@ def evaluate(
     *,
     step: int,
     micro_batch_tokens: int,
+    world: World = ALONE,
 ) -> Evaluation:
     """Measures the policy, whose weights the generator has. generator: None where there are no prompts.
 
@@ -91,24 +94,28 @@ def evaluate(
     """
     found = Evaluation({})
     if evaluator.prompts and generator is not None:
-        completions = draw(evaluator, generator)
+        completions = draw(evaluator, generator, world)
         rewards = compute_rewards(
             evaluator.rewards, evaluator.prompts, completions,
-            step=step, max_steps=evaluator.max_steps, timeout=evaluator.reward_timeout,
+            step=step, max_steps=evaluator.max_steps, timeout=evaluator.reward_timeout, world=world,
         )  # fmt: skip
-        kl = None if reference is None else exact_kl(evaluator, completions, policy, reference, micro_batch_tokens)
+        kl = (
+            None
+            if reference is None
+            else exact_kl(evaluator, completions, policy, reference, micro_batch_tokens, world)
+        )
         by_prompt = per_prompt(evaluator, completions, rewards, kl)
         found = Evaluation(measured(by_prompt, rewards), records(evaluator, completions, rewards, kl), by_prompt)
     if evaluator.text:
-        found.metrics["eval/loss"] = text_loss(policy, evaluator.text, micro_batch_tokens)
+        found.metrics["eval/loss"] = text_loss(policy, evaluator.text, micro_batch_tokens, world)
     return found
 
 
-def draw(evaluator: Evaluator, generator: Generator) -> Completions:
+def draw(evaluator: Evaluator, generator: Generator, world: World = ALONE) -> Completions:
     """n completions of each held-out prompt, [P][n]."""
     requests = requests_of(evaluator.prompts, evaluator.num_samples, seed=evaluator.seed, step=EVAL_STREAM)
     with sampling_as(generator, evaluator.sampling):
-        return grouped(generator.generate(requests), evaluator.num_samples)
+        return grouped(generate(generator, requests, world), evaluator.num_samples)
 
 
 @contextmanager
@@ -128,17 +135,23 @@ def exact_kl(
     policy: ScoredModel,
     reference: ScoredModel,
     micro_batch_tokens: int,
+    world: World = ALONE,
 ) -> torch.Tensor:
     """sum_t KL_t(policy, reference) of every completion over the whole vocabulary, nats: f32 [P, n], CPU."""
     shape = len(completions), evaluator.num_samples
     batch = RolloutBatch(
         evaluator.prompts, completions, torch.zeros(shape), torch.ones(shape, dtype=torch.bool), policy_version=0
     )
-    kl = torch.zeros(shape)
+    found: list[tuple[list[int], torch.Tensor]] = []
     with policy.scoring(), reference.scoring():
-        for members, micro in pack(batch, range(len(completions)), micro_batch_tokens, policy.device):
+        equally, groups = policy.is_sharded, range(len(completions))
+        for members, micro in pack(batch, groups, micro_batch_tokens, policy.device, world=world, equally=equally):
             scores = policy(micro, reference.hidden(micro), sampling=evaluator.scored_as).scores
-            kl[list(members)] = sequence_sums(scores.kl, micro.completion_cu_seqlens).float().cpu().view(-1, shape[1])
+            sums = sequence_sums(scores.kl, micro.completion_cu_seqlens).float().cpu()
+            found += [(members, sums.view(-1, shape[1]))] if members else []
+    kl = torch.zeros(shape)
+    for members, sums in world.gathered(found):
+        kl[members] = sums
     return kl
 
 

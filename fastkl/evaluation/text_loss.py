@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fastkl.distributed.world import ALONE, World
 from fastkl.errors import UserError
 from fastkl.sampling.params import Sampling
 from fastkl.scoring.pack import pack
@@ -58,16 +59,21 @@ def windows_of(setting: str, path: str, tokenizer: Any, context: int | None) -> 
     return tuple(map(tuple, windows))
 
 
-def text_loss(model: ScoredModel, windows: Sequence[Sequence[int]], micro_batch_tokens: int) -> float:
+def text_loss(
+    model: ScoredModel, windows: Sequence[Sequence[int]], micro_batch_tokens: int, world: World = ALONE
+) -> float:
     """Nats per token of the windows."""
     plain = Sampling(temperature=1.0)
-    nats, tokens = 0.0, 0
+    rollouts, nats, tokens = _as_rollouts(windows), 0.0, 0
     with model.scoring(), torch.no_grad():
-        for _, micro in pack(_as_rollouts(windows), range(len(windows)), micro_batch_tokens, model.device):
+        for _, micro in pack(
+            rollouts, range(len(windows)), micro_batch_tokens, model.device, world=world, equally=model.is_sharded
+        ):
             logprobs = model(micro, sampling=plain).scores.policy_logprobs
             nats -= float(logprobs.double().sum())
             tokens += len(logprobs)
-    return nats / tokens
+    parts = world.everybodys((nats, tokens))
+    return sum(nats for nats, _ in parts) / sum(tokens for _, tokens in parts)
 
 
 def _as_rollouts(windows: Sequence[Sequence[int]]) -> RolloutBatch:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from fastkl.distributed.world import ALONE, World
 from fastkl.errors import UserError
 from fastkl.plugins import summary
 from fastkl.rewards.load import RewardFunction
@@ -71,16 +72,77 @@ def compute_rewards(
     step: int,
     max_steps: int = 0,
     timeout: float = 0.0,
+    world: World = ALONE,
 ) -> Rewards:
-    """Calls every function once on all B * K completions and adds up what applies.
+    """Calls every function once on all B * K completions and adds up what applies. Where there are several processes,
+    each calls it once on its share, a run of whole prompt groups, and those with `whole_step = True` are called by the
+    first one alone, on all.
 
     rewards: from `load_rewards`. prompts: [B]. completions: [B][K]. max_steps: of the run, for functions that ask.
     timeout: seconds that a function may take; 0: any. Raises UserError, with function, step and completion, if a
     function raises, takes too long, or returns anything but one finite number or None per completion.
     """
+    whole = [reward for reward in rewards if world.size > 1 and wants_whole_step(reward)]
+    state, num_completions = TrainerState(step, max_steps), sum(map(len, completions))
+    with world.together():
+        shared = [reward for reward in rewards if reward not in whole]
+        answers = ask(shared, world.share(prompts), world.share(completions), state, timeout)
+    answers = joined([*world.everybodys(answers)])
+    if whole:
+        answers = beside(answers, world.once(lambda: ask(whole, prompts, completions, state, timeout)))
+    values = [answers.values[reward.name] for reward in rewards]
+    rows = list(zip(*values, strict=True))  # [B * K] of one value per function
+    total = [
+        sum(reward.weight * value for reward, value in zip(rewards, row, strict=True) if value is not None)
+        for row in rows
+    ]
+    valid = [any(value is not None for value in row) for row in rows]
+    shape = (len(prompts), num_completions // len(prompts))
+    return Rewards(
+        _in_float32(torch.tensor(total, dtype=torch.float64).view(shape), step),
+        torch.tensor(valid).view(shape),
+        answers.logged,
+        RewardNotes(
+            _columns({reward.name: answers.extra[reward.name] for reward in rewards}),
+            {reward.name: answers.seconds[reward.name] for reward in rewards},
+            {reward.name: answers.values[reward.name] for reward in rewards},
+            answers.retried,
+        ),
+    )
+
+
+def wants_whole_step(reward: RewardFunction) -> bool:
+    """Whether a function is to see all completions of a step at once, by its attribute `whole_step`: where there are
+    several processes, the first one alone calls it."""
+    return bool(getattr(reward.function, "whole_step", False))
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What functions said of some completions, by function; each list is one entry per completion."""
+
+    num_completions: int
+    values: dict[str, list[float | None]]
+    extra: dict[str, dict[str, list[Any]]]  # what they gave to log_extra, by function and column
+    seconds: dict[str, float]
+    retried: dict[str, int]
+    logged: dict[str, list[float]]  # what log_metric got, whoever called it
+
+
+def ask(
+    rewards: Sequence[RewardFunction],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    state: TrainerState,
+    timeout: float,
+) -> Answers:
+    """Calls every function once on all of these completions; none where there are no completions."""
+    step, names = state.global_step, [reward.name for reward in rewards]
+    extra: dict[str, dict[str, list[Any]]] = {name: defaultdict(list) for name in names}
+    if not prompts or not rewards:
+        return Answers(0, {name: [] for name in names}, dict.fromkeys(names, {}), dict.fromkeys(names, 0.0), {}, {})
     logged: dict[str, list[float]] = defaultdict(list)
-    extra: dict[str, dict[str, list[Any]]] = {reward.name: defaultdict(list) for reward in rewards}
-    arguments = _arguments(prompts, completions, TrainerState(step, max_steps), logged)
+    arguments = _arguments(prompts, completions, state, logged)
     calls = [
         Call(reward.name, partial(_call, reward, arguments | _log_extra(extra[reward.name]), step), _is_async(reward))
         for reward in rewards
@@ -92,23 +154,52 @@ def compute_rewards(
         raise _late(late, timeout, step) from None
     flat = arguments["completions"]
     values = [_checked(reward, result.value, flat, step) for reward, result in zip(rewards, results, strict=True)]
-    rows = list(zip(*values, strict=True))  # [B * K] of one value per function
-    total = [
-        sum(reward.weight * value for reward, value in zip(rewards, row, strict=True) if value is not None)
-        for row in rows
-    ]
-    valid = [any(value is not None for value in row) for row in rows]
-    shape = (len(prompts), len(completions[0]))
-    return Rewards(
-        _in_float32(torch.tensor(total, dtype=torch.float64).view(shape), step),
-        torch.tensor(valid).view(shape),
+    _check_extra(extra, len(flat), step)
+    return Answers(
+        len(flat),
+        dict(zip(names, values, strict=True)),
+        {name: dict(columns) for name, columns in extra.items()},
+        {name: result.seconds for name, result in zip(names, results, strict=True)},
+        _retried(rewards),
         dict(logged),
-        RewardNotes(
-            _columns(extra, len(flat), step),
-            {reward.name: result.seconds for reward, result in zip(rewards, results, strict=True)},
-            {reward.name: column for reward, column in zip(rewards, values, strict=True)},
-            _retried(rewards),
-        ),
+    )
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """The answers about the completions of several processes, one after another, by the same functions."""
+    if len(parts) == 1:
+        return parts[0]
+    names = list(parts[0].values)
+
+    def columns_of(name: str) -> dict[str, list[Any]]:
+        found = dict.fromkeys(column for part in parts for column in part.extra[name])
+        return {c: [v for p in parts for v in p.extra[name].get(c, [None] * p.num_completions)] for c in found}
+
+    logged = dict.fromkeys(name for part in parts for name in part.logged)
+    return Answers(
+        sum(part.num_completions for part in parts),
+        {name: [value for part in parts for value in part.values[name]] for name in names},
+        {name: columns_of(name) for name in names},
+        {name: max(part.seconds[name] for part in parts) for name in names},
+        {
+            name: sum(part.retried.get(name, 0) for part in parts)
+            for name in names
+            if any(name in p.retried for p in parts)
+        },
+        {name: [value for part in parts for value in part.logged.get(name, ())] for name in logged},
+    )
+
+
+def beside(one: Answers, other: Answers) -> Answers:
+    """The answers of other functions about the same completions, too."""
+    both = {name: [*one.logged.get(name, ()), *other.logged.get(name, ())] for name in (*one.logged, *other.logged)}
+    return Answers(
+        other.num_completions,
+        one.values | other.values,
+        one.extra | other.extra,
+        one.seconds | other.seconds,
+        one.retried | other.retried,
+        both,
     )
 
 
@@ -157,12 +248,18 @@ def _log_extra(columns: dict[str, list[Any]]) -> dict[str, Any]:
     return {"log_extra": lambda column, values: columns[column].extend(values)}
 
 
-def _columns(extra: dict[str, dict[str, list[Any]]], num_completions: int, step: int) -> dict[str, list[Any]]:
-    """What the functions gave to log_extra, by column; a name that two of them use has the second function's before it.
-
-    UserError unless there is one value per completion.
-    """
+def _columns(extra: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, list[Any]]:
+    """What the functions gave to log_extra, by column; a name that two of them use has the second function's before
+    it."""
     found: dict[str, list[Any]] = {}
+    for name, columns in extra.items():
+        for column, values in columns.items():
+            found[f"{name}/{column}" if column in found else column] = values
+    return found
+
+
+def _check_extra(extra: Mapping[str, Mapping[str, list[Any]]], num_completions: int, step: int) -> None:
+    """UserError unless log_extra got one value per completion."""
     for name, columns in extra.items():
         for column, values in columns.items():
             if len(values) != num_completions:
@@ -170,8 +267,6 @@ def _columns(extra: dict[str, dict[str, list[Any]]], num_completions: int, step:
                     f"reward: {name} at step {step} gave log_extra({column!r}) {len(values)} values for "
                     f"{num_completions} completions; give one for each."
                 )
-            found[f"{name}/{column}" if column in found else column] = values
-    return found
 
 
 def _in_float32(total: torch.Tensor, step: int) -> torch.Tensor:

@@ -8,11 +8,13 @@ of processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastkl.distributed.world import ALONE, World
 from fastkl.sampling.params import Sampling
 from fastkl.types import Completion, Prompt
 
@@ -43,6 +45,8 @@ class EngineOptions:
     max_model_len: int  # tokens, of the longest prompt with its completion
     gpu_memory_utilization: float
     log: Path  # where an engine's own messages go
+    world: World = ALONE  # the processes of the run, each of which has its engine
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext  # in it, the policy has all of its weights here
     note: Callable[[str], None] = print  # says what a user should know about the engine
     sleep: bool = False  # whether an engine gives its GPU memory to the trainer between sampling and the next sync
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ values, where a mistake is gross, and with states that are carried from token to
 class TransformersGenerator:
     """Decodes with the policy itself, in the first of WAYS whose logits are those of separate forwards.
 
-    dtype: of the matrix products, the trainer's own, so that what is sampled from is what is scored.
+    dtype: of the matrix products, the trainer's own, so that what is sampled from is what is scored. whole: gathers a
+    policy whose weights lie on several processes.
 
     Each token is drawn by inverting the distribution function at a uniform number of the sample's own: with p the
     float64 softmax of the processed logits, the first v with p_0 + ... + p_v > u.
@@ -57,28 +59,32 @@ class TransformersGenerator:
         *,
         dtype: torch.dtype = torch.float32,
         max_rows: int = 512,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.max_rows = max_rows
+        self.whole = whole
         self.backbone = backbone_of(model)
         takes = inspect.signature(self.backbone.forward).parameters
         # depending on the model, transformers calls it one or the other
         names = (name for name in ("cache", "cache_params") if name in takes)
         self.cache_argument = next(names, "past_key_values")
         self.dtype = torch.float32  # in which rounding hides no mistake
-        self.way = self._right_way()
+        with whole():
+            self.way = self._right_way()
         self.dtype = dtype
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See Generator. About `max_rows` sequences are decoded at a time; a prompt's samples stay together."""
         completions: dict[int, Completion] = {}
-        for places in self._batches(requests):
-            chunks = _chunks([requests[place] for place in places], self.max_rows)
-            drawn = [done for chunk in chunks for done in self._decode(chunk, self._uniforms([r.seed for r in chunk]))]
-            completions.update(zip(places, drawn, strict=True))
+        with self.whole():
+            for places in self._batches(requests):
+                chunks = _chunks([requests[place] for place in places], self.max_rows)
+                drawn = [c for chunk in chunks for c in self._decode(chunk, self._uniforms([r.seed for r in chunk]))]
+                completions.update(zip(places, drawn, strict=True))
         return [completions[place] for place in range(len(requests))]
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
@@ -268,7 +274,9 @@ def obstacle(model_config: Any, device: torch.device) -> str | None:
 
 def start(options: EngineOptions) -> TransformersGenerator:
     """A generator that decodes with the policy that is trained."""
-    return TransformersGenerator(options.policy, options.tokenizer, options.sampling, dtype=options.dtype)
+    return TransformersGenerator(
+        options.policy, options.tokenizer, options.sampling, dtype=options.dtype, whole=options.whole
+    )
 
 
 def _chunks(requests: Sequence[Request], max_rows: int) -> Iterator[list[Request]]:

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import importlib.util
 import os
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkl.distributed.start import loopback_name, processes
+from fastkl.distributed.world import ALONE, World
 from fastkl.errors import UserError
 from fastkl.rollout.engine_memory import EngineMemory
 from fastkl.rollout.requests import EngineOptions, Request, completion
@@ -50,6 +51,7 @@ class VllmGenerator:
         gpu_memory_utilization: float,
         log: Path,
         sleep: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.tokenizer = tokenizer
         self.sampling = sampling
@@ -62,6 +64,7 @@ class VllmGenerator:
                     gpu_memory_utilization=gpu_memory_utilization,
                     reads_text=bool(sampling.stop),
                     sleep=sleep,
+                    world=world,
                 )
             except Exception as failure:  # the engine raises many types; the log has the details
                 raise UserError(
@@ -76,6 +79,8 @@ class VllmGenerator:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See Generator. Each request has its own seed; with one seed for all, the samples of a prompt would be
         identical. What earlier calls left in the prefix cache is not used: a completion does not depend on them."""
+        if not requests:
+            return []
         empty_cache(self.llm)
         prompts = [{"prompt_token_ids": list(request.prompt.token_ids)} for request in requests]
         params = self._params([request.seed for request in requests])
@@ -124,6 +129,7 @@ def start(options: EngineOptions) -> VllmGenerator:
         gpu_memory_utilization=options.gpu_memory_utilization,
         log=options.log,
         sleep=options.sleep,
+        world=options.world,
     )
     generator.sync(options.policy)
     if unseen := generator.weights.check.not_compared:
@@ -145,16 +151,26 @@ def _sampled_logprobs(output: Any) -> list[float]:
 
 
 def _start_vllm(
-    model: str, *, dtype: str, max_model_len: int, gpu_memory_utilization: float, reads_text: bool, sleep: bool = False
+    model: str,
+    *,
+    dtype: str,
+    max_model_len: int,
+    gpu_memory_utilization: float,
+    reads_text: bool,
+    sleep: bool = False,
+    world: World = ALONE,
 ) -> Any:
     """The engine, quiet, in this process. Its settings are read from the environment when vllm is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default takes most of the memory
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    options: dict[str, Any] = {}
+    if world.size > 1:  # an engine of its own for each process, on its own GPU, in the processes' own group
+        options |= {"distributed_executor_backend": "external_launcher", "seed": 0}
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all of them take the same cores
     from vllm import LLM
 
-    options: dict[str, Any] = {}
     if torch.cuda.is_available():
         options["gpu_memory_utilization"] = gpu_memory_utilization
         options |= {"enable_sleep_mode": True} if sleep else {}
@@ -183,10 +199,13 @@ def _sockets_on_loopback() -> Iterator[None]:
     """Lets the process groups that start inside listen on the loopback interface alone.
 
     They listen without authentication on the address that the host name resolves to, which is the network's on a
-    cluster's node. GLOO_SOCKET_IFNAME or VLLM_HOST_IP of the user's own are left as they are. Both are as before
-    afterwards, since later groups of this process may span machines.
+    cluster's node. GLOO_SOCKET_IFNAME or VLLM_HOST_IP of the user's own are left as they are; so is everything where
+    the run's processes span machines. Both are as before afterwards, since later groups of this process may, too.
     """
-    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if not processes().one_machine:
+        yield
+        return
+    loopback = loopback_name()
     wanted = {"VLLM_HOST_IP": "127.0.0.1"} | ({"GLOO_SOCKET_IFNAME": loopback} if loopback else {})
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkl.kernels.compose import is_sharded
 from fastkl.rollout.agreement import StaleEngineError
 from fastkl.rollout.push_check import PushCheck
 from fastkl.scoring.adapters import is_adapter, merged
@@ -61,11 +62,13 @@ def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     engines load.
 
     In memory transformers may hold them otherwise: all experts of a layer as one tensor, for example. Taking them apart
-    copies them, as merging does, so it is done layer by layer where there is a need.
+    copies them, as merging and gathering do, so it is done layer by layer where there is a need.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    copies = any(parameter.ndim > 2 or is_adapter(name) for name, parameter in policy.named_parameters())
+    copies = any(
+        parameter.ndim > 2 or is_adapter(name) or is_sharded(parameter) for name, parameter in policy.named_parameters()
+    )
     for _, members in groupby(merged(policy), key=lambda pair: _layer_of(pair[0]) if copies else ""):
         yield from revert_weight_conversion(policy, dict(members)).items()
 

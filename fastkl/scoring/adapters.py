@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastkl.errors import UserError
+from fastkl.scoring.shard import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,10 +119,10 @@ def merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def plain(parameter: torch.Tensor) -> torch.Tensor:
-    """A frozen weight as numbers: itself, or what bitsandbytes makes of its 4 bits."""
+    """A weight as numbers: itself, all of one that lies in pieces, or what bitsandbytes makes of its 4 bits."""
     quantised = getattr(parameter, "quant_state", None)
     if quantised is None:
-        return parameter.detach()
+        return whole(parameter.detach())
     from bitsandbytes.functional import dequantize_4bit
 
     numbers: torch.Tensor = dequantize_4bit(parameter.data, quantised)

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch
 
+from fastkl.distributed.world import ALONE, World
 from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch, Settled
 
 
@@ -48,6 +49,20 @@ def split_groups(group_tokens: Sequence[int], micro_batch_tokens: int) -> list[l
     return runs
 
 
+def dealt_groups(group_tokens: Sequence[int], size: int) -> list[list[int]]:
+    """The groups of each of `size` processes, in order: the longest that is left goes to the one with the least to do.
+
+    It follows from the lengths alone, so that every process knows what all others have.
+    """
+    shares: list[list[int]] = [[] for _ in range(size)]
+    loads = [0] * size
+    for group in sorted(range(len(group_tokens)), key=lambda g: -group_tokens[g]):
+        rank = loads.index(min(loads))
+        shares[rank].append(group)
+        loads[rank] += group_tokens[group]
+    return [sorted(share) for share in shares]
+
+
 def pack(
     batch: RolloutBatch,
     groups: Sequence[int],
@@ -56,20 +71,32 @@ def pack(
     *,
     prompts_once: bool = False,
     cut: bool = False,
+    world: World = ALONE,
+    equally: bool = False,
 ) -> list[tuple[list[int], PackedBatch]]:
     """Packs the named groups of `batch`; returns (group indices, PackedBatch) per micro-batch, tensors on `device`.
 
     prompts_once: micro_batch_tokens counts a group's prompt once, for a layout that computes it once. cut: a group that
-    is larger comes in parts, in which the other samples are not valid.
+    is larger comes in parts, in which the other samples are not valid. world: only this process's share of the groups
+    is packed; equally: into as many micro-batches as every other process has, the last ones without a scored token
+    (their forwards are collective).
     """
-    found: list[tuple[list[int], PackedBatch]] = []
     tokens = [sum(sample_tokens(batch, g, prompts_once=prompts_once)) for g in groups]
-    for run in split_groups(tokens, micro_batch_tokens):
-        members, parts = [groups[i] for i in run], [batch]
-        if cut and tokens[run[0]] > micro_batch_tokens:
-            parts = parts_of(batch, members[0], micro_batch_tokens, prompts_once=prompts_once)
-        found += [(members, _pack_groups(part, members, device)) for part in parts]
-    return found
+
+    def parts_for(share: Sequence[int]) -> list[tuple[list[int], RolloutBatch]]:
+        found: list[tuple[list[int], RolloutBatch]] = []
+        for run in split_groups([tokens[i] for i in share], micro_batch_tokens):
+            members, parts = [groups[share[i]] for i in run], [batch]
+            if cut and tokens[share[run[0]]] > micro_batch_tokens:
+                parts = parts_of(batch, members[0], micro_batch_tokens, prompts_once=prompts_once)
+            found += [(members, part) for part in parts]
+        return found
+
+    shares = dealt_groups(tokens, world.size)
+    mine = parts_for(shares[world.rank])
+    missing = max(len(parts_for(share)) for share in shares) - len(mine) if equally else 0
+    packed = [(members, _pack_groups(part, members, device)) for members, part in mine]
+    return packed + [([], nothing(batch, device))] * missing
 
 
 def sample_tokens(batch: RolloutBatch, group: int, *, prompts_once: bool) -> list[int]:
@@ -117,6 +144,32 @@ def _only(batch: RolloutBatch, group: int, samples: Sequence[int]) -> RolloutBat
 
     settled = Settled(of_part(batch.settled.advantages), of_part(batch.settled.old_logprobs))
     return replace(batch, valid=valid, settled=settled)
+
+
+def nothing(batch: RolloutBatch, device: torch.device) -> PackedBatch:
+    """A micro-batch of one group without a sample that counts: two tokens are forwarded, none is scored."""
+
+    def empty(dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(0, dtype=dtype, device=device)
+
+    num_samples, settled = batch.rewards.shape[1], batch.settled
+    lengths = (2, *[0] * (num_samples - 1))
+    return PackedBatch(
+        input_ids=torch.zeros(2, dtype=torch.int64, device=device),
+        position_ids=torch.arange(2, device=device),
+        cu_seqlens=cumulative(lengths, device),
+        score_positions=empty(torch.int64),
+        target_ids=empty(torch.int64),
+        completion_cu_seqlens=cumulative([0] * num_samples, device),
+        completion_positions=empty(torch.int64),
+        engine_logprobs=empty(torch.float32),
+        rewards=torch.zeros(1, num_samples, device=device),
+        valid=torch.zeros(1, num_samples, dtype=torch.bool, device=device),
+        lengths=lengths,
+        prompt_lengths=(1,),
+        advantages=None if settled.advantages is None else empty(torch.float32),
+        old_logprobs=None if settled.old_logprobs is None else empty(torch.float32),
+    )
 
 
 def _pack_groups(batch: RolloutBatch, groups: Sequence[int], device: torch.device) -> PackedBatch:

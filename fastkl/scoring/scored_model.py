@@ -7,14 +7,15 @@ for the time of a forward only (FSDP2) can be put around it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
+from fastkl.kernels.compose import is_sharded
 from fastkl.kernels.operators import head_token_loss, head_token_scores
 from fastkl.kernels.types import CoefficientsFunction, Head, TokenScores
 from fastkl.sampling.params import Sampling
@@ -22,7 +23,10 @@ from fastkl.sampling.replay import support_of
 from fastkl.scoring import backbone
 from fastkl.scoring.adapters import switched_off
 from fastkl.scoring.head import head_of
+from fastkl.scoring.shard import rest
 from fastkl.types import PackedBatch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +71,25 @@ class ScoredModel(nn.Module):
     def scoring(self) -> Iterator[None]:
         """Around every forward and the backward through it: the model's attention is the layout's, dropout is off."""
         with backbone.scoring(self.model, self.layout):
-            yield
+            try:
+                yield
+            finally:
+                rest(self)
 
     def hidden(self, batch: PackedBatch) -> Hidden:
         """The backbone's part: how the reference takes part in the policy's forward. Differentiable."""
+        return self._hidden(batch)
+
+    def inside(self, function: Callable[[], T]) -> T:
+        """What the function returns; a wrapper that gathers parameters for forwards does so for this, too."""
+        return function()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its weights lie on several processes (shard.py)."""
+        return any(map(is_sharded, self.model.parameters()))
+
+    def _hidden(self, batch: PackedBatch) -> Hidden:
         with self._autocast(), nullcontext() if self.adapters else switched_off(self.model):
             states = backbone.hidden_states(self.model, batch, self.layout)
             return Hidden(states.to(self.dtype) if states.is_cuda else states, head_of(self.model))
@@ -90,7 +109,7 @@ class ScoredModel(nn.Module):
         soon as they are scored; the loss is linear in the scores with these factors, and its gradient is taken while
         the logits are at hand. Without it, the scores are differentiable.
         """
-        policy = self.hidden(batch)
+        policy = self._hidden(batch)  # a hook around `hidden` would take it for another forward
         models = policy.states, policy.head, *((reference.states, reference.head) if reference else (None, None))
         support = support_of(sampling, batch.completion_positions, len(policy.head.weight))
         options: dict[str, Any] = {

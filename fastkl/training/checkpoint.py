@@ -15,7 +15,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,9 @@ import torch
 from torch import nn
 
 from fastkl.errors import UserError
+from fastkl.scoring.shard import piece_for
 from fastkl.training.manifest import FORMAT, MANIFEST, REMEDY, checksum, read_manifest
+from fastkl.training.whole_state import WholeState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,11 +59,15 @@ def save_checkpoint(
     random: RandomState,
     config: Mapping[str, Any],
     keep: int,
+    others: Sequence[RandomState] = (),
+    state_of: WholeState | None = None,
     reference: nn.Module | None = None,
 ) -> Path:
     """Writes root/step-N atomically, then deletes all but the `keep` newest (0: none).
 
-    random: the global generators at the end of the step. reference: only where it changes during the run; a frozen one
+    random: the global generators at the end of the step; others: those of a run's other processes.
+    state_of: the tensors, where policy, optimizer and reference have pieces of them only.
+    reference: only where it changes during the run; a frozen one
     is the model that the run started from. Raises what the disk or the libraries raise, of whatever type.
     """
     from safetensors.torch import save_file
@@ -71,12 +77,17 @@ def save_checkpoint(
     for leftover in root.glob(".*.partial"):
         shutil.rmtree(leftover)
     try:
-        policy.save_pretrained(scratch)
+        policy.save_pretrained(scratch, **({"state_dict": state_of.weights} if state_of else {}))
         tokenizer.save_pretrained(scratch)
         write_index(scratch)
-        save_file(_optimizer_tensors(policy, optimizer) | random.tensors, scratch / TENSORS)
+        moments = state_of.moments if state_of else _optimizer_tensors(policy, optimizer)
+        save_file(moments | tensors_of([random, *others]), scratch / TENSORS)
         if reference is not None:
-            parameters = {name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}
+            parameters = (
+                state_of.reference
+                if state_of
+                else {name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}
+            )
             save_file(parameters, scratch / REFERENCE)
         manifest = {
             "format": FORMAT,
@@ -84,6 +95,7 @@ def save_checkpoint(
             "state": dict(state),
             "config": dict(config),
             "random": random.states,
+            **({"random_of_others": [other.states for other in others]} if others else {}),
             "files": {path.relative_to(scratch).as_posix(): _fingerprint(path) for path in _files_in(scratch)},
         }
         manifest["checksum"] = checksum(manifest)
@@ -193,8 +205,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, int(manifest["step"]), manifest)
 
 
-def restore_training_state(checkpoint: Checkpoint, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Optimizer moments and every random state, exactly as saved; from_pretrained loads the policy's weights."""
+def restore_training_state(
+    checkpoint: Checkpoint, policy: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0
+) -> None:
+    """Optimizer moments and every random state, exactly as saved; from_pretrained loads the policy's weights.
+
+    The random states are those of the process of this rank. One that the run had no such process for keeps its own.
+    """
     from safetensors.torch import load_file
 
     tensors = load_file(checkpoint.folder / TENSORS)
@@ -204,8 +221,11 @@ def restore_training_state(checkpoint: Checkpoint, policy: nn.Module, optimizer:
         kind, _, name = key.partition("/")
         if name in parameters:
             parameter = parameters[name]
-            optimizer.state[parameter][kind] = tensor.to(home or parameter.device)
-    _restore_random(checkpoint.manifest["random"], tensors)
+            optimizer.state[parameter][kind] = tensor.to(home) if home else piece_for(parameter, tensor)
+    states = [checkpoint.manifest["random"], *checkpoint.manifest.get("random_of_others", ())]
+    if rank < len(states):
+        prefix = _place_of(rank)
+        _restore_random(states[rank], {name.removeprefix(prefix): value for name, value in tensors.items()})
 
 
 @torch.no_grad()
@@ -217,7 +237,7 @@ def restore_reference(checkpoint: Checkpoint, reference: nn.Module) -> None:
         raise UserError(f"reference_every: {str(checkpoint.folder)!r} holds no {REFERENCE}; resume with 0.")
     saved = load_file(checkpoint.folder / REFERENCE)
     for name, parameter in reference.named_parameters():
-        parameter.copy_(saved[name])
+        parameter.copy_(piece_for(parameter, saved[name]))
 
 
 def _optimizer_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -243,6 +263,15 @@ class RandomState:
     def restore(self) -> None:
         """Puts the generators back to it."""
         _restore_random(self.states, self.tensors)
+
+
+def tensors_of(random: Sequence[RandomState]) -> dict[str, torch.Tensor]:
+    """The tensors of every process's generators; those of the first one have no prefix."""
+    return {f"{_place_of(rank)}{name}": x for rank, state in enumerate(random) for name, x in state.tensors.items()}
+
+
+def _place_of(rank: int) -> str:
+    return f"process-{rank}/" if rank else ""
 
 
 def _random_tensors() -> dict[str, torch.Tensor]:

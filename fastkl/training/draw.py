@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from fastkl.rewards.call import Rewards, compute_rewards, with_groups
+from fastkl.rollout.dealt import generate
 from fastkl.rollout.requests import grouped, requests_of
 from fastkl.scoring.pack import scorable
 from fastkl.training.state import Run
@@ -61,10 +62,16 @@ def draw(run: Run, num_prompts: int, step: int, watch: Stopwatch, *, first: int 
     prompts = run.prompts.take(num_prompts)
     requests = requests_of(prompts, config.num_samples, seed=config.seed, step=step, first=first)
     with watch("generate"):
-        completions = grouped(run.generator.generate(requests), config.num_samples)
+        completions = grouped(generate(run.generator, requests, run.world), config.num_samples)
     with watch("reward"):
         rewards = compute_rewards(
-            run.rewards, prompts, completions, step=step, max_steps=config.steps, timeout=config.reward_timeout
+            run.rewards,
+            prompts,
+            completions,
+            step=step,
+            max_steps=config.steps,
+            timeout=config.reward_timeout,
+            world=run.world,
         )
     valid = scorable(completions, rewards.valid, config.truncated)
     total = rewards.total.clamp(*config.reward_clip) if config.reward_clip else rewards.total

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastkl.distributed.world import ALONE, World
 from fastkl.objective.kl_estimators import Penalty, sampled_logprobs
 from fastkl.objective.rloo import BatchObjective, Objective, Penalized, token_advantages, whole_step
 from fastkl.scoring.pack import cumulative, pack, scorable_groups, too_large
@@ -24,6 +25,9 @@ from fastkl.training.stopwatch import Stopwatch
 from fastkl.types import Breakdown, RolloutBatch, Settled
 
 CPU = torch.device("cpu")
+
+Scored = tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]
+"""Of a micro-batch: log-probs and KL by group, f32 [tokens]; penalised rewards and which are valid, [G, K]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ def with_advantages(
     objective: Objective,
     micro_batch_tokens: int,
     watch: Stopwatch,
+    world: World = ALONE,
 ) -> RolloutBatch:
     """The batch, with the advantages that need the whole step, and those of groups that do not fit into a micro-batch,
     whose parts cannot compute them; the others are left to the update."""
@@ -58,7 +63,7 @@ def with_advantages(
     penalty = objective.penalty
     first = None
     if penalty.placement == "reward" and penalty.coef:
-        first = first_forward(policy, reference, batch, objective, micro_batch_tokens, watch, groups)
+        first = first_forward(policy, reference, batch, objective, micro_batch_tokens, watch, groups, world)
     advantages = step_advantages(batch, objective, first, groups)
     known = tuple(values if b in groups else None for b, values in enumerate(advantages))
     return replace(batch, settled=replace(batch.settled, advantages=known))
@@ -84,27 +89,36 @@ def first_forward(
     micro_batch_tokens: int,
     watch: Stopwatch,
     groups: Sequence[int] | None = None,
+    world: World = ALONE,
 ) -> FirstForward:
-    """One forward of both models over these groups (None: all that have an advantage), without gradients."""
+    """One forward of both models over these groups (None: all that have an advantage), without gradients; where there
+    are several processes, each forwards its share."""
     if groups is None:
         groups = scorable_groups(batch.valid, objective.advantage.min_samples)
     logprobs, kl_tokens = [torch.empty(0)] * len(batch.prompts), [torch.empty(0)] * len(batch.prompts)
     rewards = torch.zeros_like(batch.rewards)
-    parts: list[tuple[Sequence[int], Breakdown]] = []
-    once = policy.layout == "shared"
+    parts: list[tuple[list[int], Scored, Breakdown]] = []
+    once, equally = policy.layout == "shared", policy.is_sharded
     with policy.scoring(), reference.scoring() if reference else nullcontext(), watch("score"), torch.no_grad():
-        for members, micro in pack(batch, groups, micro_batch_tokens, policy.device, prompts_once=once, cut=True):
+        for members, micro in pack(
+            batch, groups, micro_batch_tokens, policy.device, prompts_once=once, cut=True, world=world, equally=equally
+        ):
             ref_hidden = reference.hidden(micro) if reference else None
             scores = policy(micro, ref_hidden, sampling=objective.sampling).scores
             part = BatchObjective(objective, micro, 1.0)
             penalized, *_ = part.penalize(slice(0, part.row_splits[-1]), scores)
             sizes = torch.tensor(part.row_splits).diff().tolist()
-            sampled = sampled_logprobs(scores).cpu().split(sizes)
-            for g, of_group, kl_of_group in zip(members, sampled, penalized.kl_tokens.cpu().split(sizes), strict=True):
-                logprobs[g], kl_tokens[g] = torch.cat([logprobs[g], of_group]), torch.cat([kl_tokens[g], kl_of_group])
-            rewards[members] = torch.where(micro.valid.cpu(), penalized.rewards.to(rewards), rewards[members])
-            parts.append((members, part.breakdown(scores, torch.zeros(()))))
-    return FirstForward(tuple(logprobs), tuple(kl_tokens), rewards, whole_step(batch.valid.shape, parts))
+            columns = (sampled_logprobs(scores), penalized.kl_tokens)
+            sampled, kls = ([of_group.clone() for of_group in x.cpu().split(sizes)] for x in columns)
+            scored = (sampled, kls, penalized.rewards.to(rewards), micro.valid.cpu())
+            parts += [(members, scored, part.breakdown(scores, torch.zeros(())))] if members else []
+        everybodys = world.gathered(parts)
+    for members, (sampled, kls, penalised, valid), _ in everybodys:
+        for g, of_group, kl_of_group in zip(members, sampled, kls, strict=True):
+            logprobs[g], kl_tokens[g] = torch.cat([logprobs[g], of_group]), torch.cat([kl_tokens[g], kl_of_group])
+        rewards[members] = torch.where(valid, penalised, rewards[members])
+    total = whole_step(batch.valid.shape, [(members, breakdown) for members, _, breakdown in everybodys])
+    return FirstForward(tuple(logprobs), tuple(kl_tokens), rewards, total)
 
 
 def step_advantages(

@@ -9,6 +9,7 @@ step costs two forwards and one backward per token.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -18,11 +19,16 @@ import torch
 
 from fastkl.config.defaults import lr_of
 from fastkl.config.settings import TrainConfig
+from fastkl.distributed.gradients import add_up_gradients
+from fastkl.distributed.start import launched
+from fastkl.distributed.world import ALONE, World
+from fastkl.errors import UserError
 from fastkl.objective.rloo import BatchObjective, Objective, whole_step
 from fastkl.report.step_metrics import StepReport
 from fastkl.rollout.agreement import check_agreement
 from fastkl.scoring.pack import pack, scorable_groups
 from fastkl.scoring.scored_model import ScoredModel
+from fastkl.scoring.shard import whole
 from fastkl.training.draw import draw_batch
 from fastkl.training.first_forward import first_forward, settled_for_updates, with_advantages
 from fastkl.training.given import Reward, taken
@@ -62,7 +68,11 @@ def train(
     Raises UserError for a user's mistake before anything expensive starts, Diverged and StaleEngineError for a run that
     had to stop, with its state saved.
     """
-    config, given = taken(config or TrainConfig(), reward, prompts, model, tokenizer)
+    world = launched()
+    with world.together():
+        if world.size > 1 and not isinstance(model, str | os.PathLike | None):
+            raise UserError("model: one in memory is trained by one process; give its folder to several.")
+        config, given = taken(config or TrainConfig(), reward, prompts, model, tokenizer)
     return run_steps(set_up(config, callbacks=callbacks, given=given))
 
 
@@ -76,6 +86,7 @@ def run_steps(run: Run) -> TrainResult:
         closing(run),
         stop_request(run.view.note) as stop,
         saved_on_failure(run),
+        run.world.together(),
         updates_whole(run, stop),
     ):
         run.evaluate(0)
@@ -87,7 +98,9 @@ def run_steps(run: Run) -> TrainResult:
                 run.generator.rest()
             set_learning_rate(run.optimizer, learning_rate(step, config))
             objective, limits = run.objective.at(run.controller.coef), run.limits_now
-            outcome = learn(run.policy, run.reference, run.optimizer, batch, objective, limits, watch, step=step)
+            outcome = learn(
+                run.policy, run.reference, run.optimizer, batch, objective, limits, watch, step=step, world=run.world
+            )
             run.commit(step, drawn.num_tokens, outcome)
             with watch("sync"):
                 run.generator.sync(run.policy.model, step)
@@ -100,7 +113,7 @@ def run_steps(run: Run) -> TrainResult:
             stop.release()
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(diagnosis(config, step))
-            if stop.requested:
+            if run.world.any(stop.requested):
                 return run.finish(stopped=step < config.steps)
             if config.save_every and step % config.save_every == 0:
                 run.save()
@@ -117,14 +130,15 @@ def learn(
     watch: Stopwatch,
     *,
     step: int,
+    world: World = ALONE,
 ) -> StepOutcome:
     """The updates of one rollout: one, or several after a forward under the policy that sampled it (reuse.py).
 
     Raises as `update`, before the first of them.
     """
     if not objective.reuse.repeats:
-        return update(policy, reference, optimizer, batch, objective, limits, watch, step=step)
-    first = first_forward(policy, reference, batch, objective, limits.micro_batch_tokens, watch)
+        return update(policy, reference, optimizer, batch, objective, limits, watch, step=step, world=world)
+    first = first_forward(policy, reference, batch, objective, limits.micro_batch_tokens, watch, world=world)
     if not first.total.num_tokens:
         return StepOutcome(first.total)
     check_agreement(first.total.mean_gap, first.total.gap_max, limits.agreement_nats, step)
@@ -132,7 +146,7 @@ def learn(
     return joined(
         first.total,
         [
-            update(policy, reference, optimizer, part, objective, moved_on, watch, step=step)
+            update(policy, reference, optimizer, part, objective, moved_on, watch, step=step, world=world)
             for part in minibatches(batch, objective)
         ],
     )
@@ -148,6 +162,7 @@ def update(
     watch: Stopwatch,
     *,
     step: int,
+    world: World = ALONE,
 ) -> StepOutcome:
     """One optimizer step on one batch; not applied where loss or gradient is not finite.
 
@@ -157,12 +172,19 @@ def update(
     """
     groups = scorable_groups(batch.valid, objective.advantage.min_samples)
     normalizer = objective.normalizer(batch, groups)  # of the whole step: micro-batches add up to it
-    batch = with_advantages(policy, reference, batch, objective, limits.micro_batch_tokens, watch)
+    batch = with_advantages(policy, reference, batch, objective, limits.micro_batch_tokens, watch, world)
     parts = []
     with policy.scoring(), reference.scoring() if reference else nullcontext():
-        once = policy.layout == "shared"
+        once, equally = policy.layout == "shared", policy.is_sharded
         for members, micro in pack(
-            batch, groups, limits.micro_batch_tokens, policy.device, prompts_once=once, cut=True
+            batch,
+            groups,
+            limits.micro_batch_tokens,
+            policy.device,
+            prompts_once=once,
+            cut=True,
+            world=world,
+            equally=equally,
         ):
             with watch("score"), torch.no_grad():
                 ref_hidden = reference.hidden(micro) if reference else None
@@ -172,12 +194,14 @@ def update(
                     micro, ref_hidden, sampling=objective.sampling, coefficients=part, row_splits=part.row_splits
                 )
                 loss.backward()
-            parts.append((members, part.breakdown(scores, loss)))
-    total = whole_step(batch.valid.shape, parts)
+            parts += [(members, part.breakdown(scores, loss))] if members else []
+    with watch("update"):  # the others' micro-batches are waited for
+        total = whole_step(batch.valid.shape, world.gathered(parts))
     if not total.num_tokens:
         return StepOutcome(total)  # no group had an advantage: nothing to learn from, and no error
     check_agreement(total.mean_gap, total.gap_max, limits.agreement_nats, step)
     with watch("update"):
+        add_up_gradients(policy.parameters(), world)
         grad_norm = clip_gradients(policy, limits.max_grad_norm)
         finite = math.isfinite(total.loss) and math.isfinite(grad_norm)
         if finite:
@@ -192,7 +216,7 @@ def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:
     norms = [torch.linalg.vector_norm(p.grad, dtype=_norm_dtype(p)) for p in policy.parameters() if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_norm or math.inf, norm)
-    return float(norm)
+    return float(whole(norm))
 
 
 def _norm_dtype(parameter: torch.Tensor) -> torch.dtype:

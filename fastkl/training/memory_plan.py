@@ -70,15 +70,18 @@ class MemoryPlan:
 
 def plan_of(
     config: TrainConfig, model_config: Any, parameters: int, *, generator: str, device: torch.device,
-    dtype: torch.dtype, max_tokens: int, adapters: int = 0, matrices: int = 0,
+    dtype: torch.dtype, max_tokens: int, adapters: int = 0, matrices: int = 0, processes: int = 1,
 ) -> MemoryPlan:  # fmt: skip
     """The plan of a run. max_tokens: of the longest prompt with its completion. adapters: numbers in them, 0 without;
-    the reference is then the same module. matrices: how many of the parameters bfloat16 can store in 2 bytes."""
+    the reference is then the same module. matrices: how many of the parameters bfloat16 can store in 2 bytes.
+    processes: that divide the samples, and sharded weights."""
     on_gpu = device.type == "cuda"
-    sequences = config.prompts_per_step * config.num_samples
-    halved = 4.0 * parameters - (2.0 * matrices if dtype == torch.bfloat16 else 0.0)  # where bfloat16 stores matrices
+    sequences = math.ceil(config.prompts_per_step * config.num_samples / processes)
+    pieces = processes if config.shard == "full" else 1
+    halved = 4.0 * parameters - (2.0 * matrices if dtype == torch.bfloat16 and pieces == 1 else 0.0)
     trained = 4.0 * adapters or (halved if config.param_dtype == "bfloat16" else 4.0 * parameters)
     moments = (adapters or parameters) * (MOMENTS_8_BIT if config.optimizer == "adamw8bit" else 8.0)
+    trained, moments, halved = trained / pieces, moments / pieces, halved / pieces
     most = torch.cuda.get_device_properties(device).total_memory if on_gpu else memory_total()
     engine = (
         _engine_bytes(config, parameters, dtype, most if on_gpu else None)

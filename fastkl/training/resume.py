@@ -16,6 +16,7 @@ from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
 from fastkl.evaluation.evaluate import Evaluator
 from fastkl.scoring.adapters import is_adapter
+from fastkl.scoring.shard import whole
 from fastkl.training import checkpoint
 from fastkl.training.given import source_of
 from fastkl.training.state import Run, Snapshot
@@ -26,9 +27,9 @@ def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
     """Continues where `saved` ended: optimizer, random states, prompt position, counters. own: it is this run's."""
     if (kept := saved.manifest["config"].get("optimizer", "adamw")) != run.config.optimizer:
         raise UserError(f"optimizer: the moments in {str(saved.folder)!r} are those of {kept}; go on with that.")
-    checkpoint.restore_training_state(saved, run.policy.model, run.optimizer)
+    checkpoint.restore_training_state(saved, run.policy.model, run.optimizer, run.world.rank)
     state = saved.manifest["state"]
-    if own:
+    if own and run.world.is_first:
         checkpoint.set_aside_newer(saved)
     run.prompts.load_state(state["prompts"])
     run.controller.coef = state.get("kl_coef", run.config.kl_coef)
@@ -47,7 +48,8 @@ def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
     )
     if run.best and own:
         run.best.load_state(state.get("best", {}))
-        if run.best.step == saved.step and not run.best.is_kept(saved.folder.parent):  # killed in between
+        is_lost = run.world.is_first and run.best.step == saved.step and not run.best.is_kept(saved.folder.parent)
+        if is_lost:  # killed in between
             run.best.keep(saved.folder.parent)
     if own:
         note = f" ({saved.note})" if saved.note else ""
@@ -89,7 +91,7 @@ def fingerprints(
     }
     if reference is not None:
         found["reference"] = digest(
-            p.detach().flatten()[:256].cpu().numpy().tobytes()
+            whole(p.detach()).flatten()[:256].cpu().numpy().tobytes()
             for name, p in reference.named_parameters()
             if not is_adapter(name)
         )

@@ -12,8 +12,9 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from fastkl.config.defaults import lr_of, lr_warnings, resolved
 from fastkl.config.held_out import best_by
 from fastkl.config.settings import TrainConfig, advantage_of, check_config, penalty_of, reuse_of
 from fastkl.data.prompts import PromptSource
+from fastkl.distributed.start import launched
+from fastkl.distributed.world import ALONE, World
 from fastkl.errors import UserError
 from fastkl.evaluation.evaluate import Evaluator
 from fastkl.evaluation.plan import eval_rewards, evaluator_of, prompts_of, split, text_windows
@@ -29,6 +32,7 @@ from fastkl.objective.kl_control import KlController
 from fastkl.objective.rloo import Objective
 from fastkl.report.loggers import RunLog, check_report_to
 from fastkl.report.metrics import taken_reward_names
+from fastkl.report.silent import log_of, view_of
 from fastkl.report.terminal import View
 from fastkl.rewards.call import check_columns
 from fastkl.rewards.load import RewardFunction, load_rewards, prepare_rewards
@@ -42,10 +46,11 @@ from fastkl.scoring.head import check_head
 from fastkl.scoring.memory import micro_batch_tokens
 from fastkl.scoring.pack import pack
 from fastkl.scoring.scored_model import ScoredModel
+from fastkl.scoring.shard import gathered, shard
 from fastkl.scoring.source import resolve_model, snapshot
 from fastkl.training import checkpoint
 from fastkl.training.best import Best
-from fastkl.training.callbacks import check_callbacks
+from fastkl.training.callbacks import check_callbacks, speaking
 from fastkl.training.environment import record_environment
 from fastkl.training.fork import begin, copy_lines, forked
 from fastkl.training.given import Given
@@ -56,8 +61,7 @@ from fastkl.training.small_adamw import SmallAdamW
 from fastkl.training.state import Run, StepLimits
 from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +79,17 @@ class Inputs:
     generator: str
     generator_reason: str
     folder: Path
-    lock: TextIO  # held while it is open
+    lock: TextIO | None  # held while it is open; the first process has it
     resumed: checkpoint.Checkpoint | None  # what the run continues
     is_fork: bool  # `resumed` is another run's
     given: Given  # objects in the place of what the settings name
 
 
 def check_inputs(
-    config: TrainConfig, given: Given | None = None, say: Callable[[str], None] = lambda message: None
+    config: TrainConfig,
+    given: Given | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    world: World = ALONE,
 ) -> Inputs:
     """Everything that a user can get wrong, in the order of cost. Raises UserError.
 
@@ -92,7 +99,7 @@ def check_inputs(
     check_config(config)
     check_report_to(config.report_to)
     check_adapters(config.lora_rank, config.lora_targets)
-    device = choose_device(config.device)
+    device = choose_device(config.device, world)
     rewards = load_rewards(given.rewards or config.reward, config.reward_weights, taken_reward_names())
     rewards_of_held = eval_rewards(config, rewards)
     models.quiet_transformers()
@@ -109,16 +116,22 @@ def check_inputs(
     evaluator = evaluator_of(config, held, prompts, rewards_of_held, sampling, text)
     generator, reason = choose_generator(config.generator, model_config, device)
     check_sleep(config, generator, device)
-    lock = lock_run_folder(config)
+    lock = lock_run_folder(config) if world.is_first else None
     with closed_on_failure(lock):
-        folder = prepare_run_folder(config)
-        saved = config.resume and has_checkpoint(folder)
-        resumed = checkpoint.newest_checkpoint(folder / "checkpoints") if saved else None
-        fork = forked(config, folder)
+        folder, resumed, is_fork = world.once(lambda: folder_of(config))
     return Inputs(
         *(device, source, model_config, tokenizer, rewards, prompts, evaluator, sampling, generator, reason, folder),
-        *(lock, resumed or fork, fork is not None, given),
+        *(lock, resumed, is_fork, given),
     )
+
+
+def folder_of(config: TrainConfig) -> tuple[Path, checkpoint.Checkpoint | None, bool]:
+    """The run's folder, made; the checkpoint that it goes on from, if any; whether that is another run's."""
+    folder = prepare_run_folder(config)
+    saved = config.resume and has_checkpoint(folder)
+    resumed = checkpoint.newest_checkpoint(folder / "checkpoints") if saved else None
+    fork = forked(config, folder)
+    return folder, resumed or fork, fork is not None
 
 
 def check_vocabulary(vocab: int | None, prompts: Iterable[Prompt], sampling: Sampling) -> None:
@@ -139,14 +152,19 @@ def set_up(config: TrainConfig, *, callbacks: Iterable[object] = (), given: Give
 
     given: objects in the place of what the settings name.
     """
-    checked, config = check_callbacks(callbacks), resolved(config)
-    view = View(f"{config.model} → {', '.join(config.reward)}, β {config.kl_coef:g}", total_steps=config.steps)
-    inputs = check_inputs(config, given, view.note)
-    with closed_on_failure(inputs.lock):
-        return load(config, inputs, checked, view)
+    world = launched()
+    with world.together():
+        checked, config = check_callbacks(callbacks), resolved(config)
+        title = f"{config.model} → {', '.join(config.reward)}, β {config.kl_coef:g}"
+        view = view_of(world, lambda: View(title, total_steps=config.steps))
+        inputs = check_inputs(config, given, view.note, world)
+        with closed_on_failure(inputs.lock):
+            run = load(config, inputs, speaking(checked, world), view, world)
+        world.everybodys(None)  # all of them are ready
+    return run
 
 
-def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], view: View) -> Run:
+def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], view: View, world: World = ALONE) -> Run:
     """The run that these inputs describe: models checked and loaded, generator started, state resumed."""
     device, resumed = inputs.device, inputs.resumed
     if device.type == "cpu":
@@ -154,42 +172,58 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
     view.first_step = resumed.step + 1 if resumed else 1
     dtype = compute_dtype(config.dtype, device)
     check_storage(config, device, dtype)
-    say_what_it_takes(config, inputs, dtype, view.note)
+    say_what_it_takes(config, inputs, dtype, view.note, world)
     view.note(f"loading {config.model} ...")
     of_held = inputs.evaluator.rewards if inputs.evaluator else ()
     prepare_rewards((*inputs.rewards, *(reward for reward in of_held if reward not in inputs.rewards)), device)
     if config.revision:
         snapshot(config.model, config.revision, weights=True)
-    policy, reference = load_models(config, inputs)
-    start = policy if reference is None else reference
-    check_head(start, list(inputs.prompts[0].token_ids))
+    shards = config.shard == "full" and world.size > 1
+
+    def settled(model: nn.Module, *, adapters: bool = True) -> ScoredModel:
+        found = ScoredModel(model, dtype=dtype, adapters=adapters)
+        if shards:
+            shard(found, device, world.size)
+        return found
+
+    scored, referred = load_models(config, dataclasses.replace(inputs, device=CPU) if shards else inputs, settled)
+    policy, reference, start = scored.model, referred and referred.model, referred or scored
     probe = probe_batch(inputs.prompts[0], device)
-    layout, layout_reason = backbone.choose_layout(start, probe, dtype, max_tokens=max_sequence_tokens(inputs, config))
+    with gathered(start):
+        check_head(start.model, list(inputs.prompts[0].token_ids))
+        layout, layout_reason = backbone.choose_layout(
+            start.model, probe, dtype, max_tokens=max_sequence_tokens(inputs, config)
+        )
+    scored.layout = start.layout = layout
     if config.param_dtype == "bfloat16":
         models.store_as_computed(policy, dtype, trained=True)
-    scored = ScoredModel(policy, layout, dtype)
     check_trainable(scored, probe)
-    if (repaired := checkpoint.check_savable(inputs.folder / "checkpoints", policy, inputs.tokenizer)) is not None:
+    if repaired := world.once(
+        lambda: checkpoint.check_savable(inputs.folder / "checkpoints", policy, inputs.tokenizer)
+    ):
         view.note(repaired)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
+    if world.size > 1:
+        has = "a piece of every weight" if shards else "all weights"
+        view.note(f"{world.size} processes, each with {has} and a share of the samples")
     view.note(f"generator: {inputs.generator} ({inputs.generator_reason})")
     view.note(f"backbone: {layout} ({layout_reason}), {str(dtype).removeprefix('torch.')} on {device.type}")
-    limits = limits_of(config, scored)
+    limits = limits_of(config, scored, world)
     hashes = fingerprints(config, inputs.prompts, reference, inputs.evaluator, inputs.given.rewards)
-    if not config.reference_every:
-        models.store_as_computed(start, dtype)
+    if not config.reference_every and not shards:
+        models.store_as_computed(start.model, dtype)
         give_back_gpu_memory(device)
     view.note(f"starting {inputs.generator} ...")
-    generator = start_generator(inputs, config, policy, dtype, view.note)
-    if inputs.is_fork and resumed:
+    generator = start_generator(inputs, config, scored, view.note, world)
+    if inputs.is_fork and resumed and world.is_first:
         copy_lines(resumed, inputs.folder)
-    seed_everything(config.seed)
+    seed_everything(config.seed + world.rank)
     run = Run(
         config=config,
         folder=inputs.folder,
         policy=scored,
-        reference=reference and ScoredModel(reference, layout, dtype, adapters=not config.lora_rank),
+        reference=referred,
         tokenizer=inputs.tokenizer,
         optimizer=optimizer_of(config, policy),
         prompts=PromptSource(inputs.prompts, seed=config.seed, shuffle=config.shuffle),
@@ -198,23 +232,28 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
         objective=objective_of(config, inputs.sampling),
         controller=KlController(config.kl_coef, config.kl_target),
         limits=limits,
-        log=RunLog(
-            inputs.folder,
-            config.report_to,
-            dataclasses.asdict(config),
-            resumed.step if resumed else -1 if config.resume else None,
-            evaluates=inputs.evaluator is not None,
-            report_problem=view.note,
+        log=log_of(
+            world,
+            lambda: RunLog(
+                inputs.folder,
+                config.report_to,
+                dataclasses.asdict(config),
+                resumed.step if resumed else -1 if config.resume else None,
+                evaluates=inputs.evaluator is not None,
+                report_problem=view.note,
+            ),
         ),
         view=view,
         well_formed=storyteller_checker(config.model, inputs.model_config),
         evaluator=inputs.evaluator,
         best=Best(best_by(config.best)) if config.best else None,
         callbacks=callbacks,
+        world=world,
         lock=inputs.lock,
         inputs=hashes,
     )
-    record_environment(inputs.folder, first_step=resumed.step + 1 if resumed else 1, device=device, dtype=dtype)
+    first_step = resumed.step + 1 if resumed else 1
+    world.once(lambda: record_environment(inputs.folder, first_step=first_step, device=device, dtype=dtype))
     for note in inputs.evaluator.notes if inputs.evaluator else ():
         view.note(note)
     if resumed:
@@ -244,22 +283,28 @@ def give_back_gpu_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def load_models(config: TrainConfig, inputs: Inputs) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-    """Policy and reference: one module, whose reference is without its adapters, or two; or no reference."""
+def load_models(
+    config: TrainConfig, inputs: Inputs, settled: Callable[..., ScoredModel]
+) -> tuple[ScoredModel, ScoredModel | None]:
+    """Policy and reference: one module, whose reference is without its adapters, or two; or no reference.
+
+    settled: makes of each what scores, before the next is read, so that no process holds two whole models where they
+    are sharded.
+    """
     device, resumed = inputs.device, inputs.resumed
     if config.lora_rank:
         policy = models.load_model(inputs.source, device, four_bit=config.qlora)
         add_adapters(policy, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
         if resumed:
             load_adapters(resumed.folder, policy)
-        return policy, None if config.no_reference else policy
+        return settled(policy), None if config.no_reference else settled(policy, adapters=False)
     if resumed and (resumed.folder / WEIGHTS).is_file():
         raise UserError(f"lora_rank: the checkpoint {str(resumed.folder)!r} holds adapters; give the rank they have.")
     if config.no_reference:
-        return policy_of(inputs), None
-    reference = models.load_model(inputs.source, device).requires_grad_(False)
-    policy = policy_of(inputs)
-    check_same_shape(policy, reference, resumed)
+        return settled(policy_of(inputs)), None
+    reference = settled(models.load_model(inputs.source, device).requires_grad_(False))
+    policy = settled(policy_of(inputs))
+    check_same_shape(policy.model, reference.model, resumed)
     return policy, reference
 
 
@@ -319,7 +364,9 @@ def policy_of(inputs: Inputs) -> Any:
     return module
 
 
-def say_what_it_takes(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, say: Callable[[str], None]) -> None:
+def say_what_it_takes(
+    config: TrainConfig, inputs: Inputs, dtype: torch.dtype, say: Callable[[str], None], world: World = ALONE
+) -> None:
     """One line of memory arithmetic, and a warning where the learning rate is far above what the model's size bears."""
     parameters = num_parameters(inputs.source)
     if not parameters:
@@ -332,6 +379,7 @@ def say_what_it_takes(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, s
         device=inputs.device,
         dtype=dtype,
         max_tokens=max_sequence_tokens(inputs, config),
+        processes=world.size,
         adapters=num_adapter_parameters(inputs.source, config.lora_rank) if config.lora_rank else 0,
         matrices=num_in_matrices(inputs.source),
     )
@@ -341,12 +389,13 @@ def say_what_it_takes(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, s
 
 
 @contextlib.contextmanager
-def closed_on_failure(lock: TextIO) -> Iterator[None]:
+def closed_on_failure(lock: TextIO | None) -> Iterator[None]:
     """A run that does not come about leaves its folder to the next one, in this process, too."""
     try:
         yield
     except BaseException:
-        lock.close()
+        if lock is not None:
+            lock.close()
         raise
 
 
@@ -364,30 +413,36 @@ def objective_of(config: TrainConfig, sampling: Sampling) -> Objective:
     )
 
 
-def limits_of(config: TrainConfig, policy: ScoredModel) -> StepLimits:
-    """What bounds an update of this policy."""
+def limits_of(config: TrainConfig, policy: ScoredModel, world: World = ALONE) -> StepLimits:
+    """What bounds an update of this policy, in every process alike."""
     return StepLimits(
-        micro_batch_tokens=config.micro_batch_tokens or micro_batch_tokens(policy),
+        micro_batch_tokens=config.micro_batch_tokens or min(world.everybodys(micro_batch_tokens(policy))),
         max_grad_norm=config.max_grad_norm,
         agreement_nats=AGREEMENT_NATS[policy.dtype],
     )
 
 
 def start_generator(
-    inputs: Inputs, config: TrainConfig, policy: nn.Module, dtype: torch.dtype, note: Callable[[str], None]
+    inputs: Inputs,
+    config: TrainConfig,
+    policy: ScoredModel,
+    note: Callable[[str], None],
+    world: World = ALONE,
 ) -> Generator:
     """The chosen generator, running with the policy's weights."""
     return GENERATORS[inputs.generator].start(
         EngineOptions(
             source=inputs.source,
-            policy=policy,
+            policy=policy.model,
             tokenizer=inputs.tokenizer,
             sampling=inputs.sampling,
-            dtype=dtype,
+            dtype=policy.dtype,
             max_model_len=max_sequence_tokens(inputs, config),
             gpu_memory_utilization=config.gpu_memory_utilization,
             sleep=config.engine_sleep,
-            log=inputs.folder / "engine.log",
+            log=inputs.folder / ("engine.log" if world.is_first else f"engine-{world.rank}.log"),
+            world=world,
+            whole=partial(gathered, policy),
             note=note,
         )
     )
@@ -408,13 +463,18 @@ def check_same_shape(policy: nn.Module, reference: nn.Module, resumed: checkpoin
         )
 
 
-def choose_device(name: str) -> torch.device:
-    """The device for policy and reference."""
+def choose_device(name: str, world: World = ALONE) -> torch.device:
+    """The device for policy and reference. UserError where there is none for this process."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but PyTorch sees no GPU; use --device cpu or auto.")
-    return torch.device(name)
+    if name == "cuda" and world.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"device: process {world.rank} has no GPU of its own, since this machine has {torch.cuda.device_count()}; "
+            "start one process for each GPU, or use --device cpu."
+        )
+    return torch.device(name, world.local_rank) if name == "cuda" and world.size > 1 else torch.device(name)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

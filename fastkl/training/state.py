@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +16,7 @@ from torch import nn
 from fastkl.audit.alarm import KlAlarm
 from fastkl.config.settings import TrainConfig
 from fastkl.data.prompts import PromptSource
+from fastkl.distributed.world import ALONE, World
 from fastkl.evaluation.evaluate import Evaluator, evaluate
 from fastkl.evaluation.plan import due
 from fastkl.objective.kl_control import KlController, renew_reference
@@ -38,6 +39,7 @@ from fastkl.training.callbacks import notify
 from fastkl.training.memory import peak_gpu_bytes, peak_rss_bytes
 from fastkl.training.run_folder import way_on
 from fastkl.training.stopwatch import Stopwatch
+from fastkl.training.whole_state import WholeState, put_together
 from fastkl.types import Breakdown, StepOutcome
 
 OFF_SUPPORT_NATS = 2.0
@@ -103,6 +105,7 @@ class Run:
     evaluator: Evaluator | None = None  # None: nothing is held out
     best: Best | None = None
     callbacks: tuple[object, ...] = ()
+    world: World = ALONE
     lock: TextIO | None = None  # keeps other processes out of the folder while it is open
     inputs: dict[str, str] = field(default_factory=dict)  # hashes of what the run reads from outside
     completed: Snapshot = field(default_factory=Snapshot)
@@ -159,7 +162,13 @@ class Run:
         random, start = checkpoint.RandomState.now(), time.perf_counter()
         tokens = self.limits.micro_batch_tokens
         found = evaluate(
-            self.evaluator, self.generator, self.policy, self.reference, step=step, micro_batch_tokens=tokens
+            self.evaluator,
+            self.generator,
+            self.policy,
+            self.reference,
+            step=step,
+            micro_batch_tokens=tokens,
+            world=self.world,
         )
         random.restore()  # a reward function may draw from the global generators
         self.evaluation = found.metrics | {"time/eval_s": time.perf_counter() - start}
@@ -182,11 +191,18 @@ class Run:
         if not step:
             return  # it is the model that the run starts from
         self.save()
+        if not self.world.once(self.best_is_kept):
+            self.best.step, self.best.value = before
+
+    def best_is_kept(self) -> bool:
+        """Makes checkpoints/best that of the best step. False where it, or the checkpoint, could not be written."""
+        assert self.best is not None
         try:
             self.best.keep(self.folder / "checkpoints")
-        except OSError as failure:  # or the checkpoint itself could not be written, which has been said
-            self.best.step, self.best.value = before
+        except OSError as failure:  # that of the checkpoint has been said
             self.view.note(f"checkpoints/best stays as it was ({models.first_line(failure)}).")
+            return False
+        return True
 
     def record(self, report: StepReport, watch: Stopwatch) -> None:
         """Logs and shows a completed step."""
@@ -202,7 +218,7 @@ class Run:
                 skipped_steps=self.completed.skipped_steps,
                 tokens_generated=self.completed.tokens_generated,
                 kl_alarm=warning is not None,
-                peak_rss_bytes=peak_rss_bytes(),
+                peak_rss_bytes=sum(self.world.everybodys(peak_rss_bytes())),
                 peak_gpu_bytes=peak_gpu_bytes(),
                 evaluation=self.evaluation,
             )
@@ -263,11 +279,33 @@ class Run:
     def save(self) -> None:
         """Saves the completed step; when the disk refuses, says so and lets training go on with the last good one."""
         done = self.completed
-        if done.step == self.saved_step or self.between_steps:
+        world = self.world.remaining()
+        some_are_lost, renewed = world is not self.world, bool(self.config.reference_every)
+        if some_are_lost and (self.policy.is_sharded or not self.world.is_first):
+            return  # their pieces of the weights are lost, or it is another process's to save
+        if not self.can_save(world):
             return
         self.log.flush()  # the lines of the steps that the checkpoint claims
+        random, state = world.everybodys(done.random), None
+        if self.policy.is_sharded:
+            reference = self.reference.model if self.reference and renewed else None
+            state = put_together(self.policy.model, self.optimizer, reference, world)
+        with world.undisturbed():
+            self.saved_step = world.once(lambda: self.write_checkpoint(random, state)) or self.saved_step
+        if self.saved_step == done.step:
+            notify(self.callbacks, "on_checkpoint", done.step, self.folder / "checkpoints" / f"step-{done.step}")
+
+    def can_save(self, world: World) -> bool:
+        """Whether there is a completed step that is not saved: the same one in every process."""
+        step = 0 if self.between_steps or self.completed.step == self.saved_step else self.completed.step
+        return step > 0 and len(set(world.everybodys(step))) == 1
+
+    def write_checkpoint(self, random: Sequence[checkpoint.RandomState], whole: WholeState | None = None) -> int:
+        """Writes the completed step; returns its number, 0 where the disk refuses. random: of every process. whole:
+        the tensors, where this process has pieces of them only."""
+        done = self.completed
         try:
-            folder = checkpoint.save_checkpoint(
+            checkpoint.save_checkpoint(
                 self.folder / "checkpoints",
                 done.step,
                 policy=self.policy.model,
@@ -283,7 +321,9 @@ class Run:
                     "logs": self.log.digests(),
                     **({"best": self.best.state()} if self.best else {}),
                 },
-                random=done.random,
+                random=random[0],
+                others=random[1:],
+                state_of=whole,
                 reference=self.reference.model if self.reference and self.config.reference_every else None,
                 config=dataclasses.asdict(self.config),
                 keep=self.config.keep_checkpoints,
@@ -293,12 +333,11 @@ class Run:
                 f"The checkpoint of step {done.step} could not be written ({models.first_line(failure)}); "
                 "training goes on, the last good checkpoint stays. Free space or mend the folder before the run ends."
             )
-            return
-        self.saved_step = done.step
-        notify(self.callbacks, "on_checkpoint", done.step, folder)
+            return 0
+        return done.step
 
     def close(self) -> None:
-        """Lets other processes into the folder."""
+        """Lets other runs into the folder."""
         if self.lock is not None:
             self.lock.close()
 
@@ -312,13 +351,17 @@ class Run:
         if last < steps:
             self.view.close_with(f"Go on with: {way_on(self.config.output)}")
 
-    def finish(self, *, stopped: bool = False) -> TrainResult:
-        """Saves, writes the report, and says where everything is."""
-        self.save()
-        last = self.completed.step
+    def write_page(self) -> None:
+        """Writes the report."""
         try:
             self.view.close_with(f"Report: {self.folder / write_report([self.folder]).name}")
         except Exception as failure:  # a page is not worth a finished run
             self.view.close_with(f"No report ({models.first_line(failure)}).")
+
+    def finish(self, *, stopped: bool = False) -> TrainResult:
+        """Saves, writes the report, and says where everything is."""
+        self.save()
+        last = self.completed.step
+        self.world.once(self.write_page)
         self.say_what_is_left()
         return TrainResult(self.folder, self.last_metrics, self.policy.model, last, self.saved_step, stopped)

@@ -17,6 +17,7 @@ from test_loop import reward_file, rows, small
 import fastkl
 from fastkl.config.settings import TrainConfig, check_config
 from fastkl.data.prompts import PromptSource
+from fastkl.distributed.world import World
 from fastkl.errors import UserError
 from fastkl.objective.advantages import leave_one_out
 from fastkl.rewards.load import RewardFunction
@@ -50,7 +51,8 @@ def toy_run(tries: int, reward=is_zero) -> SimpleNamespace:
     prompts = [Prompt((1,), name, name, row) for row, name in enumerate([*POLICY] * 400)]
     config = TrainConfig(prompts_per_step=4, num_samples=K, dynamic_sampling=tries, reward_timeout=0.0)
     rewards = (RewardFunction("toy", reward),)
-    return SimpleNamespace(config=config, prompts=PromptSource(prompts, seed=1), generator=Dice(), rewards=rewards)
+    source = PromptSource(prompts, seed=1)
+    return SimpleNamespace(config=config, prompts=source, generator=Dice(), rewards=rewards, world=World())
 
 
 def drawn(run, step: int):
