@@ -208,7 +208,7 @@ def head_call(
 ) -> tuple[Call, tuple[Tensor | None, ...]]:
     """The checked call, and the policy's inputs (hidden, weight, bias) cut to the vocabulary that exists."""
     policy_head, ref_head = whole_heads(policy_head, ref_head)
-    check_heads(policy_hidden, policy_head, ref_hidden, ref_head)
+    check_heads(policy_hidden, policy_head, ref_hidden, ref_head, request.valid_vocab)
     check_options(policy_head, logits_dtype=request.logits_dtype, gradient_dtype=request.gradient_dtype)
     valid = check_vocab(len(policy_head.weight), request.valid_vocab)
     dtypes = request.logits_dtype, request.gradient_dtype

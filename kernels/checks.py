@@ -39,8 +39,16 @@ def check_logits(policy_logits: Tensor, ref_logits: Tensor | None) -> None:
         check_tensor("ref_logits", ref_logits, tuple(policy_logits.shape), FLOATS, policy_logits)
 
 
-def check_heads(policy_hidden: Tensor, policy_head: Head, ref_hidden: Tensor | None, ref_head: Head | None) -> None:
-    """Hidden states and heads fit together; the reference has both or neither."""
+def check_heads(
+    policy_hidden: Tensor,
+    policy_head: Head,
+    ref_hidden: Tensor | None,
+    ref_head: Head | None,
+    valid_vocab: int | None = None,
+) -> None:
+    """Hidden states and heads fit together; the reference has both or neither. Its width is its own; and so is the
+    number of its ids, where valid_vocab says how many the two share.
+    """
     check_tensor("policy_hidden", policy_hidden, (None, None), FLOATS, policy_hidden)
     num_rows, hidden_size = policy_hidden.shape
     check_tensor("policy_weight", policy_head.weight, (None, hidden_size), FLOATS, policy_hidden)
@@ -52,14 +60,17 @@ def check_heads(policy_hidden: Tensor, policy_head: Head, ref_hidden: Tensor | N
     if ref_hidden is None or ref_head is None:
         return
     check_tensor("ref_hidden", ref_hidden, (num_rows, None), FLOATS, policy_hidden)
-    check_tensor("ref_weight", ref_head.weight, (vocab, ref_hidden.shape[1]), FLOATS, policy_hidden)
-    if ref_hidden.shape[1] != hidden_size:
+    check_tensor("ref_weight", ref_head.weight, (None, ref_hidden.shape[1]), FLOATS, policy_hidden)
+    ref_vocab = len(ref_head.weight)
+    if ref_vocab != vocab and valid_vocab is None:
         raise UserError(
-            f"ref_hidden has {ref_hidden.shape[1]} features and policy_hidden {hidden_size}: "
-            "the reference must be a model of the same width."
+            f"ref_weight has {ref_vocab} ids and policy_weight {vocab}: give valid_vocab, the number of ids that both "
+            "share."
         )
+    if valid_vocab is not None and valid_vocab > ref_vocab:
+        raise UserError(f"valid_vocab is {valid_vocab}, and the reference has only {ref_vocab} ids.")
     if ref_head.bias is not None:
-        check_tensor("ref_bias", ref_head.bias, (vocab,), FLOATS, policy_hidden)
+        check_tensor("ref_bias", ref_head.bias, (ref_vocab,), FLOATS, policy_hidden)
     for name in ("softcap", "logit_scale"):
         ours, theirs = getattr(policy_head, name), getattr(ref_head, name)
         if ours != theirs:

@@ -86,7 +86,8 @@ def head_token_scores(
 ) -> TokenScores:
     """token_scores of the logits of two language-model heads, without ever storing the logits of all rows.
 
-    policy_hidden [N, H] goes through policy_head (weight [V, H]); the same of the reference, or None, None.
+    policy_hidden [N, H] goes through policy_head (weight [V, H]); the same of the reference, or None, None. The
+    reference may have another H (a teacher of another size), and with valid_vocab another V.
     logits = softcap * tanh((hidden @ weight^T + bias) / softcap) * logit_scale / temperature, in float32 whatever
     autocast says; logits_dtype="bfloat16" rounds the head's output first, as an engine with bfloat16 logits does.
     gradient_dtype="bfloat16" lets a CPU take the gradients of hidden states and weight by bfloat16 products (a relative

@@ -112,7 +112,10 @@ def linear_token_scores(
     valid_vocab: int | None = None,
     logits_dtype: str = "float32",
 ) -> TokenScores:
-    """token_scores of head_logits(policy_hidden [N, H], policy_weight [V, H]) and the same of the reference."""
+    """token_scores of head_logits(policy_hidden [N, H], policy_weight [V, H]) and the same of the reference.
+
+    The reference's H may be another one; so may its V, where valid_vocab is at most either.
+    """
     if mask is not None:
         policy_hidden = torch.where(mask[:, None], policy_hidden, 0)
         ref_hidden = None if ref_hidden is None else torch.where(mask[:, None], ref_hidden, 0)

@@ -194,7 +194,7 @@ def truncated_rows(run: RunRecord) -> Verdict:
 def first_step(run: RunRecord) -> Verdict:
     """In step 1 policy and reference are one model."""
     step = run.samples.scored().get(1)
-    if step is None:
+    if step is None or run.config.get("reference"):  # a teacher is another model
         return None
     text = f"in step 1 their log-probs of a completion differ by up to {step.max_abs_kl:.2g} nats"
     if step.abs_kl / max(1, step.tokens) > NOISE:

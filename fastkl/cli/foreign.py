@@ -23,6 +23,7 @@ OURS: dict[str, str] = {
     "--kl-estimator": "algorithm.kl_penalty actor_rollout_ref.actor.kl_loss_type",
     "--kl-placement": "use_kl_loss algorithm.use_kl_in_reward actor_rollout_ref.actor.use_kl_loss",
     "--advantage": "baseline advantage_estimator algorithm.adv_estimator",
+    "--reference": "ref_model_name_or_path teacher_model_name_or_path distillation.teacher_model.model_path",
     "--advantage-scale": "scale_rewards normalize_advantages normalize_reward",
     "--reward-clip": "reward_clip_range",
     "--loss-level": "loss_type actor_rollout_ref.actor.loss_agg_mode",

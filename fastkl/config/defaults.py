@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePath
 
-from fastkl.config.settings import TrainConfig, estimator_and_placement
+from fastkl.config.settings import NO_REWARD, TrainConfig, estimator_and_placement
 
 LR_EMBEDDED, LR, LR_ADAPTERS = 1e-3, 1e-6, 1e-5
 """For the embedded model of 1.7 million parameters; for any other, whose size is not known yet; for its adapters."""
@@ -19,6 +19,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """The settings with a value in the place of every "auto" that the settings alone decide: lr, output, and the KL's
     estimator and placement."""
     estimator, placement = estimator_and_placement(config)
+    reward = config.reward or NO_REWARD
+    config = replace(config, reward=reward)
     return replace(config, lr=lr_of(config), output=output_of(config), kl_estimator=estimator, kl_placement=placement)
 
 

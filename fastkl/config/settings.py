@@ -23,6 +23,8 @@ from fastkl.objective.reuse import Reuse, check_reuse
 from fastkl.rollout.generator import GENERATORS
 from fastkl.sampling.params import AT_LEAST_0, AT_LEAST_1, SEEDS, SHARE, Heading, Sampling, SamplingSettings
 
+NO_REWARD = ("none",)
+
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig(SamplingSettings):
@@ -54,7 +56,8 @@ class TrainConfig(SamplingSettings):
     reward: tuple[str, ...] = ("alliteration",)
     """Reward functions: a built-in name (alliteration, starts_with_a, gym), one with its options (regex?pattern=TEXT,
     length?target=N, soft_overlong?max_tokens=N&cache=N, math_verify?answer=COLUMN), a server (http://HOST:PORT/PATH),
-    a reward model (model:ID_OR_FOLDER), package.module:function, or file.py:function."""
+    a reward model (model:ID_OR_FOLDER), package.module:function, or file.py:function. none: no reward,
+    for a run that only learns from its reference."""
     reward_weights: tuple[float, ...] = ()
     """One weight per reward function; none weighs each 1."""
     reward_timeout: Annotated[float, AT_LEAST_0] = 600.0
@@ -76,6 +79,9 @@ class TrainConfig(SamplingSettings):
     """"completion": all tokens share its KL; "caused": each gets only what it had a part in (less noise)."""
     kl_target: Annotated[float, AT_LEAST_0] = 0.0
     """KL of a completion, nats, that kl_coef is steered to; 0 keeps kl_coef fixed."""
+    reference: str = ""
+    """A teacher: another model, of any size, with the same tokenizer, in the place of the policy's own start; a local
+    folder or a hub id. Empty is the policy's start."""
     reference_every: Annotated[int, AT_LEAST_0] = 0
     """Steps between renewals of the reference from the policy; 0 keeps it frozen."""
     no_reference: bool = False
@@ -239,8 +245,16 @@ def check_combinations(config: TrainConfig) -> None:
     for name in ("model", "prompts", "prompt_column", "output"):
         if not getattr(config, name).strip():
             raise UserError(f"{name}: is empty; `fastkl train --help` says what it takes.")
-    if not config.reward or not all(name.strip() for name in config.reward):
+    if config.reward in ((), NO_REWARD) and not config.reference:
+        raise UserError(
+            "reward: names no function; give a built-in name, package.module:function or file.py:function, or a "
+            "teacher to learn from without one (--reference)."
+        )
+    if not all(name.strip() for name in config.reward):
         raise UserError("reward: names no function; give a built-in name, package.module:function or file.py:function.")
+    for name in ("reference_every", "no_reference") if config.reference else ():
+        if getattr(config, name):
+            raise UserError(f"{name}: the reference is the teacher {config.reference!r}, which stays; leave it out.")
     if config.reward_weights and len(config.reward_weights) != len(config.reward):
         raise UserError(
             f"reward_weights: {len(config.reward_weights)} weights for {len(config.reward)} reward functions; give "

@@ -15,6 +15,7 @@ Highlighter = Callable[[str], list[Span]]  # prompt + completion -> spans in rea
 
 
 BUILT_IN: dict[str, Reward] = {"gym": gym}
+NONE = "none"
 HIGHLIGHTERS: dict[str, Highlighter] = {}
 
 
@@ -26,6 +27,11 @@ def built_in(highlighter: Highlighter) -> Callable[[Reward], Reward]:
         return reward
 
     return register
+
+
+def no_reward(completions: Sequence[Any]) -> list[float]:
+    """0 for every completion: what is learned comes from the KL alone."""
+    return [0.0] * len(completions)
 
 
 def alliterating_runs(text: str) -> list[Span]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastkl.plugins import find_function
-from fastkl.rewards.built_in import BUILT_IN
+from fastkl.rewards.built_in import BUILT_IN, NONE, no_reward
 from fastkl.rewards.prepared import PreparedReward
 from fastkl.rewards.remote import RemoteReward
 from fastkl.rewards.with_options import MAKERS, make
@@ -47,6 +47,8 @@ def load_rewards(
 
 def find_reward(name: str) -> Callable[..., Any]:
     """The function that one of `--reward`'s names means. UserError where there is none."""
+    if name == NONE:
+        return no_reward
     if name in BUILT_IN:
         return BUILT_IN[name]
     if name.partition("?")[0] in MAKERS:

@@ -117,6 +117,8 @@ class ScoredModel(nn.Module):
             "support": support,
             "gradient_dtype": "bfloat16" if self.dtype == torch.bfloat16 else "float32",
         }
+        if reference and len(reference.head.weight) != len(policy.head.weight):
+            options["valid_vocab"] = len(policy.head.weight)  # a teacher's head may be padded further
         if coefficients is None:
             return Scored(None, head_token_scores(*models, batch.target_ids, **options))
         return Scored(*head_token_loss(*models, batch.target_ids, coefficients, row_splits=row_splits, **options))

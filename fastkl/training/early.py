@@ -27,6 +27,11 @@ def check_names(config: TrainConfig) -> None:
         task_of(config.prompts.removeprefix("gym:"))
     load_rewards(config.reward, config.reward_weights)
     local_model(config.model, config.revision)
+    if config.reference:
+        try:
+            local_model(config.reference)
+        except UserError as mistake:
+            raise UserError(f"reference: {str(mistake).removeprefix('model: ')}") from None
 
 
 def refuse_missing(config: TrainConfig, rewards: Sequence[Any] = (), prompts: Any = None) -> None:

@@ -70,11 +70,11 @@ class MemoryPlan:
 
 def plan_of(
     config: TrainConfig, model_config: Any, parameters: int, *, generator: str, device: torch.device,
-    dtype: torch.dtype, max_tokens: int, adapters: int = 0, matrices: int = 0, processes: int = 1,
+    dtype: torch.dtype, max_tokens: int, adapters: int = 0, matrices: int = 0, processes: int = 1, teacher: int = 0,
 ) -> MemoryPlan:  # fmt: skip
     """The plan of a run. max_tokens: of the longest prompt with its completion. adapters: numbers in them, 0 without;
     the reference is then the same module. matrices: how many of the parameters bfloat16 can store in 2 bytes.
-    processes: that divide the samples, and sharded weights."""
+    processes: that divide the samples, and sharded weights. teacher: parameters of one that is the reference."""
     on_gpu = device.type == "cuda"
     sequences = math.ceil(config.prompts_per_step * config.num_samples / processes)
     pieces = processes if config.shard == "full" else 1
@@ -90,11 +90,14 @@ def plan_of(
     )
     kept = _activation_bytes(model_config) * sequences * max_tokens
     copies = 0.0 if adapters or config.param_dtype == "bfloat16" else 4.0 * parameters - halved  # autocast's
+    reference = 0.0 if adapters or config.no_reference else 4.0 * parameters if config.reference_every else halved
+    if teacher:
+        reference = (2.0 if dtype == torch.bfloat16 and pieces == 1 else 4.0) * teacher / pieces
     parts = {
         "policy": (halved - (2.0 - NF4) * matrices if config.qlora else halved) + trained if adapters else trained,
         "gradients": trained,
         "AdamW": moments if config.offload == "none" else 0.0,
-        "reference": 0.0 if adapters or config.no_reference else 4.0 * parameters if config.reference_every else halved,
+        "reference": reference,
         "vLLM" if generator == "vllm" else "decoding": engine,
         "buffers": min(kept, GPU_SHARE * most if on_gpu else CPU_BYTES) + LOGITS_BYTES[device.type] + copies,
         "process": GPU_CONTEXT_BYTES if on_gpu else PROCESS_BYTES.get(generator, PROCESS_BYTES["transformers"]),

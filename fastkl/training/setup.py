@@ -59,6 +59,7 @@ from fastkl.training.resume import fingerprints, resume
 from fastkl.training.run_folder import has_checkpoint, lock_run_folder, prepare_run_folder
 from fastkl.training.small_adamw import SmallAdamW
 from fastkl.training.state import Run, StepLimits
+from fastkl.training.teacher import teacher_of
 from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch
 
 CPU = torch.device("cpu")
@@ -83,6 +84,7 @@ class Inputs:
     resumed: checkpoint.Checkpoint | None  # what the run continues
     is_fork: bool  # `resumed` is another run's
     given: Given  # objects in the place of what the settings name
+    teacher: str = ""  # folder or hub id of a reference that is another model; empty: it is the policy's start
 
 
 def check_inputs(
@@ -107,6 +109,10 @@ def check_inputs(
     model_config = models.load_config(source)
     tokenizer = given.tokenizer or models.load_tokenizer(source)
     room = room_for_prompt(config, model_config)
+    teacher = ""
+    if config.reference:
+        teacher, teacher_config = teacher_of(config.reference, tokenizer, model_config)
+        room = min(room, room_for_prompt(config, teacher_config))
     prompts = prompts_of(config, config.prompts if given.prompts is None else given.prompts, tokenizer, room, say)
     check_columns(rewards, dict.fromkeys(name for prompt in prompts for name in prompt.columns))
     prompts, held = split(config, prompts, tokenizer, room)
@@ -121,7 +127,7 @@ def check_inputs(
         folder, resumed, is_fork = world.once(lambda: folder_of(config))
     return Inputs(
         *(device, source, model_config, tokenizer, rewards, prompts, evaluator, sampling, generator, reason, folder),
-        *(lock, resumed, is_fork, given),
+        *(lock, resumed, is_fork, given, teacher),
     )
 
 
@@ -187,14 +193,13 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
         return found
 
     scored, referred = load_models(config, dataclasses.replace(inputs, device=CPU) if shards else inputs, settled)
-    policy, reference, start = scored.model, referred and referred.model, referred or scored
+    policy, reference = scored.model, referred and referred.model
+    start = scored if referred is None or inputs.teacher else referred
     probe = probe_batch(inputs.prompts[0], device)
-    with gathered(start):
-        check_head(start.model, list(inputs.prompts[0].token_ids))
-        layout, layout_reason = backbone.choose_layout(
-            start.model, probe, dtype, max_tokens=max_sequence_tokens(inputs, config)
-        )
-    scored.layout = start.layout = layout
+    layout, layout_reason = checked_layout(start, inputs, config, probe)
+    scored.layout = layout
+    if referred:
+        referred.layout = checked_layout(referred, inputs, config, probe)[0] if inputs.teacher else layout
     if config.param_dtype == "bfloat16":
         models.store_as_computed(policy, dtype, trained=True)
     check_trainable(scored, probe)
@@ -212,7 +217,8 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
     limits = limits_of(config, scored, world)
     hashes = fingerprints(config, inputs.prompts, reference, inputs.evaluator, inputs.given.rewards)
     if not config.reference_every and not shards:
-        models.store_as_computed(start.model, dtype)
+        for frozen in (scored, referred) if referred and inputs.teacher and config.lora_rank else (referred or scored,):
+            models.store_as_computed(frozen.model, dtype)
         give_back_gpu_memory(device)
     view.note(f"starting {inputs.generator} ...")
     generator = start_generator(inputs, config, scored, view.note, world)
@@ -263,6 +269,14 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
     return run
 
 
+def checked_layout(scored: ScoredModel, inputs: Inputs, config: TrainConfig, probe: PackedBatch) -> tuple[str, str]:
+    """How a model goes over a batch, and why; after a look at its head. UserError where it cannot be scored."""
+    with gathered(scored):
+        check_head(scored.model, list(inputs.prompts[0].token_ids))
+        tokens = max_sequence_tokens(inputs, config)
+        return backbone.choose_layout(scored.model, probe, scored.dtype, max_tokens=tokens)
+
+
 def check_trainable(policy: ScoredModel, probe: PackedBatch) -> None:
     """UserError where a backward through the model fails: Reformer's wants training mode and one length only."""
     try:
@@ -297,9 +311,13 @@ def load_models(
         add_adapters(policy, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
         if resumed:
             load_adapters(resumed.folder, policy)
+        if inputs.teacher:
+            return settled(policy), settled(teacher_model(inputs))
         return settled(policy), None if config.no_reference else settled(policy, adapters=False)
     if resumed and (resumed.folder / WEIGHTS).is_file():
         raise UserError(f"lora_rank: the checkpoint {str(resumed.folder)!r} holds adapters; give the rank they have.")
+    if inputs.teacher:
+        return settled(policy_of(inputs)), settled(teacher_model(inputs))
     if config.no_reference:
         return settled(policy_of(inputs)), None
     reference = settled(models.load_model(inputs.source, device).requires_grad_(False))
@@ -350,6 +368,11 @@ def optimizer_of(config: TrainConfig, policy: nn.Module) -> torch.optim.Optimize
     return SmallAdamW(trained, lr=lr, weight_decay=decay, eight_bit=eight_bit, home=home, seed=config.seed)
 
 
+def teacher_model(inputs: Inputs) -> nn.Module:
+    """The reference where it is another model."""
+    return models.load_model(inputs.teacher, inputs.device).requires_grad_(False)
+
+
 def policy_of(inputs: Inputs) -> Any:
     """The model that is trained: read from the checkpoint or the start, or the caller's own module, which is trained in
     place and gets a checkpoint's weights."""
@@ -382,6 +405,7 @@ def say_what_it_takes(
         processes=world.size,
         adapters=num_adapter_parameters(inputs.source, config.lora_rank) if config.lora_rank else 0,
         matrices=num_in_matrices(inputs.source),
+        teacher=(inputs.teacher and num_parameters(inputs.teacher)) or 0,
     )
     say(plan.line())
     for warning in () if config.lora_rank else lr_warnings(lr_of(config), parameters):

@@ -48,11 +48,15 @@ class HeadSource:
         if not self.raw:
             self._clamp_biases()
         self.shared, self.row_ids, self.options, self.dtype = shared, row_ids, options, dtype
-        self.vocab, self.hidden_size = policy.weight.shape
-        sides = 1 if reference is None else 2
+        self.vocab = len(policy.weight)
         self.buffer_rows = -(-chunk_rows // ROW_MULTIPLE) * ROW_MULTIPLE
         new = policy.hidden.new_zeros
-        self.hidden_buffer = new(sides, self.buffer_rows, self.hidden_size, dtype=dtype)
+        widths = [side.hidden.shape[1] for side in (policy, reference) if side is not None]
+        self.hidden_buffers: Any = (
+            new(2, self.buffer_rows, widths[0], dtype=dtype)  # one product reads both
+            if shared
+            else [new(self.buffer_rows, width, dtype=dtype) for width in widths]
+        )
         self.logits_buffers: Any = None  # a tensor or a list of two, made by the first load
         self.grad_hidden: Tensor | None = None
         self.grad_weight: Tensor | None = None
@@ -71,8 +75,8 @@ class HeadSource:
     def _new_logits_buffers(self) -> Any:
         """[sides, rows, V] where one product fills both sides; else two tensors, since smaller ones are easier to
         allocate."""
-        sides, rows = self.hidden_buffer.shape[:2]
-        device = self.hidden_buffer.device
+        sides, rows = len(self.hidden_buffers), self.buffer_rows
+        device = self.hidden_buffers[0].device
         if self.shared:
             return torch.empty(sides, rows, self.vocab, dtype=self.dtype, device=device)
         return [torch.empty(rows, self.vocab, dtype=self.dtype, device=device) for _ in range(sides)]
@@ -96,12 +100,12 @@ class HeadSource:
         sides = [self.policy] if self.reference is None or not need_ref else [self.policy, self.reference]
         n = -(-(hi - lo) // ROW_MULTIPLE) * ROW_MULTIPLE
         for side, head in enumerate(sides):
-            self._read_hidden(head.hidden, lo, hi, self.hidden_buffer[side, :n])
+            self._read_hidden(head.hidden, lo, hi, self.hidden_buffers[side][:n])
         if len(sides) == 2 and self.shared and n == self.buffer_rows:
-            self._product(self.policy, self.hidden_buffer.flatten(0, 1), self.logits_buffers.flatten(0, 1))
+            self._product(self.policy, self.hidden_buffers.flatten(0, 1), self.logits_buffers.flatten(0, 1))
         else:
             for side, head in enumerate(sides):
-                self._product(head, self.hidden_buffer[side, :n], self.logits_buffers[side][:n])
+                self._product(head, self.hidden_buffers[side][:n], self.logits_buffers[side][:n])
         logits = [self.logits_buffers[side][: hi - lo] for side in range(len(sides))]
         if not self.raw:
             for x in logits:
@@ -109,7 +113,7 @@ class HeadSource:
         return logits[0], logits[1] if len(logits) == 2 else None
 
     def store(self, lo: int, hi: int, dlogits: Tensor) -> None:
-        hidden = self.hidden_buffer[0, lo - self.loaded_from : hi - self.loaded_from]
+        hidden = self.hidden_buffers[0][lo - self.loaded_from : hi - self.loaded_from]
         if self.grad_bias is not None:
             self.grad_bias.add_(dlogits.sum(0, dtype=self.grad_bias.dtype))
         if self.weight_for_gradient is None:

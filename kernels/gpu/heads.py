@@ -242,7 +242,7 @@ def architecture_of(x: Tensor) -> int:
 
 
 def fits(policy: Side, reference: Side | None, rows_are_picked: bool) -> bool:
-    """Whether the kernels can read these heads: one dtype, contiguous features, rows of whole 16-byte units.
+    """Whether the kernels can read these heads: one width and dtype, contiguous features, rows of whole 16-byte units.
 
     Picking some rows of the hidden states makes them contiguous, so their features must then fill whole units, too.
     """
@@ -250,6 +250,8 @@ def fits(policy: Side, reference: Side | None, rows_are_picked: bool) -> bool:
         policy.hidden.is_cuda and policy.hidden.dtype == torch.float32
     ):  # float32 products are left to the BLAS
         return False
+    if reference is not None and reference.hidden.shape[1] != policy.hidden.shape[1]:
+        return False  # the kernels go over the features of both sides together
     tensors = [policy.hidden, policy.weight] + ([] if reference is None else [reference.hidden, reference.weight])
     unit = 16 // policy.hidden.element_size()
     if rows_are_picked and policy.hidden.shape[1] % unit:
