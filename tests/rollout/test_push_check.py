@@ -214,8 +214,25 @@ def test_an_engine_that_is_never_synced_is_stopped_at_the_first_push_that_it_mis
     assert said.startswith("step 2: ") and "more" in said
 
 
+def needs_packed(layer: torch.nn.Module) -> None:
+    """Skips where the engine multiplies with the weights that can be read, as in bfloat16 on processors without such
+    products: then no copy of them can be out of date."""
+    if layer.weight.ndim < 2:  # only the packed form is left
+        return
+    x = torch.ones(1, layer.weight.shape[1], dtype=layer.weight.dtype)
+    with torch.no_grad():
+        before = layer.cpu_linear(x, layer.weight, None)
+        layer.weight.neg_()
+        after = layer.cpu_linear(x, layer.weight, None)
+        layer.weight.neg_()
+    if not torch.equal(before, after):
+        pytest.skip(f"on this processor the engine packs no {layer.weight.dtype} matrices")
+
+
 @pytest.mark.vllm
 def test_a_tied_head_that_is_not_packed_anew_is_named(engine, monkeypatch):
+    (inside,) = engine.llm.apply_model(lambda found: found)
+    needs_packed(inside.lm_head)
     monkeypatch.setattr(weight_sync, "_repack_tied_head", lambda model: None)
     model = some_model()
     with pytest.raises(StaleEngineError, match=f"{HEAD} \\(packed from other weights\\)"):
@@ -232,6 +249,7 @@ def test_a_matrix_that_is_packed_from_other_weights_after_all_is_named(engine):
     model = some_model()
     engine.sync(model, 1)
     (inside,) = engine.llm.apply_model(lambda found: found)
+    needs_packed(inside.model.layers[0].mlp.down_proj)
     old = inside.model.layers[0].mlp.down_proj.cpu_linear
     small_step(model)
     original = engine.llm.reset_prefix_cache
