@@ -193,7 +193,7 @@ def test_a_request_that_fails_is_repeated_and_counted(judge, failure):
         ([lambda rewards: b'{"rewards": [0.5, NaN]}'], ["the reward 'nan'"], 1),
         ([lambda rewards: {"rewards": [0.5, 10**400]}], ["the reward '1000"], 1),
     ],
-    ids=lambda value: re.sub(r"<function.*?>", "an answer", str(value)),
+    ids=lambda value: re.sub(r"<function .*? at \w+>", "an answer", str(value)),
 )  # fmt: skip
 def test_what_cannot_be_a_reward_ends_in_one_sentence(judge, plan, words, requests):
     judge.plan = plan
