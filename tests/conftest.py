@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups when its own turn comes
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips the tests marked vllm without vLLM, and those marked gpu without an NVIDIA GPU; groups all for workers."""
     if config.pluginmanager.hasplugin("xdist"):
