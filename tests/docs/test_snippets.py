@@ -26,6 +26,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from pages import PAGES, ROOT, Snippet, commands, snippets
+from torch.distributed.run import get_args_parser
 
 import fastkl.cli
 from fastkl.config.defaults import output_of
@@ -196,9 +197,19 @@ def check_command(words: list[str], folder: Path, monkeypatch) -> None:
             assert done.returncode == 0, done.stderr
         case "python" | "python3", [script, *rest]:
             check_script(ROOT / script, rest, monkeypatch)
+        case "srun", [*rest]:
+            check_command(rest[rest.index("torchrun") :], folder, monkeypatch)
+        case "torchrun", [*rest]:
+            launched, _ = get_args_parser().parse_known_args(rest)
+            assert importlib.util.find_spec(launched.training_script)
+            if launched.training_script == "fastkl":
+                (folder / "run.yaml").touch()
+                check_fastkl(launched.training_script_args, folder, monkeypatch)
         case "mkdocs", [verb, *_]:
             assert verb in ("build", "serve")
         case "git" | "printf" | "pre-commit" | "ruff" | "pytest" | "cd", _:
+            pass
+        case _ if re.match(r"\w+=\$\(", words[0]):  # a shell's variable
             pass
         case _:
             pytest.fail(f"no check for {words}")
@@ -269,6 +280,7 @@ def check_fastkl(arguments: list[str], folder: Path, monkeypatch) -> None:
         return
     if command in WORK:
         monkeypatch.setattr(WORK[command], work)
+    monkeypatch.setattr("fastkl.distributed.launch.launch", lambda count, words: 0)
     monkeypatch.setattr("fastkl.training.early.place_of", lambda source: "text")  # prompts.jsonl is the reader's own
     make_what_is_continued(arguments, folder)
     try:

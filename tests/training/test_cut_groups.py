@@ -119,7 +119,7 @@ def test_groups_that_fit_are_forwarded_as_before(monkeypatch):
     original = first_forward.first_forward
 
     def noted(*arguments):
-        forwards.append(arguments[-1])
+        forwards.append(arguments[6])  # groups
         return original(*arguments)
 
     monkeypatch.setattr(first_forward, "first_forward", noted)
