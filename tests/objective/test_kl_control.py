@@ -166,10 +166,10 @@ from test_kl_control import steered
 
 update = loop.update
 
-def killed_in_step_3(*arguments, step):
+def killed_in_step_3(*arguments, step, **options):
     if step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return update(*arguments, step=step)
+    return update(*arguments, step=step, **options)
 
 loop.update = killed_in_step_3
 loop.train(steered(Path({folder!r})))
