@@ -1,17 +1,15 @@
 """Random models of known shapes with a tokenizer and prompts of their own: nothing is downloaded.
 
-The weights are normal numbers of deviation 0.02, made on the device and written in bfloat16, in /dev/shm where there is
-room. The tokenizer has one token per letter.
+The weights are normal numbers of deviation 0.02, made on the device and written in bfloat16. The tokenizer has one
+token per letter.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import shutil
 import string
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +35,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 CONTEXT = 4096
 DEVIATION = 0.02
-
-
-def room(num_bytes: float) -> Path:
-    """A new folder with so much room: in memory if there is enough, else where temporary files go."""
-    memory = Path("/dev/shm")
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free > num_bytes
-    return Path(tempfile.mkdtemp(prefix="fastkl-", dir=memory if roomy else None))
 
 
 def num_parameters(shape: str) -> int:
