@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import queue
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -84,6 +85,13 @@ GENERATION = ("generate", "sync")
 TRAINING = ("forward", "backward", "forward of the reference", "forwards without gradient")
 
 
+def free_port() -> int:
+    """A port that nobody listens on: contenders that stand in memory together must not share torch's default."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 class Contender:
     """A process that runs one job, and the lines that it has said."""
 
@@ -92,7 +100,9 @@ class Contender:
         self.started, self.lines, self.waiting = time.perf_counter(), [], ""
         self.log = models / f"{job.name}.log"
         command = [sys.executable, "-m", "bench.training.gpu_contenders", json.dumps(asdict(job)), models, output]
-        environment = common.child_environment(VLLM_CACHE_ROOT=models / f"cache-{job.name}")
+        environment = common.child_environment(
+            VLLM_CACHE_ROOT=models / f"cache-{job.name}", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()
+        )
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
