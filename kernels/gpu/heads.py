@@ -132,19 +132,25 @@ def has_target(target, first_id, COUNT: tl.constexpr):
 
 
 @triton.jit
+def place_of_program(num_row_blocks, num_parts, TILE: tl.constexpr):
+    """This program's block of rows and its part of the vocabulary. Programs that run at once have `group` blocks of
+    rows, whose states stay in the L2 cache, times all parts."""
+    pid = tl.program_id(0)
+    first_block = pid // (TILE.group * num_parts) * TILE.group
+    group_size = tl.minimum(num_row_blocks - first_block, TILE.group)
+    pid %= TILE.group * num_parts
+    return first_block + pid % group_size, pid // group_size
+
+
+@triton.jit
 def linear_score_kernel(h, w, hr, wr, strides, vectors, sizes, softcap, scale, FLAGS: tl.constexpr, TILE: tl.constexpr):
     """Running sums of one block of rows over one share of the vocabulary: `fold_bits` of hidden @ weight^T, tile by
     tile. A target's own logits are stored when its tile comes: carried along, they would cost registers that spill."""
     num_rows, vocab, hidden, num_row_blocks, num_splits = sizes
     BLOCK_ROWS: tl.constexpr = TILE.rows
     BLOCK_VOCAB: tl.constexpr = TILE.vocab
-    # programs that run at once: GROUP blocks of rows, whose states stay in the L2 cache, times all shares
-    pid = tl.program_id(0)
-    first_block = pid // (TILE.group * num_splits) * TILE.group
-    group_size = tl.minimum(num_row_blocks - first_block, TILE.group)
-    pid %= TILE.group * num_splits
-    first_row = (first_block + pid % group_size) * BLOCK_ROWS
-    split = pid // group_size
+    row_block, split = place_of_program(num_row_blocks, num_splits, TILE)
+    first_row = row_block * BLOCK_ROWS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < num_rows
     target = tl.load(vectors.target + rows, mask=in_rows, other=-1).to(tl.int32)

@@ -323,6 +323,13 @@ def load_factor(gradient, index: tl.constexpr, row, GIVEN: tl.constexpr):
 
 
 @triton.jit
+def one_minus_exp(logprob):
+    """1 - exp(logprob) without cancellation: by the series where the log-probability is small."""
+    x = -logprob
+    return tl.where(x < 1e-2, x * (1.0 - x * (0.5 - x * (1.0 / 6.0))), 1.0 - tl.exp2(logprob * LOG2E))
+
+
+@triton.jit
 def gradient_block(
     z, r, cols, target, holds_target, stats, factors, HAS_B: tl.constexpr, HAS_C: tl.constexpr
 ):  # fmt: skip
@@ -339,10 +346,7 @@ def gradient_block(
         slope += fc * ((z - (r - mr)) - tl.where(fc == 0.0, 0.0, mean_gap))
     dz = p * (slope - fa)
     if holds_target:
-        # 1 - p without cancellation: from the log-probability, by the series where it is small
-        x = -logprob
-        one_minus_p = tl.where(x < 1e-2, x * (1.0 - x * (0.5 - x * (1.0 / 6.0))), 1.0 - tl.exp2(logprob * LOG2E))
-        dz = tl.where(cols == target, p * slope + fa * one_minus_p, dz)
+        dz = tl.where(cols == target, p * slope + fa * one_minus_exp(logprob), dz)
     return dz
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..passes import LogitOptions, RowStats, Side, chunk_ranges
 from ..types import TokenCoefficients
-from .heads import BLOCK_ROWS, NUM_WARPS, Operands, Sizes, descriptor, has_target, raw_logits
-from .rows import LOG2E, before_processing, process_logits, weighted
+from .heads import BLOCK_ROWS, NUM_WARPS, Operands, Sizes, descriptor, has_target, place_of_program, raw_logits
+from .rows import LOG2E, before_processing, one_minus_exp, process_logits, weighted
 
 SLICE_IDS, SLICE_ROWS = 16384, 16384
 """How many logits' gradients are held at a time: 0.5 GiB in 16 bits."""
@@ -73,11 +73,9 @@ def at_target(known, rows, inside, FLAGS: tl.constexpr):
     if FLAGS.has_c:
         gap = centred - (stat(known, 6, rows, inside) + stat(known, 5, rows, inside))
     a = factor(known, 0, rows, inside)
-    x = -logprob
-    one_minus_p = tl.where(x < 1e-2, x * (1.0 - x * (0.5 - x * (1.0 / 6.0))), 1.0 - tl.exp2(logprob * LOG2E))
     p = tl.exp2(logprob * LOG2E)
     others = weighted(p, slope(centred, gap, known, rows, inside, FLAGS) + a)  # infinite where the target is excluded
-    return others + a * one_minus_p
+    return others + a * one_minus_exp(logprob)
 
 
 @triton.jit
@@ -89,12 +87,9 @@ def linear_gradient_kernel(
     num_rows, vocab, hidden, num_row_blocks, num_tiles = sizes
     BLOCK_ROWS: tl.constexpr = TILE.rows
     BLOCK_VOCAB: tl.constexpr = TILE.vocab
-    pid = tl.program_id(0)
-    first_block = pid // (TILE.group * num_tiles) * TILE.group
-    group_size = tl.minimum(num_row_blocks - first_block, TILE.group)
-    pid %= TILE.group * num_tiles
-    first_row = (first_block + pid % group_size) * BLOCK_ROWS
-    first_id = pid // group_size * BLOCK_VOCAB
+    row_block, tile = place_of_program(num_row_blocks, num_tiles, TILE)
+    first_row = row_block * BLOCK_ROWS
+    first_id = tile * BLOCK_VOCAB
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     ids = first_id + tl.arange(0, BLOCK_VOCAB)
     inside = rows < num_rows
