@@ -175,9 +175,11 @@ def linear_score_kernel(h, w, hr, wr, strides, vectors, sizes, softcap, scale, F
         if has_target(target, first_id, BLOCK_VOCAB) | (first_id + BLOCK_VOCAB > vocab):
             is_target = ids[None, :] == target[:, None]
             inside = (ids < vocab)[None, :]
-            of_target = tl.sum(tl.where(is_target, z, 0.0), 1), tl.sum(tl.where(is_target, r, 0.0), 1)
             here = in_rows & (target >= first_id) & (target < first_id + BLOCK_VOCAB)
-            store_fields(share + 6 * vectors.sums_stride, vectors.sums_stride, 0, here, of_target)
+            of_target = share + 6 * vectors.sums_stride
+            tl.store(of_target, tl.sum(tl.where(is_target, z, 0.0), 1), mask=here)
+            if FLAGS.has_ref:
+                tl.store(of_target + vectors.sums_stride, tl.sum(tl.where(is_target, r, 0.0), 1), mask=here)
             z = tl.where(inside & (ids[None, :] != target[:, None]), z, EXCLUDED)
             if FLAGS.has_ref:
                 r = tl.where(inside, r, EXCLUDED)
