@@ -217,8 +217,8 @@ def head_call(
     weight = policy_head.weight
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (policy_hidden, weight))
     if request.chunk_tokens is None and policy_hidden.is_cuda:
-        has_bias = any(head is not None and head.bias is not None for head in (policy_head, ref_head))
-        rounded = request.logits_dtype == "bfloat16" and policy_hidden.dtype == torch.bfloat16 and not has_bias
+        biases = [None if head is None else head.bias for head in (policy_head, ref_head)]
+        rounded = options.rounded_by_product(policy_hidden.dtype, *biases)
         num_bytes = (1 if ref_head is None else 2) * (2 if rounded else 4)
         call = replace(call, chunk_rows=_chunk_rows(CHUNK_BYTES["cuda"], valid * num_bytes, unit=128))
     keeps = keeps_last_chunk or weight.requires_grad and weight.numel() * 4 > CACHED_BYTES

@@ -80,6 +80,12 @@ class LogitOptions:
         """Whether logits change by scale and temperature."""
         return isinstance(self.temperature, Tensor) or self.scale != 1.0
 
+    def rounded_by_product(self, dtype: torch.dtype, *biases: Tensor | None) -> bool:
+        """Whether the logits of heads in this dtype are what a bfloat16 product on a GPU writes: its float32
+        accumulators, rounded once, before anything is done to them."""
+        no_bias = all(bias is None for bias in biases)
+        return dtype == torch.bfloat16 and self.logits_dtype == "bfloat16" and no_bias
+
     def apply_(self, logits: Tensor) -> None:
         """Rounds and caps the head's output [n, V] in place: what comes before scale and temperature."""
         if self.logits_dtype == "bfloat16":

@@ -14,12 +14,6 @@ from ..cpu import sources as cpu
 from ..passes import LogitOptions, Side
 
 
-def rounds_by_product(dtype: torch.dtype, options: LogitOptions, has_bias: bool) -> bool:
-    """Whether logits that are to be rounded to bfloat16 are what a bfloat16 product writes: its float32 accumulators,
-    rounded once, before anything is done to them."""
-    return dtype == torch.bfloat16 and options.logits_dtype == "bfloat16" and not has_bias
-
-
 class HeadSource(cpu.HeadSource):
     """Half-precision heads multiplied as they are, with float32 logits straight from the accumulators.
 
@@ -45,8 +39,8 @@ class HeadSource(cpu.HeadSource):
         dtype = policy.hidden.dtype if policy.hidden.is_cuda else dtype
         super().__init__(policy, reference, row_ids, options, chunk_rows, dtype)
         self.dtype = torch.float32  # of the logits
-        has_bias = any(side is not None and side.bias is not None for side in (policy, reference))
-        if policy.hidden.is_cuda and rounds_by_product(dtype, options, has_bias):
+        biases = [None if side is None else side.bias for side in (policy, reference)]
+        if policy.hidden.is_cuda and options.rounded_by_product(dtype, *biases):
             self.dtype = torch.bfloat16
         self.dlogits_buffer: Tensor | None = None
 
