@@ -172,11 +172,52 @@ def set_up(config: TrainConfig, *, callbacks: Iterable[object] = (), given: Give
 
 def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], view: View, world: World = ALONE) -> Run:
     """The run that these inputs describe: models checked and loaded, generator started, state resumed."""
-    device, resumed = inputs.device, inputs.resumed
+    resumed = inputs.resumed
+    view.first_step = resumed.step + 1 if resumed else 1
+    dtype = compute_dtype(config.dtype, inputs.device)
+    prepare(config, inputs, dtype, view, world)
+    scored, referred = ready_models(config, inputs, dtype, view, world)
+    limits = limits_of(config, scored, world)
+    reference = referred and referred.model
+    hashes = fingerprints(config, inputs.prompts, reference, inputs.evaluator, inputs.given.rewards)
+    store_frozen(config, inputs, scored, referred, dtype, world)
+    view.note(f"starting {inputs.generator} ...")
+    generator = start_generator(inputs, config, scored, view.note, world)
+    if inputs.is_fork and resumed and world.is_first:
+        copy_lines(resumed, inputs.folder)
+    seed_everything(config.seed + world.rank)
+    run = Run(
+        config=config,
+        folder=inputs.folder,
+        policy=scored,
+        reference=referred,
+        tokenizer=inputs.tokenizer,
+        optimizer=optimizer_of(config, scored.model),
+        prompts=PromptSource(inputs.prompts, seed=config.seed, shuffle=config.shuffle),
+        rewards=inputs.rewards,
+        generator=generator,
+        objective=objective_of(config, inputs.sampling),
+        controller=KlController(config.kl_coef, config.kl_target),
+        limits=limits,
+        log=log_of(world, lambda: new_log(config, inputs, view)),
+        view=view,
+        well_formed=storyteller_checker(config.model, inputs.model_config),
+        evaluator=inputs.evaluator,
+        best=Best(best_by(config.best)) if config.best else None,
+        callbacks=callbacks,
+        world=world,
+        lock=inputs.lock,
+        inputs=hashes,
+    )
+    go_on(run, inputs, dtype)
+    return run
+
+
+def prepare(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, view: View, world: World) -> None:
+    """What comes before the first weight: whether the memory will do, reward functions, downloads. Raises UserError."""
+    device = inputs.device
     if device.type == "cpu":
         keep_freed_memory()
-    view.first_step = resumed.step + 1 if resumed else 1
-    dtype = compute_dtype(config.dtype, device)
     check_storage(config, device, dtype)
     say_what_it_takes(config, inputs, dtype, view.note, world)
     view.note(f"loading {config.model} ...")
@@ -184,7 +225,18 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
     prepare_rewards((*inputs.rewards, *(reward for reward in of_held if reward not in inputs.rewards)), device)
     if config.revision:
         snapshot(config.model, config.revision, weights=True)
-    shards = config.shard == "full" and world.size > 1
+
+
+def is_sharded(config: TrainConfig, world: World) -> bool:
+    """Whether every process holds a piece of every weight."""
+    return config.shard == "full" and world.size > 1
+
+
+def ready_models(
+    config: TrainConfig, inputs: Inputs, dtype: torch.dtype, view: View, world: World
+) -> tuple[ScoredModel, ScoredModel | None]:
+    """Policy and reference, loaded, with the layouts that score them right, and checked to be trainable and savable."""
+    device, shards = inputs.device, is_sharded(config, world)
 
     def settled(model: nn.Module, *, adapters: bool = True) -> ScoredModel:
         found = ScoredModel(model, dtype=dtype, adapters=adapters)
@@ -193,7 +245,7 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
         return found
 
     scored, referred = load_models(config, dataclasses.replace(inputs, device=CPU) if shards else inputs, settled)
-    policy, reference = scored.model, referred and referred.model
+    policy = scored.model
     start = scored if referred is None or inputs.teacher else referred
     probe = probe_batch(inputs.prompts[0], device)
     layout, layout_reason = checked_layout(start, inputs, config, probe)
@@ -214,59 +266,48 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
         view.note(f"{world.size} processes, each with {has} and a share of the samples")
     view.note(f"generator: {inputs.generator} ({inputs.generator_reason})")
     view.note(f"backbone: {layout} ({layout_reason}), {str(dtype).removeprefix('torch.')} on {device.type}")
-    limits = limits_of(config, scored, world)
-    hashes = fingerprints(config, inputs.prompts, reference, inputs.evaluator, inputs.given.rewards)
-    if not config.reference_every and not shards:
-        for frozen in (scored, referred) if referred and inputs.teacher and config.lora_rank else (referred or scored,):
-            models.store_as_computed(frozen.model, dtype)
-        give_back_gpu_memory(device)
-    view.note(f"starting {inputs.generator} ...")
-    generator = start_generator(inputs, config, scored, view.note, world)
-    if inputs.is_fork and resumed and world.is_first:
-        copy_lines(resumed, inputs.folder)
-    seed_everything(config.seed + world.rank)
-    run = Run(
-        config=config,
-        folder=inputs.folder,
-        policy=scored,
-        reference=referred,
-        tokenizer=inputs.tokenizer,
-        optimizer=optimizer_of(config, policy),
-        prompts=PromptSource(inputs.prompts, seed=config.seed, shuffle=config.shuffle),
-        rewards=inputs.rewards,
-        generator=generator,
-        objective=objective_of(config, inputs.sampling),
-        controller=KlController(config.kl_coef, config.kl_target),
-        limits=limits,
-        log=log_of(
-            world,
-            lambda: RunLog(
-                inputs.folder,
-                config.report_to,
-                dataclasses.asdict(config),
-                resumed.step if resumed else -1 if config.resume else None,
-                evaluates=inputs.evaluator is not None,
-                report_problem=view.note,
-            ),
-        ),
-        view=view,
-        well_formed=storyteller_checker(config.model, inputs.model_config),
-        evaluator=inputs.evaluator,
-        best=Best(best_by(config.best)) if config.best else None,
-        callbacks=callbacks,
-        world=world,
-        lock=inputs.lock,
-        inputs=hashes,
+    return scored, referred
+
+
+def store_frozen(
+    config: TrainConfig,
+    inputs: Inputs,
+    scored: ScoredModel,
+    referred: ScoredModel | None,
+    dtype: torch.dtype,
+    world: World,
+) -> None:
+    """Keeps the matrices that nobody trains in the dtype in which they are computed."""
+    if config.reference_every or is_sharded(config, world):
+        return
+    for frozen in (scored, referred) if referred and inputs.teacher and config.lora_rank else (referred or scored,):
+        models.store_as_computed(frozen.model, dtype)
+    give_back_gpu_memory(inputs.device)
+
+
+def new_log(config: TrainConfig, inputs: Inputs, view: View) -> RunLog:
+    """The run's log, cut to the step that it goes on from."""
+    return RunLog(
+        inputs.folder,
+        config.report_to,
+        dataclasses.asdict(config),
+        inputs.resumed.step if inputs.resumed else -1 if config.resume else None,
+        evaluates=inputs.evaluator is not None,
+        report_problem=view.note,
     )
+
+
+def go_on(run: Run, inputs: Inputs, dtype: torch.dtype) -> None:
+    """Notes what the run runs on, and takes over the state that it continues."""
+    resumed, world = inputs.resumed, run.world
     first_step = resumed.step + 1 if resumed else 1
-    world.once(lambda: record_environment(inputs.folder, first_step=first_step, device=device, dtype=dtype))
+    world.once(lambda: record_environment(inputs.folder, first_step=first_step, device=inputs.device, dtype=dtype))
     for note in inputs.evaluator.notes if inputs.evaluator else ():
-        view.note(note)
+        run.view.note(note)
     if resumed:
         (begin if inputs.is_fork else resume)(run, resumed)
-    elif config.resume:
-        view.note("the run ended before its first checkpoint: it starts anew")
-    return run
+    elif run.config.resume:
+        run.view.note("the run ended before its first checkpoint: it starts anew")
 
 
 def checked_layout(scored: ScoredModel, inputs: Inputs, config: TrainConfig, probe: PackedBatch) -> tuple[str, str]:
