@@ -7,8 +7,7 @@ Llamas made here: 3.2 million parameters (vLLM generates) and 0.26 million with 
 (transformers generates). Every contender runs in a process of its own, one after another, `--rounds` times in turn; the
 time of a step is the wall time between the ends of two steps, logging included; the first two steps do not count.
 
-On a GPU: 256 new tokens, bfloat16, a Llama with the sizes and the vocabulary of Qwen2.5-0.5B, vLLM on both sides
-(TRL's "colocate" mode).
+For a CPU; bench/training/gpu_steps.py measures whole steps on a GPU.
 
 "parts" measures the unavoidable parts of a fastkl step alone, in one process: the engine's bare generation of as many
 tokens, one reference backbone forward, one policy backbone forward and backward, and the head's four matrix products.
@@ -34,10 +33,6 @@ B, K, T = 16, 8, 96
 SIZES: dict[str, dict[str, int]] = {
     "3.2M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8},
     "0.26M": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 8},
-    "0.5B": {
-        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-        "num_key_value_heads": 2, "vocab_size": 151936,
-    },
 }  # fmt: skip
 PROMPT = "Once upon a time"
 
@@ -57,7 +52,7 @@ def vowels(completions: list[str], **_: Any) -> list[float]:
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
-def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens: int = T) -> dict[str, Any]:
+def fastkl_steps(model: Path, steps: int, generator: str, dtype: str) -> dict[str, Any]:
     """fastkl's training loop as `fastkl train` runs it."""
     from fastkl import TrainConfig, train
 
@@ -67,7 +62,7 @@ def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens
             TrainConfig(
                 model=str(model), prompts=PROMPT, reward=(f"{__file__}:vowels",), kl_coef=0.05, lr=1e-6, warmup_steps=0,
                 lr_decay="constant", steps=steps + common.WARM_UP_STEPS, prompts_per_step=B, num_samples=K,
-                max_new_tokens=new_tokens, generator=generator, dtype=dtype, save_every=0, sample_every=0,
+                max_new_tokens=T, generator=generator, dtype=dtype, save_every=0, sample_every=0,
                 report_to=(), output=f"{folder}/run",
             ),
             callbacks=[steps_seen],
@@ -78,20 +73,16 @@ def fastkl_steps(model: Path, steps: int, generator: str, dtype: str, new_tokens
     return {"step_s": common.step_seconds(steps_seen.ends), "tokens_per_step": tokens, "stages": stages}
 
 
-def trl_steps(
-    model: Path, steps: int, dtype: str, new_tokens: int = T, batch: int = B * K, **options: Any
-) -> dict[str, Any]:
-    """TRL's RLOOTrainer on the same job, `batch` sequences at a time. options: more of RLOOConfig's, such as its vLLM
-    mode, which needs a GPU; without it transformers generates.
-    """
+def trl_steps(model: Path, steps: int, dtype: str) -> dict[str, Any]:
+    """TRL's RLOOTrainer on the same job; transformers generates, since its vLLM mode needs a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, ends = common.trl_run(
-            model, [PROMPT] * 1024, vowels, steps, output_dir=folder, per_device_train_batch_size=batch,
-            gradient_accumulation_steps=B * K // batch, num_generations=K, max_completion_length=new_tokens,
-            learning_rate=1e-6, temperature=1.0, bf16=dtype == "bfloat16", **options,
+            model, [PROMPT] * 1024, vowels, steps, output_dir=folder, per_device_train_batch_size=B * K,
+            gradient_accumulation_steps=1, num_generations=K, max_completion_length=T,
+            learning_rate=1e-6, temperature=1.0, bf16=dtype == "bfloat16",
         )  # fmt: skip
         trainer.train()
-    return {"step_s": common.step_seconds(ends), "tokens_per_step": B * K * new_tokens}
+    return {"step_s": common.step_seconds(ends), "tokens_per_step": B * K * T}
 
 
 def one_text_at_a_time(model: Path, steps: int) -> dict[str, Any]:
@@ -120,7 +111,7 @@ def one_text_at_a_time(model: Path, steps: int) -> dict[str, Any]:
     return {"step_s": times[1:], "tokens_per_step": statistics.median(tokens[1:])}
 
 
-def parts(model: Path, steps: int, generator: str, dtype: str, new_tokens: int = T) -> dict[str, Any]:
+def parts(model: Path, steps: int, generator: str, dtype: str) -> dict[str, Any]:
     """The unavoidable parts of a step, each measured alone; seconds, medians over `steps` repeats."""
     from fastkl import TrainConfig
     from fastkl.rollout.requests import grouped, requests_of
@@ -132,7 +123,7 @@ def parts(model: Path, steps: int, generator: str, dtype: str, new_tokens: int =
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             model=str(model), prompts=PROMPT, reward=(f"{__file__}:vowels",), prompts_per_step=B, num_samples=K,
-            max_new_tokens=new_tokens, generator=generator, dtype=dtype, report_to=(), output=f"{folder}/run",
+            max_new_tokens=T, generator=generator, dtype=dtype, report_to=(), output=f"{folder}/run",
         )  # fmt: skip
         run = set_up(config)
         prompts = run.prompts.take(B)
@@ -154,7 +145,7 @@ def parts(model: Path, steps: int, generator: str, dtype: str, new_tokens: int =
                     states.backward(torch.ones_like(states))
             run.policy.zero_grad(set_to_none=True)
 
-        head = weight.detach().to(run.policy.dtype if run.device.type == "cuda" else torch.float32)
+        head = weight.detach().float()
         hidden, logits = (torch.randn(2048, size, device=run.device).to(head.dtype) for size in head.shape[::-1])
 
         @torch.no_grad()
@@ -201,16 +192,6 @@ CONTENDERS: dict[str, tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]]
     "fastkl-3.2M-bf16": ("3.2M", fastkl_steps, {"generator": "vllm", "dtype": "bfloat16"}),
     "trl-3.2M-bf16": ("3.2M", trl_steps, {"dtype": "bfloat16"}),
 }
-ON_GPU = {"dtype": "bfloat16", "new_tokens": 256}
-GPU_CONTENDERS: dict[str, tuple[str, Callable[..., dict[str, Any]], dict[str, Any]]] = {
-    "fastkl-0.5B": ("0.5B", fastkl_steps, {"generator": "vllm", **ON_GPU}),
-    "parts-0.5B": ("0.5B", parts, {"generator": "vllm", **ON_GPU}),
-    "trl-0.5B": (
-        "0.5B", trl_steps,
-        {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3, "batch": 32, **ON_GPU},
-    ),
-}  # fmt: skip
-CONTENDERS |= GPU_CONTENDERS
 
 
 def measure(name: str, model: str, steps: int) -> dict[str, Any]:
@@ -223,11 +204,11 @@ def default_contenders() -> list[str]:
     """Everything that can be compared here: bfloat16 rows need a processor with bfloat16 products."""
     from fastkl.scoring.models import bfloat16_is_fast
 
-    names = [name for name in CONTENDERS if (name in GPU_CONTENDERS) == torch.cuda.is_available()]
+    names = list(CONTENDERS)
     if importlib.util.find_spec("trl") is None:
         print("trl is not installed: its rows are left out")
         names = [name for name in names if not name.startswith("trl")]
-    if not bfloat16_is_fast(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+    if not bfloat16_is_fast(torch.device("cpu")):
         print("this processor has no bfloat16 matrix products: the bf16 rows are left out")
         names = [name for name in names if not name.endswith("bf16")]
     return names
