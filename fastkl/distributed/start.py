@@ -18,16 +18,27 @@ def processes() -> World:
 
     UserError where it is incomplete.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) <= 1:
+    if _number("WORLD_SIZE", 1) <= 1:
         return ALONE
     if missing := [name for name in NEEDED if name not in os.environ]:
         raise UserError(
             f"WORLD_SIZE: {os.environ['WORLD_SIZE']} processes, but {', '.join(missing)} is not set; start them with "
             "torchrun or `fastkl train --nproc`, or unset WORLD_SIZE."
         )
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local = int(os.environ.get("LOCAL_RANK", rank))
-    return World(rank, size, local, int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size)
+    size = _number("WORLD_SIZE", 1)
+    rank = _number("RANK", 0)
+    return World(rank, size, _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", size) == size)
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of the environment."""
+    value = os.environ.get(name, default)
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(
+            f"{name}: {value!r} is no number; start the processes with torchrun or `fastkl train --nproc`, or unset it."
+        ) from None
 
 
 def num_restarts() -> int:
@@ -61,7 +72,8 @@ def launched() -> World:
     except (RuntimeError, OSError) as failure:
         raise UserError(
             f"MASTER_ADDR: the {found.size} processes did not find each other at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} ({str(failure).splitlines()[0][:200]})."
+            f"{os.environ['MASTER_PORT']} ({str(failure).splitlines()[0][:200]}); start all of them, on machines that "
+            "reach this address and port."
         ) from failure
     atexit.register(world.close)
     return world

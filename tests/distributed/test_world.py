@@ -230,6 +230,9 @@ def test_the_environment_says_which_process_this_is(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert processes() is ALONE  # torchrun --nproc-per-node 1
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(UserError, match="WORLD_SIZE: 'many' is no number; start the processes with torchrun"):
+        processes()
     monkeypatch.setenv("WORLD_SIZE", "16")
     with pytest.raises(UserError, match="WORLD_SIZE: 16 processes, but MASTER_ADDR, MASTER_PORT is not set; start"):
         processes()
