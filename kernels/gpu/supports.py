@@ -159,6 +159,24 @@ def list_block(
 
 
 @triton.jit
+def sums_of_list(row, z, ids, others, r_t, numbers, FLAGS: tl.constexpr):
+    """The sums that `finish` takes, over those ids of a list that are kept, the target aside."""
+    _, _, r_ptr, ref_bias_ptr = row
+    m = tl.maximum(tl.max(tl.where(others, z, EXCLUDED), 0), NO_LOGIT)
+    e = tl.where(others, tl.exp2((z - m) * LOG2E), 0.0)
+    d = tl.where(others, z - m, 0.0)
+    mr, sr, g = m, m * 0.0, m * 0.0
+    if FLAGS.has_ref:
+        listed = tl.where(others, ids, 0)
+        r = load_logits(r_ptr, ref_bias_ptr, listed, numbers, FLAGS.has_ref_bias, FLAGS, False, True)
+        r = tl.where(others, r, -float("inf"))
+        mr = tl.maximum(tl.maximum(tl.max(r, 0), r_t), NO_LOGIT)
+        sr = tl.sum(tl.exp2((r - mr) * LOG2E), 0) + tl.exp2((r_t - mr) * LOG2E)
+        g = tl.sum(weighted(e, d - (r - mr)), 0)
+    return m, mr, tl.sum(e, 0), tl.sum(e * d, 0), sr, g
+
+
+@triton.jit
 def decide(
     row, i, target, z_t, r_t, n, top, total, above, whole, k, limits, num_bans, stats, numbers,
     FLAGS: tl.constexpr, WHICH: tl.constexpr, SIZE: tl.constexpr,
@@ -168,7 +186,6 @@ def decide(
     above: what weighs more than the list, in exponentials centred at top; whole: whether nothing does. k: how many of
     the best top_k leaves.
     """
-    _, _, r_ptr, ref_bias_ptr = row
     place = tl.arange(0, SIZE)
     key = tl.load(limits.keys + i * WHICH.list + place, mask=place < n, other=-0x7FFFFFFFFFFFFFFF)
     key = tl.sort(key, 0, True)
@@ -217,20 +234,61 @@ def decide(
     tl.store(stats.support + FIRST_ID * stats.stride + i, first_id.to(tl.float32))
     tl.store(limits.unsettled + i, ((unclear == 0) & (whole == 0)).to(tl.int32))
     if (unclear == 0) & (whole > 0):
-        others = keep & (ids != target)
-        m = tl.maximum(tl.max(tl.where(others, z, EXCLUDED), 0), NO_LOGIT)
-        e = tl.where(others, tl.exp2((z - m) * LOG2E), 0.0)
-        d = tl.where(others, z - m, 0.0)
-        mr, sr, g = m, m * 0.0, m * 0.0
-        if FLAGS.has_ref:
-            listed = tl.where(others, ids, 0)
-            r = load_logits(r_ptr, ref_bias_ptr, listed, numbers, FLAGS.has_ref_bias, FLAGS, False, True)
-            r = tl.where(others, r, -float("inf"))
-            mr = tl.maximum(tl.maximum(tl.max(r, 0), r_t), NO_LOGIT)
-            sr = tl.sum(tl.exp2((r - mr) * LOG2E), 0) + tl.exp2((r_t - mr) * LOG2E)
-            g = tl.sum(weighted(e, d - (r - mr)), 0)
-        sums = (m, mr, tl.sum(e, 0), tl.sum(e * d, 0), sr, g)
+        sums = sums_of_list(row, z, ids, keep & (ids != target), r_t, numbers, FLAGS)
         store_fields(stats.support, stats.stride, i, True, finish(z_t, r_t, sums, FLAGS.has_ref))
+
+
+@triton.jit
+def bound(limits, i, top, vocab, WHICH: tl.constexpr):
+    """What the least logit that top_k and min_p keep is not below; how many top_k leaves; whether neither limits this
+    row, so that top_p is alone."""
+    low = tl.full([], NO_LOGIT, tl.float32)
+    k = vocab + tl.full([], 0, tl.int32)
+    alone = k * 0 + 1
+    if WHICH.top_k:
+        k = tl.load(limits.top_k + i).to(tl.int32)
+        if k < vocab:
+            low = tl.maximum(low, tl.load(limits.low + i))
+            alone = k * 0
+    if WHICH.min_p:
+        min_p = tl.load(limits.min_p + i)
+        if min_p > 0.0:
+            low = tl.maximum(low, top + tl.log(min_p) - SLACK - tl.abs(top) * MARGIN)
+            alone = k * 0
+    return low, k, alone
+
+
+@triton.jit
+def around_the_cut(
+    row, block, numbers, top, low, wanted, limits, num_bans,
+    FLAGS: tl.constexpr, WHICH: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """An interval low <= z < high of logits, few enough for the list, in which the sum of exp(z - top) from above
+    reaches `wanted`; and the sum above it. high is infinite where the list may hold all that is above, too."""
+    high = tl.full([], float("inf"), tl.float32)
+    above = tl.full([], 0.0, tl.float32)
+    from_low = numbers[0] + tl.full([], 0, tl.int32)  # how many logits reach low and high, at most
+    from_high = from_low * 0
+    for _ in range(0, ROUNDS):
+        if from_low - from_high > WHICH.list:
+            step = (tl.minimum(high, top) - low) * 0.25
+            pivots = (low + step, low + 2.0 * step, low + 3.0 * step)
+            m1, m2, m3, n1, n2, n3 = pivot_sums(row, block, numbers, top, pivots, FLAGS, BLOCK, LANES)
+            p1, p2, p3 = pivots
+            # the cut lies between the highest pivot that enough weight reaches and the next one
+            in_3 = m3 - banned_mass(row, numbers, top, p3, limits, num_bans, FLAGS)
+            in_2 = m2 - banned_mass(row, numbers, top, p2, limits, num_bans, FLAGS)
+            in_1 = m1 - banned_mass(row, numbers, top, p1, limits, num_bans, FLAGS)
+            by_3, by_2, by_1 = in_3 >= wanted, in_2 >= wanted, in_1 >= wanted
+            low = tl.where(by_3, p3, tl.where(by_2, p2, tl.where(by_1, p1, low)))
+            from_low = tl.where(by_3, n3, tl.where(by_2, n2, tl.where(by_1, n1, from_low)))
+            high = tl.where(by_3, high, tl.where(by_2, p3, tl.where(by_1, p2, p1)))
+            above = tl.where(by_3, above, tl.where(by_2, in_3, tl.where(by_1, in_2, in_1)))
+            from_high = tl.where(by_3, from_high, tl.where(by_2, n3, tl.where(by_1, n2, n1)))
+    if from_low <= WHICH.list:
+        high = tl.full([], float("inf"), tl.float32)
+        above = tl.full([], 0.0, tl.float32)
+    return low, high, above
 
 
 @triton.jit
@@ -249,62 +307,28 @@ def support_kernel(
     num_bans = tl.load(limits.num_bans + i).to(tl.int32)
     z_t, r_t = load_pair(row, target, numbers, FLAGS.has_ref, FLAGS, False, True)
 
-    # 1. the bound
-    low = tl.full([], NO_LOGIT, tl.float32)
-    k = vocab + tl.full([], 0, tl.int32)
-    alone = k * 0 + 1  # whether no limit comes before top_p
-    if WHICH.top_k:
-        k = tl.load(limits.top_k + i).to(tl.int32)
-        if k < vocab:
-            low = tl.maximum(low, tl.load(limits.low + i))
-            alone = k * 0
-    if WHICH.min_p:
-        min_p = tl.load(limits.min_p + i)
-        if min_p > 0.0:
-            low = tl.maximum(low, top + tl.log(min_p) - SLACK - tl.abs(top) * MARGIN)
-            alone = k * 0
+    low, k, alone = bound(limits, i, top, vocab, WHICH)
     p = tl.full([], 1.0, tl.float32)
     if WHICH.top_p:
         p = tl.load(limits.top_p + i)
-
-    # 2. pivots
     total = tl.full([], 0.0, tl.float32)
     above = tl.full([], 0.0, tl.float32)
     high = tl.full([], float("inf"), tl.float32)
     hopeless = k * 0
-    if WHICH.top_p and (p < 1.0) & (alone > 0):
+    if WHICH.top_p and ((p < 1.0) & (alone > 0)):
         everything = tl.exp2(tl.load(stats.full + stats.stride + i) * LOG2E)
         total = everything - banned_mass(row, numbers, top, low, limits, num_bans, FLAGS)
         hopeless = (total < 0.5 * everything).to(tl.int32)  # a difference that small is not exact
         low = tl.maximum(low, top + tl.log((1.0 - p) * total / vocab) - SLACK)
-        from_low, from_high = k, k * 0  # how many logits reach them, at most
-        for _ in range(0, ROUNDS):
-            if from_low - from_high > WHICH.list:
-                step = (tl.minimum(high, top) - low) * 0.25
-                pivots = (low + step, low + 2.0 * step, low + 3.0 * step)
-                m1, m2, m3, n1, n2, n3 = pivot_sums(row, block, numbers, top, pivots, FLAGS, BLOCK, LANES)
-                p1, p2, p3 = pivots
-                # the cut lies between the highest pivot that enough weight reaches and the next one
-                wanted = p * total
-                in_3 = m3 - banned_mass(row, numbers, top, p3, limits, num_bans, FLAGS)
-                in_2 = m2 - banned_mass(row, numbers, top, p2, limits, num_bans, FLAGS)
-                in_1 = m1 - banned_mass(row, numbers, top, p1, limits, num_bans, FLAGS)
-                by_3, by_2, by_1 = in_3 >= wanted, in_2 >= wanted, in_1 >= wanted
-                low = tl.where(by_3, p3, tl.where(by_2, p2, tl.where(by_1, p1, low)))
-                from_low = tl.where(by_3, n3, tl.where(by_2, n2, tl.where(by_1, n1, from_low)))
-                high = tl.where(by_3, high, tl.where(by_2, p3, tl.where(by_1, p2, p1)))
-                above = tl.where(by_3, above, tl.where(by_2, in_3, tl.where(by_1, in_2, in_1)))
-                from_high = tl.where(by_3, from_high, tl.where(by_2, n3, tl.where(by_1, n2, n1)))
-        if from_low <= WHICH.list:  # then the list may as well hold all of them
-            high = tl.full([], float("inf"), tl.float32)
-            above = tl.full([], 0.0, tl.float32)
+        low, high, above = around_the_cut(
+            row, block, numbers, top, low, p * total, limits, num_bans, FLAGS, WHICH, BLOCK, LANES
+        )
 
     if (p >= 1.0) & (alone > 0):  # no limit in this row
         tl.store(stats.support + THRESHOLD * stats.stride + i, NO_LOGIT)
         tl.store(stats.support + FIRST_ID * stats.stride + i, 0.0)
         tl.store(limits.unsettled + i, 1)
     else:
-        # 3. the list
         n = k * 0
         whole_blocks = vocab // BLOCK * BLOCK
         for start in range(0, whole_blocks, BLOCK):
@@ -312,7 +336,6 @@ def support_kernel(
         if whole_blocks < vocab:
             n = list_block(row, whole_blocks, block, numbers, low, high, n, limits, i, FLAGS, WHICH, True)
         tl.debug_barrier()
-        # 4. the limits
         whole = (high == float("inf")).to(tl.int32)
         if (n > WHICH.list) | (n == 0) | (hopeless > 0):
             tl.store(stats.support + THRESHOLD * stats.stride + i, float("nan"))
