@@ -34,6 +34,20 @@ def only_micro_batch(batch):
     return micro
 
 
+def check_sliding_window(layout: str, window: int) -> None:
+    """Hidden states of a model that looks back `window` tokens are those of separate forwards."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=window, initializer_range=0.5,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).double().eval()
+    batch = toy_batch(toy_model(), max_new_tokens=9)
+    with backbone.scoring(model, layout):
+        hidden = backbone.hidden_states(model, only_micro_batch(batch), layout)
+    torch.testing.assert_close(hidden, separate_hidden_states(model, batch), rtol=0, atol=1e-10)
+
+
 def separate_hidden_states(model, batch) -> torch.Tensor:
     """Straight from the definition: each valid sequence alone; the states before each completion token."""
     states = []
@@ -106,16 +120,7 @@ def test_choose_layout_computes_prompts_once_for_llama_and_leaves_the_models_own
 @pytest.mark.parametrize("layout", ["shared", "packed"])
 @pytest.mark.parametrize("window", [2, 3, 7])
 def test_sliding_windows_are_respected(layout, window):
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=window, initializer_range=0.5,
-    )  # fmt: skip
-    model = MistralForCausalLM(config).double().eval()
-    batch = toy_batch(toy_model(), max_new_tokens=9)
-    with backbone.scoring(model, layout):
-        hidden = backbone.hidden_states(model, only_micro_batch(batch), layout)
-    torch.testing.assert_close(hidden, separate_hidden_states(model, batch), rtol=0, atol=1e-10)
+    check_sliding_window(layout, window)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo"])

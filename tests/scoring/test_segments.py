@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_backbone import equal_lengths_batch, only_micro_batch, separate_hidden_states
+from test_backbone import check_sliding_window, equal_lengths_batch, only_micro_batch, separate_hidden_states
 from toy import toy_batch, toy_model
-from transformers import MistralConfig, MistralForCausalLM
 
 from fastkl.scoring import attention, backbone, segments
 
@@ -59,16 +58,7 @@ def test_segments_give_the_states_and_gradients_of_separate_forwards(segments_ev
 @pytest.mark.parametrize("layout", ["shared", "packed"])
 @pytest.mark.parametrize("window", [2, 3, 7])
 def test_segments_respect_sliding_windows(segments_everywhere, layout, window):
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=window, initializer_range=0.5,
-    )  # fmt: skip
-    model = MistralForCausalLM(config).double().eval()
-    batch = toy_batch(toy_model(), max_new_tokens=9)
-    with backbone.scoring(model, layout):
-        hidden = backbone.hidden_states(model, only_micro_batch(batch), layout)
-    torch.testing.assert_close(hidden, separate_hidden_states(model, batch), rtol=0, atol=1e-10)
+    check_sliding_window(layout, window)
 
 
 def test_what_the_kernel_does_not_take_is_laid_side_by_side(monkeypatch):
