@@ -67,11 +67,9 @@ def save_checkpoint(
 
     random: the global generators at the end of the step; others: those of a run's other processes.
     state_of: the tensors, where policy, optimizer and reference have pieces of them only.
-    reference: only where it changes during the run; a frozen one
-    is the model that the run started from. Raises what the disk or the libraries raise, of whatever type.
+    reference: only where it changes during the run; a frozen one is the model that the run started from. Raises what
+    the disk or the libraries raise, of whatever type.
     """
-    from safetensors.torch import save_file
-
     final, scratch = root / f"step-{step}", root / f".step-{step}.partial"
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".*.partial"):
@@ -81,25 +79,12 @@ def save_checkpoint(
         tokenizer.save_pretrained(scratch)
         write_index(scratch)
         moments = state_of.moments if state_of else _optimizer_tensors(policy, optimizer)
-        save_file(moments | tensors_of([random, *others]), scratch / TENSORS)
-        if reference is not None:
-            parameters = (
-                state_of.reference
-                if state_of
-                else {name: p.detach().cpu().contiguous() for name, p in reference.named_parameters()}
-            )
-            save_file(parameters, scratch / REFERENCE)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "state": dict(state),
-            "config": dict(config),
-            "random": random.states,
-            **({"random_of_others": [other.states for other in others]} if others else {}),
-            "files": {path.relative_to(scratch).as_posix(): _fingerprint(path) for path in _files_in(scratch)},
-        }
-        manifest["checksum"] = checksum(manifest)
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        moving = state_of.reference if state_of and reference is not None else _parameters_of(reference)
+        _save_tensors(scratch, moments | tensors_of([random, *others]), moving)
+        numbers = {"step": step, "state": dict(state), "config": dict(config), "random": random.states}
+        if others:
+            numbers["random_of_others"] = [other.states for other in others]
+        _write_manifest(scratch, numbers)
         _as_umask_asks(_files_in(scratch))
         flush_folder(scratch)
     except BaseException:
@@ -113,6 +98,29 @@ def save_checkpoint(
         for old in list_checkpoints(root)[:-keep]:
             shutil.rmtree(old)
     return final
+
+
+def _parameters_of(model: nn.Module | None) -> dict[str, torch.Tensor]:
+    """A model's parameters as they are saved; none of no model."""
+    named = [] if model is None else model.named_parameters()
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in named}
+
+
+def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    """The trainer's tensors, and the reference's parameters if there are any."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / TENSORS)
+    if reference:
+        save_file(reference, folder / REFERENCE)
+
+
+def _write_manifest(folder: Path, numbers: Mapping[str, Any]) -> None:
+    """What is no tensor, and the fingerprint of every file that is there by now."""
+    files = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in _files_in(folder)}
+    manifest = {"format": FORMAT, **numbers, "files": files}
+    manifest["checksum"] = checksum(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def keep_as(saved: Path, name: str) -> Path:
