@@ -92,7 +92,8 @@ def option(setting: Setting, default: Any) -> Option:
     value = "|".join((*setting.choices, *(["FILE.py:FUNCTION"] if setting.own else []))) or VALUES[setting.type]
     shown = "" if kind is bool else f" [{replace(setting, default=default).default_text}]"
     heading = Group(setting.heading, sort_key=1 + HEADINGS.index(setting.heading))
-    note = about(f"{value} ..." if setting.is_list else value, setting.help + shown, group=heading)
+    opposite = {"negative": f"--with-{setting.name[3:]}"} if setting.name.startswith("no_") else {}
+    note = about(f"{value} ..." if setting.is_list else value, setting.help + shown, group=heading, **opposite)
     return Option(setting.name, Option.KEYWORD_ONLY, default=unset, annotation=Annotated[kind, note])
 
 

@@ -184,6 +184,18 @@ def test_lists_switches_and_odd_spellings_are_understood(trained, tmp_path, monk
     assert config.prompts == "text:--kl_coef"
 
 
+def test_the_opposite_of_a_setting_that_says_no_says_with(trained, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "o"), "--kl-coef", "0"]
+    assert (
+        main(["train", "--no-reference", *output])
+        == main(["train", "--no-reference", "--with-reference", *output])
+        == 0
+    )
+    assert [config.no_reference for config in trained] == [True, False]
+    assert main(["train", "--help"]) == 0
+    assert "--no-no-" not in capsys.readouterr().out
+
+
 def test_options_are_read_the_same_way_where_pydantic_is_loaded(trained, tmp_path):
     """vLLM loads it, and Cyclopts then has it look at a command's arguments, those that are not given included."""
     pytest.importorskip("pydantic")
