@@ -1,8 +1,9 @@
 """A reward model: `--reward model:ID_OR_FOLDER?KEY=VALUE&...`, a sequence classifier of transformers.
 
 In: the step's prompts and completions. Out: for each, the logit of a model with one label, or the probability of the
-label named by the option `label`. Safetensors only, no remote code; a model whose file lacks weights is refused. Texts
-are prompt and completion in one with the tokenizer's special tokens, chats are rendered by the model's own template.
+label named by the option `label`; normalised by the options, (score - mean) / std. Safetensors only, no remote code; a
+model whose file lacks weights is refused. Texts are prompt and completion in one with the tokenizer's special tokens,
+chats are rendered by the model's own template.
 
 A score does not depend on what it is batched with: batches are padded on the right, where neither a causal model nor a
 mask looks, with the id that the model itself skips when it looks for the last token. `prepare` tries it.
@@ -10,6 +11,7 @@ mask looks, with the id that the model itself skips when it looks for the last t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -35,6 +37,8 @@ class Options:
     batch: int = 16  # texts in a forward
     device: str = "auto"  # the trainer's
     dtype: str = "auto"  # bfloat16 on a GPU, float32 on a CPU
+    mean: float = 0.0  # taken from a score
+    std: float = 1.0  # what it is divided by then
 
 
 class ModelReward(PreparedReward):
@@ -111,9 +115,11 @@ class ModelReward(PreparedReward):
         """The rewards of one batch."""
         logits = self.logits(encoded)
         if self.label is None:
-            return logits[:, 0].tolist()
-        many = self.model.config.problem_type == "multi_label_classification"
-        return (logits.sigmoid() if many else logits.softmax(dim=-1))[:, self.label].tolist()
+            found = logits[:, 0]
+        else:
+            many = self.model.config.problem_type == "multi_label_classification"
+            found = (logits.sigmoid() if many else logits.softmax(dim=-1))[:, self.label]
+        return ((found.double() - self.options.mean) / self.options.std).tolist()
 
     @torch.no_grad()
     def logits(self, encoded: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -203,4 +209,21 @@ def options_of(address: str, given: dict[str, str]) -> Options:
     batch = given.get("batch", "16")
     if not batch.isdecimal() or int(batch) < 1:
         raise UserError(f"reward: batch={batch} in {address!r} must be a whole number, 1 or more.")
-    return Options(**{**given, "batch": int(batch)})  # type: ignore[arg-type]
+    numbers: dict[str, float] = {
+        name: finite_number(address, name, given[name]) for name in ("mean", "std") if name in given
+    }
+    if numbers.get("std", 1.0) <= 0:
+        raise UserError(f"reward: std={given['std']} in {address!r} must be above 0.")
+    values: dict[str, Any] = {**given, **numbers, "batch": int(batch)}
+    return Options(**values)
+
+
+def finite_number(address: str, name: str, text: str) -> float:
+    """The option's value. UserError for what is no number, or not a finite one."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"reward: {name}={text} in {address!r} must be a number.")
+    return value

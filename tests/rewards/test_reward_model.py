@@ -100,6 +100,14 @@ def test_a_label_gives_its_probability(tmp_path):
 
 
 @pytest.mark.slow
+def test_scores_are_normalised_by_the_numbers_that_are_given(tmp_path):
+    folder = saved(tmp_path / "rm", "Llama")
+    plain = scores_of(f"model:{folder}")
+    expected = [(score - -0.25) / 2.0 for score in plain]
+    assert scores_of(f"model:{folder}?mean=-0.25&std=2") == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_chats_are_rendered_by_the_reward_models_own_template(tmp_path):
     folder = saved(tmp_path / "rm", "Llama", template=TEMPLATE)
     model, tok = ready(f"model:{folder}")[0].function.model, tokenizer()
@@ -173,6 +181,9 @@ def test_a_model_whose_scores_depend_on_the_batch_is_refused_unless_it_scores_on
     ("address", "words"),
     [
         ("model:", ["names no model"]),
+        ("model:m?std=0", ["std=0", "above 0"]),
+        ("model:m?std=wide", ["std=wide", "must be a number"]),
+        ("model:m?mean=inf", ["mean=inf", "must be a number"]),
         ("model:x?batch=0", ["batch=0", "1 or more"]),
         ("model:x?batch=many", ["batch=many", "1 or more"]),
         ("model:x?device=gpu", ["device=gpu", "auto, cpu, cuda"]),
