@@ -409,7 +409,7 @@ CHAT = {
     "row": 17,
     "prompt": "<|im_start|>system\nBe <brief>.<|im_end|>",
     "messages": [{"role": "system", "content": "Be <brief>."}, {"role": "user", "content": "What is 3 + 4?"}],
-    "columns": {"answer": 7, "parts": {"terms": [3, 4]}, "source": "x" * 999},
+    "columns": {"question": "What is 3 + 4?", "answer": 7, "parts": {"terms": [3, 4]}, "source": "x" * 999},
     "completion": "It was\na big bear: <7>.",
     "rewards": {"alliteration": 1.0, "format": 0.25},
     "extra": {"parsed": "<7>"},
@@ -635,6 +635,7 @@ def open_in_chromium(path: Path, profile: Path) -> tuple[str, str]:
 @pytest.mark.slow
 def test_chromium_draws_every_chart_without_errors_or_sideways_scrolling(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / f"kl_coef-{kl}", kl_coef=kl, steps=25) for kl in (0.0, 0.05, 0.2, 1.0)]
+    rewrite(runs[0] / "samples.jsonl", lambda row: row | {"columns": {"source": "x" * 999}})  # one long word
     one, several = write_report(runs[:1]).read_text(), write_report(runs).read_text()
     one_step = write_report([fake_run(tmp_path / "short", steps=1)]).read_text()
     frames = "".join(

@@ -99,8 +99,9 @@ def numbers_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def columns_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
-    """The row in the prompt file, and what the data set says of it, where it says something."""
-    columns = _in_short(sample.get("columns"))
+    """The row in the prompt file, and what the data set says of it beyond the prompt, where it says something."""
+    shown, given = [text for _, text in conversation.prompt_turns(sample)], sample.get("columns")
+    columns = _in_short({k: v for k, v in given.items() if v not in shown} if isinstance(given, dict) else None)
     row = [("row", str(sample["row"]))] if columns and is_number(sample.get("row")) else []
     return [*row, *columns]
 
