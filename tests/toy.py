@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastkl.config.settings import TrainConfig
 from fastkl.rollout.generator import Generator
@@ -14,6 +15,7 @@ from fastkl.rollout.requests import grouped, requests_of
 from fastkl.rollout.transformers import TransformersGenerator
 from fastkl.sampling.params import Sampling
 from fastkl.scoring.models import without_dropout
+from fastkl.storyteller import model_path
 from fastkl.types import Completion, Prompt, RolloutBatch
 
 VOCAB = 23
@@ -44,6 +46,18 @@ def toy_model(seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> n
     }
     model = LlamaForCausalLM(LlamaConfig(**(settings | options)))
     return without_dropout(model.to(dtype))
+
+
+def half_storyteller(folder: Path, **options) -> None:
+    """Saves a storyteller of half the width, with random weights, and its tokenizer; options: of its configuration."""
+    config = AutoConfig.from_pretrained(model_path())
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        setattr(config, name, getattr(config, name) // 2)
+    for name, value in options.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_path()).save_pretrained(folder)
 
 
 def prompt(*token_ids: int, text: str = "p") -> Prompt:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from several_processes import Processes, run_in
+from toy import half_storyteller
 
 from fastkl.config.settings import TrainConfig
 
@@ -239,6 +240,7 @@ def test_one_process_has_no_process_group_and_no_thread_of_ours(tmp_path):
 @pytest.mark.parametrize("options", [
     {"lora_rank": 4},
     {"gradient_checkpointing": True, "eval_prompts": "0.5"},
+    {"updates_per_rollout": 2, "epochs": 2, "clip": (0.2, 0.2)},
     {"updates_per_rollout": 2, "clip": (0.2, 0.2), "shard": "full"},
 ])  # fmt: skip
 def test_adapters_checkpointing_evaluation_and_several_updates_in_two_processes_are_those_of_one(options, tmp_path):
@@ -250,3 +252,23 @@ def test_adapters_checkpointing_evaluation_and_several_updates_in_two_processes_
         config = story(tmp_path / f"run-{size}", steps=2, prompts=str(tmp_path / "prompts.jsonl"), **options)
         run_in(size, tmp_path / "processes", trained, config)
     assert_alike(tmp_path / "run-1", tmp_path / "run-2")
+
+
+TEACHER = {"reward": ("none",), "kl_coef": 1.0, "kl_target": 0.0, "kl_estimator": "exact", "kl_placement": "loss"}
+
+
+@pytest.mark.parametrize("options", [
+    {},
+    {"shard": "full", "eval_prompts": "Once there was", "eval_samples": 1},
+    {"shard": "full", "updates_per_rollout": 2, "epochs": 2, "clip": (0.2, 0.2)},
+    {"lora_rank": 4},
+], ids=str)  # fmt: skip
+def test_two_processes_learn_from_a_teacher_of_another_width_as_one_does(options, tmp_path):
+    if "lora_rank" in options:
+        pytest.importorskip("peft")
+    half_storyteller(tmp_path / "teacher")
+    about = {"reference": str(tmp_path / "teacher"), "reference_every": 0, "steps": 2} | TEACHER | options
+    for size in (1, 2):
+        run_in(size, tmp_path / "processes", trained, story(tmp_path / f"run-{size}", **about))
+    assert_alike(tmp_path / "run-1", tmp_path / "run-2")
+    assert lines(tmp_path / "run-1")[-1]["kl/exact"] > 10, "the teacher is another model"

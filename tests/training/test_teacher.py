@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from test_loop import rows, small
-from toy import toy_batch, toy_config, toy_model
+from toy import half_storyteller, toy_batch, toy_config, toy_model
 from toy_step import step_gradient
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import fastkl
 from fastkl.audit.run_checks import RunRecord, SampleTotals, first_step
 from fastkl.config.defaults import resolved
 from fastkl.config.settings import TrainConfig, check_config
 from fastkl.errors import UserError
-from fastkl.storyteller import model_path
 from fastkl.training.teacher import check_same_ids
 
 
@@ -24,19 +22,8 @@ from fastkl.training.teacher import check_same_ids
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storyteller of half the width, with random weights."""
     folder = tmp_path_factory.mktemp("student")
-    save_model(folder, halves=True)
+    half_storyteller(folder)
     return folder
-
-
-def save_model(folder: Path, *, halves: bool, **options) -> None:
-    config = AutoConfig.from_pretrained(model_path())
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads") if halves else ():
-        setattr(config, name, getattr(config, name) // 2)
-    for name, value in options.items():
-        setattr(config, name, value)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_path()).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("padding", [0, 9])
@@ -92,6 +79,24 @@ def test_a_student_comes_nearer_to_its_teacher_without_a_reward_and_resumes_to_t
     assert per_token[0] > 5 and min(per_token[3:]) < per_token[0], per_token
 
 
+@pytest.mark.slow
+def test_adapters_learn_from_a_teacher_and_resume_to_the_bit(tmp_path, student):
+    """The policy is the storyteller, the teacher half as wide with random weights."""
+    pytest.importorskip("peft")
+    options = {"lora_rank": 4, "reference": str(student), "reward": ("none",), "kl_coef": 1.0, "lr": 1e-2, "steps": 4,
+               "kl_estimator": "exact", "kl_placement": "loss", "save_every": 2, "lr_decay": "constant"}  # fmt: skip
+    whole = fastkl.train(small(tmp_path / "whole", **options))
+    fastkl.train(small(tmp_path / "parts", **(options | {"steps": 2})))
+    parts = fastkl.train(small(tmp_path / "parts", **options, resume=True))
+    kls = [
+        [row["kl/exact"] / row["completion/mean_length"] for row in rows(small(tmp_path / name))]
+        for name in ("whole", "parts")
+    ]
+    assert kls[0] == kls[1] and kls[0][-1] < kls[0][0]
+    for (name, mine), (_, yours) in zip(whole.policy.named_parameters(), parts.policy.named_parameters(), strict=True):
+        assert torch.equal(mine, yours), name
+
+
 class Words:
     def __init__(self, *tokens: str):
         self.tokens = tokens
@@ -109,7 +114,7 @@ def test_the_first_id_that_two_tokenizers_use_otherwise_is_named():
 
 
 def test_a_teacher_that_lacks_ids_of_the_policy_is_refused_by_name(tmp_path, student):
-    save_model(tmp_path / "narrow", halves=True, vocab_size=2040, eos_token_id=1)
+    half_storyteller(tmp_path / "narrow", vocab_size=2040, eos_token_id=1)
     config = small(tmp_path, model=str(student), reference=str(tmp_path / "narrow"), reward=("none",))
     with pytest.raises(UserError, match="reference: .* has 2040 token ids and the policy 2048"):
         fastkl.train(config)
