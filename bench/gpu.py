@@ -52,7 +52,11 @@ class Sizes:
 
 
 GPU = Sizes("cuda", (65536, 896, 151936), GPU_SHAPES, None)
-TINY = (Shape("tiny", 64, 32, 211, torch.float32), Shape("tiny, softcap", 64, 32, 211, torch.bfloat16, 30.0))
+TINY = (
+    Shape("tiny", 64, 32, 211, torch.float32),
+    Shape("tiny, softcap", 64, 32, 211, torch.bfloat16, 30.0),
+    Shape("tiny, wider teacher", 64, 32, 211, torch.float32, ref_hidden=48),
+)
 DRY = Sizes("cpu", (64, 32, 211), TINY, 0.0)
 SIZES = DRY if DRY_RUN else GPU
 DEVICE = SIZES.device

@@ -41,6 +41,7 @@ class Shape:
     vocab: int
     dtype: torch.dtype
     softcap: float | None = None
+    ref_hidden: int = 0  # features of a reference that is another model, a teacher; 0: H
 
 
 CPU_SHAPES = (Shape("cpu-small", 512, 256, 16000, torch.float32),)
@@ -50,6 +51,8 @@ GPU_SHAPES = (
     Shape("Llama-3.1-8B", 8192, 4096, 128256, torch.bfloat16),
     Shape("Llama-3.2-1B", 8192, 2048, 128256, torch.bfloat16),
     Shape("Gemma-2-2B", 4096, 2304, 256000, torch.bfloat16, 30.0),
+    Shape("Qwen2.5-0.5B <- 7B", 8192, 896, 151936, torch.bfloat16, ref_hidden=3584),
+    Shape("Qwen3-1.7B <- 8B", 8192, 2048, 151936, torch.bfloat16, ref_hidden=4096),
 )
 
 
@@ -65,9 +68,12 @@ class Problem:
 
         weight, hidden = randn(v, h) * 2.0 / h**0.5, randn(n, h)
         self.weight = weight.to(shape.dtype)
-        self.ref_weight = (weight + 0.02 * randn(v, h)).to(shape.dtype)
         self.hidden = hidden.to(shape.dtype)
-        self.ref_hidden = (hidden + 0.05 * randn(n, h)).to(shape.dtype)
+        if wide := shape.ref_hidden:
+            ref_weight, ref_hidden = randn(v, wide) * 2.0 / wide**0.5, randn(n, wide)
+        else:
+            ref_weight, ref_hidden = weight + 0.02 * randn(v, h), hidden + 0.05 * randn(n, h)
+        self.ref_weight, self.ref_hidden = ref_weight.to(shape.dtype), ref_hidden.to(shape.dtype)
         self.targets = torch.randint(0, v, (n,), generator=g, device=device)
         self.a, self.c = randn(n), 0.1 * randn(n).abs()  # the loss's factors
 
@@ -102,6 +108,12 @@ class Job:
     gradient: bool = True
     frozen_head: bool = False  # one head, the policy's and the reference's, that takes no gradient
     k3: bool = False
+    summed: bool = False  # the loss is the sum of the last score
+
+    def least_products(self, shape: Shape) -> float:
+        """head_products, where the reference's head is as wide as this shape's."""
+        extra = shape.ref_hidden / shape.hidden - 1 if shape.ref_hidden and self.with_reference else 0.0
+        return self.head_products + extra
 
     def inputs(self, p: Problem) -> tuple[tuple[Tensor | None, ...], list[Tensor]]:
         """What a function is called with before the targets, and of that what is differentiated (fresh leaves)."""
@@ -120,6 +132,8 @@ class Job:
         if self.k3:
             gap = scores.ref_logprobs - scores.policy_logprobs
             return (-p.a * scores.policy_logprobs + p.c * (gap.exp() - 1 - gap)).sum()
+        if self.summed:
+            return found[-1].sum()
         loss = (p.a * found[0]).sum()
         return loss + (p.c * found[-1]).sum() if len(found) > 1 else loss
 
@@ -145,6 +159,8 @@ JOBS = {
              *cost("head", "head", "hidden gradient"), frozen_head=True),
     "I": Job(LOGITS, "log-probs, exact KL on the sampler's support", ("policy_logprobs_support", "kl_support"),
              *SCORED, True, gradient=False),
+    "J": Job("hidden states and heads of a student and a wider teacher", f"exact KL(student, teacher), {STEP}", ("kl",),
+             *TRAINED, summed=True),
 }  # fmt: skip
 
 Scorer = Callable[..., TokenScores | tuple[Tensor, TokenScores]]
@@ -219,13 +235,15 @@ def make_row(
 
     return Row(
         letter, name, p.shape, lambda: solve(job, p, scorer)[:kept], expected,
-        job.head_products if head_products is None else head_products,
+        job.least_products(p.shape) if head_products is None else head_products,
         job.logit_passes if logit_passes is None else logit_passes, doubt,
     )  # fmt: skip
 
 
-def in_the_forward(p: Problem, k3: bool = False, **options: Any) -> Scorer:
+def in_the_forward(p: Problem, k3: bool = False, summed: bool = False, **options: Any) -> Scorer:
     """linear_token_loss with the job's loss: it takes the gradient while the logits are still at hand."""
+    if summed:
+        return partial(linear_token_loss, coefficients=TokenCoefficients(kl=torch.ones_like(p.c)), **options)
     if not k3:
         return partial(linear_token_loss, coefficients=TokenCoefficients(policy_logprobs=p.a, kl=p.c), **options)
 
@@ -240,6 +258,9 @@ def in_the_forward(p: Problem, k3: bool = False, **options: Any) -> Scorer:
 
 def own_rows(p: Problem) -> Iterator[Row]:
     """Every job with our operators and with plain PyTorch; other projects' are in peers.py."""
+    if p.shape.ref_hidden:
+        yield from _distillation_rows(p)
+        return
     options: dict[str, Any] = {"softcap": p.shape.softcap}
     ours, plain = partial(linear_token_scores, **options), partial(reference.linear_token_scores, **options)
     for letter in "DEFHG":
@@ -255,6 +276,17 @@ def own_rows(p: Problem) -> Iterator[Row]:
             yield make_row(p, "F", "compiled PyTorch", torch.compile(plain, dynamic=False))
     if p.shape.softcap is None:
         yield from _logits_rows(p)
+
+
+def _distillation_rows(p: Problem) -> Iterator[Row]:
+    """A teacher of another width: the KL alone is asked for."""
+    kl: dict[str, Any] = {"outputs": ("kl",)}
+    plain = reference.linear_token_scores
+    yield make_row(p, "J", "fastkl, autograd", partial(linear_token_scores, **kl))
+    yield make_row(p, "J", "fastkl, gradient in the forward", in_the_forward(p, summed=True, **kl))
+    yield make_row(p, "J", "plain PyTorch", plain)
+    if p.device == "cuda":
+        yield make_row(p, "J", "compiled PyTorch", torch.compile(plain, dynamic=False))
 
 
 def _logits_rows(p: Problem) -> Iterator[Row]:

@@ -63,6 +63,20 @@ def _trl(p: Problem) -> Iterator[Row]:
         yield make_row(p, letter, "TRL operators", trl_scores(kl=letter != "G"), doubt=doubt)
 
 
+def _trl_distillation(p: Problem) -> Iterator[Row]:
+    """The divergence of TRL's DistillationTrainer, as the trainer calls it."""
+    divergence: Any = import_module("trl.kernels.chunked_divergence")
+
+    def scores(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, _: Tensor) -> TokenScores:
+        divergence.TOKEN_CHUNK_SIZE, divergence.VOCAB_CHUNK_SIZE = TRL_TILE
+        apply = divergence.ChunkedDivergenceFunction.apply
+        kl, _ = apply(hidden, weight, None, ref_hidden, ref_weight, None, 1.0)
+        return TokenScores(None, kl=kl)
+
+    doubt = "" if p.shape.dtype == torch.float32 else ROUNDS
+    yield make_row(p, "J", "TRL chunked divergence", scores, doubt=doubt)
+
+
 def liger_scores() -> Scorer:
     """Liger's fused linear scaled cross entropy: log-probs and entropy of the policy."""
     function = import_module("liger_kernel.ops").LigerFusedLinearScaledCrossEntropyFunction
@@ -84,6 +98,18 @@ def _liger(p: Problem) -> Iterator[Row]:
     yield make_row(p, "E", "Liger scaled CE", liger_scores())
     z = torch.cat([p.logits[0], p.weight.new_zeros(1, p.shape.vocab)])[None]  # it leaves the last position out
     yield _of_logits(p, "Liger, logp only", lambda *_: select(z, p.targets[None], 1.0)[0])
+
+
+def _liger_distillation(p: Problem) -> Iterator[Row]:
+    """The fused linear JSD at beta 1, the reverse KL; it returns the mean over rows."""
+    function = import_module("liger_kernel.ops.fused_linear_jsd").LigerFusedLinearJSDFunction
+
+    def scorer(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, _: Tensor) -> Any:
+        value = function.apply(hidden, weight, ref_hidden, ref_weight, None, 1.0)
+        return value * p.shape.rows, TokenScores(None)
+
+    doubt = "returns the loss alone" + ("" if p.shape.dtype == torch.float32 else f"; {ROUNDS}")
+    yield make_row(p, "J", "Liger fused linear JSD", scorer, gives=(), doubt=doubt)
 
 
 def _liger_grpo(p: Problem) -> Iterator[Row]:
@@ -172,6 +198,7 @@ class Peer:
     package: str
     rows: Callable[[Problem], Iterator[Row]]
     needs_gpu: bool = True
+    distils: Callable[[Problem], Iterator[Row]] | None = None  # its rows for a teacher of another width
 
     def missing(self, device: str) -> str | None:
         """The reason why it has no rows here, if it has none."""
@@ -185,9 +212,16 @@ class Peer:
 
 
 PEERS = (
-    Peer("TRL", "trl.kernels.chunked_divergence", "pip install trl==1.16.*", _trl, needs_gpu=False),
+    Peer(
+        "TRL",
+        "trl.kernels.chunked_divergence",
+        "pip install trl==1.16.*",
+        _trl,
+        needs_gpu=False,
+        distils=_trl_distillation,
+    ),
     Peer("TRL's kernel for logits", "trl.kernels.logprob_entropy", "pip install trl==1.16.*", _trl_logits),
-    Peer("Liger", "liger_kernel.ops", "pip install liger-kernel==0.8.*", _liger),
+    Peer("Liger", "liger_kernel.ops", "pip install liger-kernel==0.8.*", _liger, distils=_liger_distillation),
     Peer("Liger's GRPO loss", "liger_kernel.chunked_loss", "pip install liger-kernel==0.8.*", _liger_grpo),
     Peer("cut-cross-entropy", "cut_cross_entropy", "pip install cut-cross-entropy", _cce),
     Peer("QuACK", "quack.cross_entropy", "pip install quack-kernels", _quack),
@@ -204,5 +238,6 @@ def peer_rows(p: Problem) -> Iterator[Row]:
     """The rows of every peer that can be had here. Softcaps are left to our own rows: few peers have them."""
     if p.shape.softcap is None:
         for peer in PEERS:
-            if peer.missing(p.device) is None:
-                yield from peer.rows(p)
+            rows = peer.distils if p.shape.ref_hidden else peer.rows
+            if rows is not None and peer.missing(p.device) is None:
+                yield from rows(p)

@@ -24,7 +24,7 @@ from fastkl.microbench.measure import machine, peak_mib, times_ms
 from fastkl.microbench.peers import missing_peers, peer_rows
 from fastkl.microbench.pictures import memory, roofline
 
-GPU_JOBS = "DFB,CEA,HI,G"
+GPU_JOBS = "DFB,CEA,HIJ,G"
 """In groups: each group runs for every shape before the next begins, so that the least important rows are left out when
 time runs out."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from xml.etree import ElementTree
 
 import pytest
@@ -29,6 +30,18 @@ def test_every_job_passes_its_check_and_is_written_with_its_floor(tmp_path):
     for name in ("roofline.svg", "memory.svg"):
         picture = ElementTree.parse(tmp_path / name).getroot()
         assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_a_teacher_of_another_width_has_rows_of_its_own_that_count_its_wider_head(tmp_path):
+    """Of TRL, too, where it is installed: its chunked divergence runs anywhere."""
+    shape = replace(TINY, name="tiny <- wider", ref_hidden=24)
+    results = run.run_bench(tmp_path, device="cpu", shapes=(shape,), seconds=0.0, say=lambda line: None)
+    names = {r.name for r in results}
+    assert {r.job for r in results} == {"J"}
+    assert {"fastkl, autograd", "fastkl, gradient in the forward", "plain PyTorch"} <= names
+    assert ("TRL chunked divergence" in names) == (find_spec("trl") is not None)
+    for r in results:
+        assert r.max_error < 1e-4 and r.flops == 2 * 48 * 211 * (3 * 16 + 24)
 
 
 @pytest.mark.parametrize("off", [0.01, float("nan")])
