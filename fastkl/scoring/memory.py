@@ -57,7 +57,7 @@ def _kept_bytes(policy: ScoredModel, length: int) -> int:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor  # held by autograd until the forward's end, so no address is used twice
+        return tensor.detach()  # held by autograd, so no address is used twice; the tensor itself would hold its graph
 
     with policy.scoring(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         states = policy.hidden(probe_of(policy.model, (length,))).states

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 from toy import toy_model
@@ -55,6 +57,25 @@ def test_twice_the_layers_keep_twice_as_much_and_checkpointing_keeps_little(scor
     frugal = scored(num_hidden_layers=6)
     frugal.model.gradient_checkpointing_enable()
     assert memory.activation_bytes_per_token(frugal) < deeper / 4
+
+
+def test_measuring_leaves_no_graph_behind(scored):
+    policy, witnesses = scored(num_hidden_layers=2), []
+
+    def bear_witness(module, arguments, output):
+        class Witness:
+            def __call__(self, gradient):
+                return None
+
+        witness = Witness()
+        output.register_hook(witness)  # held by the graph
+        witnesses.append(weakref.ref(witness))
+
+    for layer in policy.model.model.layers:
+        layer.mlp.register_forward_hook(bear_witness)
+    memory.activation_bytes_per_token(policy)
+    gc.collect()
+    assert len(witnesses) == 4 and all(witness() is None for witness in witnesses)
 
 
 def test_micro_batches_hold_what_the_budget_holds(scored, monkeypatch):
