@@ -1,4 +1,4 @@
-"""fastkl's scoring inside TRL 1.16's RLOOTrainer and GRPOTrainer, switched on for one trainer and one block.
+"""fastkl's scoring inside TRL 1.16's RLOOTrainer, GRPOTrainer and DistillationTrainer, switched on for one block.
 
     from fastkl.integrations.trl import fastkl_scoring
 
@@ -23,6 +23,9 @@ sampling the trained weights are TRL's own up to rounding. What differs:
 * One more metric where policy and reference are scored together: `kl_exact`, the mean of the exact KL over the whole
   vocabulary, which sees what a KL on S or a sampled estimate cannot.
 
+A DistillationTrainer keeps everything but its loss, which is computed with four products of a head instead of six
+(distillation.py).
+
 Refused by name: other versions of TRL, subclasses with a scoring of their own, images, FSDP, DeepSpeed, torch.compile,
 Liger layers, continuous batching, rollout functions, prompt-learning adapters, active dropout, and models whose head is
 not known to `fastkl.models.head_of`. Its vLLM mode is supported in code and by the same table of parameters as fastkl's
@@ -35,7 +38,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from fastkl.integrations.trl.checks import check_trainer
+from fastkl.integrations.trl.checks import check_trainer, check_version
+from fastkl.integrations.trl.distillation import fused_loss, is_distillation
 from fastkl.integrations.trl.forward import base_model_of, forward_task
 from fastkl.integrations.trl.sampling import sampling_of
 from fastkl.integrations.trl.scorer import Scorer
@@ -47,17 +51,23 @@ __all__ = ["fastkl_scoring"]
 def fastkl_scoring(trainer: Any, *, reuse_forward: bool | None = None) -> Iterator[None]:
     """Scores the trainer's tokens with fastkl while the block runs: `with fastkl_scoring(trainer): trainer.train()`.
 
-    trainer: a trl.RLOOTrainer or trl.GRPOTrainer of TRL 1.16, in any state; nothing but this trainer and its models is
-    touched, and both are given back as they were. Settings are read on entry.
+    trainer: a trl.RLOOTrainer, trl.GRPOTrainer or trl.DistillationTrainer of TRL 1.16, in any state; nothing but this
+    trainer and its models is touched, and both are given back as they were. Settings are read on entry.
 
     reuse_forward: whether the forward that gives the old log-probs is kept and differentiated in the loss, where TRL
     runs the same one again. It holds the activations (with gradient checkpointing: the layers' inputs) of a whole
     generation batch: if that is one micro-batch, no more than the loss needs anyway, otherwise steps_per_generation
     times as much. None: where it costs no memory. True: wherever it is exact. False: never. Runs on several processes,
-    batches used more than once and GRPO without old log-probs (which has no such forward) are not affected.
+    batches used more than once, and trainers without old log-probs (a DistillationTrainer, a GRPOTrainer in some
+    settings) are not affected.
 
     Raises UserError, before anything runs, for what cannot be scored exactly (see the module).
     """
+    check_version()
+    if is_distillation(trainer):
+        with fused_loss(trainer):
+            yield
+        return
     check_trainer(trainer)
     scorer = Scorer(trainer, sampling_of(trainer), reuse_forward)
     with ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -17,15 +18,30 @@ REPLACED = ("_get_per_token_logps_and_entropies", "_generate_and_score_completio
 
 def check_trainer(trainer: Any) -> None:
     """UserError unless this is a trainer whose tokens the switch scores exactly as its sampler drew them."""
-    installed = version("trl")
-    if not installed.startswith(TRL_VERSION):
-        raise UserError(f"trl {installed} is installed; fastkl.integrations.trl needs trl=={TRL_VERSION}*.")
     from trl import GRPOTrainer, RLOOTrainer
 
     kind = next((kind for kind in (RLOOTrainer, GRPOTrainer) if isinstance(trainer, kind)), None)
     if kind is None:
-        raise UserError(f"trainer: {type(trainer).__name__} is neither an RLOOTrainer nor a GRPOTrainer of TRL.")
-    for name in REPLACED:
+        raise UserError(
+            f"trainer: {type(trainer).__name__} is none of TRL's RLOOTrainer, GRPOTrainer and DistillationTrainer."
+        )
+    check_own_methods(trainer, kind, REPLACED)
+    check_features(trainer)
+    for model in (trainer.model, trainer.ref_model):
+        if model is not None:
+            check_dropout(model)
+
+
+def check_version() -> None:
+    """UserError unless this is the TRL that the switch knows."""
+    installed = version("trl")
+    if not installed.startswith(TRL_VERSION):
+        raise UserError(f"trl {installed} is installed; fastkl.integrations.trl needs trl=={TRL_VERSION}*.")
+
+
+def check_own_methods(trainer: Any, kind: type, replaced: Sequence[str]) -> None:
+    """UserError unless the methods that are to be replaced are those of TRL's `kind`."""
+    for name in replaced:
         if name in vars(trainer):
             raise UserError("trainer: fastkl_scoring is on for this trainer already; leave the inner block out.")
         if getattr(type(trainer), name) is not getattr(kind, name):
@@ -33,18 +49,19 @@ def check_trainer(trainer: Any) -> None:
                 f"trainer: {type(trainer).__name__} has a {name} of its own, which fastkl_scoring would replace; "
                 f"use {kind.__name__} itself."
             )
+
+
+def check_features(trainer: Any) -> None:
+    """UserError for the first feature in use that the switch does not know."""
     for feature, remedy in unsupported(trainer):
         raise UserError(f"fastkl_scoring does not support {feature}; {remedy}.")
-    for model in (trainer.model, trainer.ref_model):
-        if model is not None:
-            check_dropout(model)
 
 
 def unsupported(trainer: Any) -> list[tuple[str, str]]:
     """The features in use that the switch does not know, each with what to do instead."""
     args, off = trainer.args, "train without fastkl_scoring"
     adapters = getattr(trainer.model, "peft_config", None) or {}
-    batching = trainer.use_transformers_continuous_batching
+    batching = getattr(trainer, "use_transformers_continuous_batching", False)
     own_rollout = getattr(trainer, "rollout_func", None) is not None
     tools = getattr(trainer, "tools", None) and (args.generation_kwargs or {}).keys() & {"min_tokens", "min_new_tokens"}
     table = [
