@@ -8,6 +8,7 @@ them, too.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Literal
@@ -84,6 +85,9 @@ class TrainConfig(SamplingSettings):
     folder or a hub id. Empty is the policy's start."""
     reference_every: Annotated[int, AT_LEAST_0] = 0
     """Steps between renewals of the reference from the policy; 0 keeps it frozen."""
+    reference_device: str = "policy"
+    """Where the reference is: on the "policy"'s device, on the "cpu", or on a GPU of its own, such as "cuda:1". Its
+    hidden states are sent to the policy."""
     no_reference: bool = False
     """With kl_coef 0: no second model and no second forward, and no KL is logged, charged or audited. Without it the KL
     is measured at a coefficient of 0, too."""
@@ -165,8 +169,9 @@ class TrainConfig(SamplingSettings):
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """"bfloat16": the policy's matrices and their gradients take 2 bytes a number instead of 4; updates are rounded at
     random. Embeddings, norms and the head stay float32."""
-    offload: Literal["none", "optimizer"] = "none"
-    """"optimizer": the moments wait in the host's memory between steps; with a GPU only."""
+    offload: tuple[Literal["optimizer", "reference"], ...] = ()
+    """What waits in the host's memory, with a GPU only: "optimizer", the moments between steps; "reference", the
+    reference whenever it does not score (while the engine generates, too)."""
     weight_decay: Annotated[float, AT_LEAST_0] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, AT_LEAST_0] = 1.0
@@ -278,6 +283,7 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError("param_dtype: adapters are small and stay in float32; leave it at float32 with lora_rank.")
     if config.shard == "full":
         check_sharded(config)
+    check_reference_place(config)
     if "" in config.stop:
         raise UserError("stop: an empty text would end every completion at its first token; leave it out.")
     for name in ("kl_coef", "reference_every") if config.no_reference else ():
@@ -333,9 +339,34 @@ def advantage_of(config: TrainConfig) -> Advantage:
 
 def check_sharded(config: TrainConfig) -> None:
     """UserError for what is made of whole weights."""
-    for name, plain in (("lora_rank", 0), ("param_dtype", "float32"), ("optimizer", "adamw"), ("offload", "none")):
-        if (value := getattr(config, name)) != plain:
-            raise UserError(f"shard: {name} {value} needs whole weights in each process; use --shard none.")
+    for name in ("lora_rank", "param_dtype", "optimizer", "offload", "reference_device"):
+        if (value := getattr(config, name)) != settings()[name].default:
+            shown = " ".join(value) if isinstance(value, tuple) else value
+            raise UserError(f"shard: {name} {shown} needs whole weights in each process; use --shard none.")
+
+
+def check_reference_place(config: TrainConfig) -> None:
+    """UserError where there is no second model that could be elsewhere."""
+    place = config.reference_device
+    if not re.fullmatch(r"policy|cpu|cuda:\d+", place):
+        raise UserError(f"reference_device: {place!r} is no device; use policy, cpu, or a GPU's number, as in cuda:1.")
+    away = [("offload", "reference")] if "reference" in config.offload else []
+    away += [("reference_device", place)] if place != "policy" else []
+    if len(away) == 2:
+        raise UserError(
+            f"offload: a reference on the {place} (reference_device) takes no memory of the policy's GPU that could be "
+            "freed; leave one of them out."
+        )
+    for name, value in away:
+        if config.no_reference:
+            raise UserError(
+                f"{name}: {value} moves a reference, and no_reference leaves it out; leave one of them out."
+            )
+        if config.lora_rank and not config.reference:
+            raise UserError(
+                f"{name}: {value} moves a second model, and the reference of a run with adapters is the policy's own "
+                "without them; leave it out, or name a teacher (--reference)."
+            )
 
 
 def penalty_of(config: TrainConfig, coef: float | None = None) -> Penalty:

@@ -34,4 +34,4 @@ class KlController:
 def renew_reference(reference: nn.Module, policy: nn.Module, share: float) -> None:
     """reference <- (1 - share) * reference + share * policy, parameter by parameter; share 1 copies."""
     for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
-        old.lerp_(new.detach().to(old.dtype), share)
+        old.lerp_(new.detach().to(old), share)

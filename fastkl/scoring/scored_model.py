@@ -23,6 +23,7 @@ from fastkl.sampling.replay import support_of
 from fastkl.scoring import backbone
 from fastkl.scoring.adapters import switched_off
 from fastkl.scoring.head import head_of
+from fastkl.scoring.placement import HeadCopy, fetched, moved
 from fastkl.scoring.shard import rest
 from fastkl.types import PackedBatch
 
@@ -61,6 +62,8 @@ class ScoredModel(nn.Module):
         self.model: Any = model
         self.layout = layout
         self.dtype = dtype
+        self.head_copy: HeadCopy | None = None  # where the operator runs, if the model is elsewhere
+        self.scores_on: torch.device | None = None  # where it forwards, if it waits elsewhere
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +73,7 @@ class ScoredModel(nn.Module):
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """Around every forward and the backward through it: the model's attention is the layout's, dropout is off."""
-        with backbone.scoring(self.model, self.layout):
+        with fetched(self.model, self.scores_on), backbone.scoring(self.model, self.layout):
             try:
                 yield
             finally:
@@ -78,7 +81,10 @@ class ScoredModel(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Hidden:
         """The backbone's part: how the reference takes part in the policy's forward. Differentiable."""
-        return self._hidden(batch)
+        found = self._hidden(moved(batch, self.device))
+        if self.head_copy is None:
+            return found
+        return Hidden(self._as_multiplied(found.states.to(self.head_copy.device)), self.head_copy.of(found.head))
 
     def inside(self, function: Callable[[], T]) -> T:
         """What the function returns; a wrapper that gathers parameters for forwards does so for this, too."""
@@ -92,7 +98,11 @@ class ScoredModel(nn.Module):
     def _hidden(self, batch: PackedBatch) -> Hidden:
         with self._autocast(), nullcontext() if self.adapters else switched_off(self.model):
             states = backbone.hidden_states(self.model, batch, self.layout)
-            return Hidden(states.to(self.dtype) if states.is_cuda else states, head_of(self.model))
+            return Hidden(self._as_multiplied(states), head_of(self.model))
+
+    def _as_multiplied(self, states: torch.Tensor) -> torch.Tensor:
+        """In the dtype in which a head on their device multiplies them."""
+        return states.to(self.dtype) if states.is_cuda else states
 
     def forward(
         self,

@@ -71,10 +71,12 @@ class MemoryPlan:
 def plan_of(
     config: TrainConfig, model_config: Any, parameters: int, *, generator: str, device: torch.device,
     dtype: torch.dtype, max_tokens: int, adapters: int = 0, matrices: int = 0, processes: int = 1, teacher: int = 0,
+    ref_head: int = 0,
 ) -> MemoryPlan:  # fmt: skip
     """The plan of a run. max_tokens: of the longest prompt with its completion. adapters: numbers in them, 0 without;
     the reference is then the same module. matrices: how many of the parameters bfloat16 can store in 2 bytes.
-    processes: that divide the samples, and sharded weights. teacher: parameters of one that is the reference."""
+    processes: that divide the samples, and sharded weights. teacher: parameters of one that is the reference.
+    ref_head: numbers in the head of a reference that is on another device, and has a copy of its head here."""
     on_gpu = device.type == "cuda"
     sequences = math.ceil(config.prompts_per_step * config.num_samples / processes)
     pieces = processes if config.shard == "full" else 1
@@ -93,11 +95,14 @@ def plan_of(
     reference = 0.0 if adapters or config.no_reference else 4.0 * parameters if config.reference_every else halved
     if teacher:
         reference = (2.0 if dtype == torch.bfloat16 and pieces == 1 else 4.0) * teacher / pieces
+    about_reference = "reference while it scores" if "reference" in config.offload else "reference"
+    if ref_head:
+        about_reference, reference = "reference's head", 4.0 * ref_head
     parts = {
         "policy": (halved - (2.0 - NF4) * matrices if config.qlora else halved) + trained if adapters else trained,
         "gradients": trained,
-        "AdamW": moments if config.offload == "none" else 0.0,
-        "reference": reference,
+        "AdamW": 0.0 if "optimizer" in config.offload else moments,
+        about_reference: reference,
         "vLLM" if generator == "vllm" else "decoding": engine,
         "buffers": min(kept, GPU_SHARE * most if on_gpu else CPU_BYTES) + LOGITS_BYTES[device.type] + copies,
         "process": GPU_CONTEXT_BYTES if on_gpu else PROCESS_BYTES.get(generator, PROCESS_BYTES["transformers"]),
@@ -165,6 +170,15 @@ def num_in_matrices(source: str) -> int:
     them where the files are not here."""
     shapes = [item for file in Path(source).glob("*.safetensors") for item in _shapes_in(file).items()]
     return sum(math.prod(shape) for name, shape in shapes if _is_matrix(name, shape)) or num_parameters(source) or 0
+
+
+def num_in_head(source: str) -> int:
+    """How many numbers are in the output head, or in the embedding that is the head; 0 where the files are not here."""
+    shapes = [item for file in Path(source).glob("*.safetensors") for item in _shapes_in(file).items()]
+    for word in ("head", "embed", "wte"):
+        if sizes := [math.prod(shape) for name, shape in shapes if word in name and len(shape) == 2]:
+            return max(sizes)
+    return 0
 
 
 def _is_matrix(name: str, shape: list[int]) -> bool:

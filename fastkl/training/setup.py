@@ -42,9 +42,10 @@ from fastkl.rollout.requests import EngineOptions
 from fastkl.sampling.params import Sampling, check_ids
 from fastkl.scoring import backbone, models
 from fastkl.scoring.adapters import WEIGHTS, add_adapters, check_adapters, load_adapters
-from fastkl.scoring.head import check_head
+from fastkl.scoring.head import check_head, head_of
 from fastkl.scoring.memory import micro_batch_tokens
 from fastkl.scoring.pack import pack
+from fastkl.scoring.placement import HeadCopy, moved, put_away
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.scoring.shard import gathered, shard
 from fastkl.scoring.source import resolve_model, snapshot
@@ -54,7 +55,13 @@ from fastkl.training.callbacks import check_callbacks, speaking
 from fastkl.training.environment import record_environment
 from fastkl.training.fork import begin, copy_lines, forked
 from fastkl.training.given import Given
-from fastkl.training.memory_plan import num_adapter_parameters, num_in_matrices, num_parameters, plan_of
+from fastkl.training.memory_plan import (
+    num_adapter_parameters,
+    num_in_head,
+    num_in_matrices,
+    num_parameters,
+    plan_of,
+)
 from fastkl.training.resume import fingerprints, resume
 from fastkl.training.run_folder import has_checkpoint, lock_run_folder, prepare_run_folder
 from fastkl.training.small_adamw import SmallAdamW
@@ -219,6 +226,7 @@ def prepare(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, view: View,
     if device.type == "cpu":
         keep_freed_memory()
     check_storage(config, device, dtype)
+    reference_place(config, device, world)
     say_what_it_takes(config, inputs, dtype, view.note, world)
     view.note(f"loading {config.model} ...")
     of_held = inputs.evaluator.rewards if inputs.evaluator else ()
@@ -246,12 +254,14 @@ def ready_models(
 
     scored, referred = load_models(config, dataclasses.replace(inputs, device=CPU) if shards else inputs, settled)
     policy = scored.model
-    start = scored if referred is None or inputs.teacher else referred
+    differ = referred is not None and (bool(inputs.teacher) or referred.device != scored.device)
+    start = scored if referred is None or differ else referred
     probe = probe_batch(inputs.prompts[0], device)
     layout, layout_reason = checked_layout(start, inputs, config, probe)
     scored.layout = layout
     if referred:
-        referred.layout = checked_layout(referred, inputs, config, probe)[0] if inputs.teacher else layout
+        referred.layout = checked_layout(referred, inputs, config, probe)[0] if differ else layout
+        send_to(referred, scored.device)
     if config.param_dtype == "bfloat16":
         models.store_as_computed(policy, dtype, trained=True)
     check_trainable(scored, probe)
@@ -282,6 +292,9 @@ def store_frozen(
         return
     for frozen in (scored, referred) if referred and inputs.teacher and config.lora_rank else (referred or scored,):
         models.store_as_computed(frozen.model, dtype)
+    if referred and "reference" in config.offload:
+        referred.scores_on = inputs.device
+        put_away(referred.model)
     give_back_gpu_memory(inputs.device)
 
 
@@ -315,7 +328,7 @@ def checked_layout(scored: ScoredModel, inputs: Inputs, config: TrainConfig, pro
     with gathered(scored):
         check_head(scored.model, list(inputs.prompts[0].token_ids))
         tokens = max_sequence_tokens(inputs, config)
-        return backbone.choose_layout(scored.model, probe, scored.dtype, max_tokens=tokens)
+        return backbone.choose_layout(scored.model, moved(probe, scored.device), scored.dtype, max_tokens=tokens)
 
 
 def check_trainable(policy: ScoredModel, probe: PackedBatch) -> None:
@@ -346,22 +359,22 @@ def load_models(
     settled: makes of each what scores, before the next is read, so that no process holds two whole models where they
     are sharded.
     """
-    device, resumed = inputs.device, inputs.resumed
+    resumed = inputs.resumed
     if config.lora_rank:
-        policy = models.load_model(inputs.source, device, four_bit=config.qlora)
+        policy = models.load_model(inputs.source, inputs.device, four_bit=config.qlora)
         add_adapters(policy, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
         if resumed:
             load_adapters(resumed.folder, policy)
         if inputs.teacher:
-            return settled(policy), settled(teacher_model(inputs))
+            return settled(policy), settled(reference_model(config, inputs))
         return settled(policy), None if config.no_reference else settled(policy, adapters=False)
     if resumed and (resumed.folder / WEIGHTS).is_file():
         raise UserError(f"lora_rank: the checkpoint {str(resumed.folder)!r} holds adapters; give the rank they have.")
     if inputs.teacher:
-        return settled(policy_of(inputs)), settled(teacher_model(inputs))
+        return settled(policy_of(inputs)), settled(reference_model(config, inputs))
     if config.no_reference:
         return settled(policy_of(inputs)), None
-    reference = settled(models.load_model(inputs.source, device).requires_grad_(False))
+    reference = settled(reference_model(config, inputs))
     policy = settled(policy_of(inputs))
     check_same_shape(policy.model, reference.model, resumed)
     return policy, reference
@@ -378,10 +391,29 @@ def check_storage(config: TrainConfig, device: torch.device, dtype: torch.dtype)
         raise UserError(f"qlora: 4 bits need a GPU, and this run is on the {device.type}; leave it out.")
     if config.qlora and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("qlora: bitsandbytes, which stores the 4 bits, is not installed; pip install bitsandbytes.")
-    if config.offload != "none" and device.type != "cuda":
+    if config.offload and device.type != "cuda":
         raise UserError(
-            f"offload: {config.offload} frees a GPU's memory, and this run is on the {device.type}; leave it at none."
+            f"offload: {' '.join(config.offload)} frees a GPU's memory, and this run is on the {device.type}; leave it "
+            "at none."
         )
+
+
+def reference_place(config: TrainConfig, device: torch.device, world: World = ALONE) -> torch.device:
+    """Where the reference is; device: the policy's. UserError where there is no such device for this process."""
+    place = torch.device(config.reference_device) if config.reference_device != "policy" else device
+    if config.reference_device in ("policy", "cpu"):
+        return place
+    if world.size > 1:
+        raise UserError(
+            f"reference_device: {place} is one GPU, and there are {world.size} processes, each with a reference; use "
+            "policy or cpu."
+        )
+    if place.index >= torch.cuda.device_count():
+        raise UserError(
+            f"reference_device: {place} is not here, since PyTorch sees {torch.cuda.device_count()} GPUs, which count "
+            "from cuda:0; use policy or cpu."
+        )
+    return place
 
 
 def check_sleep(config: TrainConfig, generator: str, device: torch.device) -> None:
@@ -398,20 +430,34 @@ def check_sleep(config: TrainConfig, generator: str, device: torch.device) -> No
         )
 
 
+def is_apart(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the reference is on another device than the policy's, `device`."""
+    place = reference_place(config, device)
+    return place.type != device.type or (place.index or 0) != (device.index or 0)
+
+
 def optimizer_of(config: TrainConfig, policy: nn.Module) -> torch.optim.Optimizer:
     """torch's AdamW, or the one in little memory where the settings ask for what torch's does not do."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     lr, decay = lr_of(config), config.weight_decay
-    if (config.optimizer, config.param_dtype, config.offload) == ("adamw", "float32", "none"):
+    home = CPU if "optimizer" in config.offload else None
+    if (config.optimizer, config.param_dtype, home) == ("adamw", "float32", None):
         return torch.optim.AdamW(trained, lr=lr, weight_decay=decay, fused=True)
-    home = torch.device("cpu") if config.offload == "optimizer" else None
     eight_bit = config.optimizer == "adamw8bit"
     return SmallAdamW(trained, lr=lr, weight_decay=decay, eight_bit=eight_bit, home=home, seed=config.seed)
 
 
-def teacher_model(inputs: Inputs) -> nn.Module:
-    """The reference where it is another model."""
-    return models.load_model(inputs.teacher, inputs.device).requires_grad_(False)
+def reference_model(config: TrainConfig, inputs: Inputs) -> nn.Module:
+    """The reference: the teacher, or the model that the policy starts from."""
+    place = reference_place(config, inputs.device)
+    return models.load_model(inputs.teacher or inputs.source, place).requires_grad_(False)
+
+
+def send_to(reference: ScoredModel, device: torch.device) -> None:
+    """Has a reference that is elsewhere send what it computes to the policy's device."""
+    if reference.device != device:
+        reference.head_copy = HeadCopy(device)
+        reference.head_copy.of(head_of(reference.model))  # now: an engine measures what is left
 
 
 def policy_of(inputs: Inputs) -> Any:
@@ -447,6 +493,7 @@ def say_what_it_takes(
         adapters=num_adapter_parameters(inputs.source, config.lora_rank) if config.lora_rank else 0,
         matrices=num_in_matrices(inputs.source),
         teacher=(inputs.teacher and num_parameters(inputs.teacher)) or 0,
+        ref_head=num_in_head(inputs.teacher or inputs.source) if is_apart(config, inputs.device) else 0,
     )
     say(plan.line())
     for warning in () if config.lora_rank else lr_warnings(lr_of(config), parameters):

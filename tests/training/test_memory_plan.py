@@ -17,7 +17,14 @@ from fastkl.config.settings import TrainConfig
 from fastkl.scoring.models import load_tokenizer
 from fastkl.scoring.source import resolve_model
 from fastkl.training import memory_plan
-from fastkl.training.memory_plan import MemoryPlan, num_adapter_parameters, num_in_matrices, num_parameters, plan_of
+from fastkl.training.memory_plan import (
+    MemoryPlan,
+    num_adapter_parameters,
+    num_in_head,
+    num_in_matrices,
+    num_parameters,
+    plan_of,
+)
 
 TOLERANCE = 0.25
 CPU = torch.device("cpu")
@@ -76,6 +83,18 @@ def test_bytes_of_a_matrixs_number_and_of_any_other_in_bfloat16(tmp_path, option
     parts = plan(model, tmp_path, TrainConfig(**options), dtype=torch.bfloat16, matrices=matrices).parts
     for name, of_matrix, of_other in zip(("policy", "gradients", "AdamW", "reference"), matrix, other, strict=True):
         assert parts[name] == of_matrix * numbers[True] + of_other * numbers[False], name
+
+
+def test_a_reference_elsewhere_leaves_a_copy_of_its_head_here_and_a_waiting_one_is_there_while_it_scores(tmp_path):
+    model = toy_model(dtype=torch.float32, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    size, head = (sum(p.numel() for p in part.parameters()) for part in (model, model.lm_head))
+    assert num_in_head(str(tmp_path)) == head == 23 * 16
+    parts = plan(model, tmp_path, TrainConfig(reference_device="cuda:1"), ref_head=head).parts
+    assert parts["reference's head"] == 4 * head and "reference" not in parts
+    waits = plan(model, tmp_path, TrainConfig(offload=("reference", "optimizer")))
+    assert waits.parts["reference while it scores"] == 4 * size and waits.parts["AdamW"] == 0
+    assert "reference while it scores 0.00" in waits.line()
 
 
 def test_float32_weights_are_copied_by_autocast_and_bfloat16_ones_are_not(tmp_path):
