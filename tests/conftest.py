@@ -1,4 +1,5 @@
-"""Makes the helpers in this folder importable; skips tests whose mark names something that is not here."""
+"""Makes the helpers in this folder importable; skips tests whose mark names something that is not here; puts the files
+that take longest first."""
 
 import sys
 from importlib.util import find_spec
@@ -6,11 +7,20 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+LONGEST = ("kernels/test_triton.py", "training/test_resume.py", "distributed/test_processes.py")
+"""Files that start first: several processes share the files, and a long one that came last would keep one of them busy
+alone."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests marked vllm without vLLM, and those marked gpu without an NVIDIA GPU."""
+    """Skips the tests marked vllm without vLLM, and those marked gpu without an NVIDIA GPU. LONGEST comes first, then
+    the files that have slow tests, then those whose tests are all quick."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    longest = {HERE / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (longest.get(item.path, len(longest)), item.path not in slow))
     for mark, here, reason in (
         ("vllm", lambda: find_spec("vllm") is not None, "vLLM is not installed"),
         ("gpu", has_gpu, "there is no NVIDIA GPU"),

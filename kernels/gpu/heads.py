@@ -175,7 +175,7 @@ def linear_score_kernel(h, w, hr, wr, strides, vectors, sizes, softcap, scale, F
         if has_target(target, first_id, BLOCK_VOCAB) | (first_id + BLOCK_VOCAB > vocab):
             is_target = ids[None, :] == target[:, None]
             inside = (ids < vocab)[None, :]
-            here = in_rows & (target >= first_id) & (target < first_id + BLOCK_VOCAB)
+            here = (target >= first_id) & (target < first_id + BLOCK_VOCAB)
             of_target = share + 6 * vectors.sums_stride
             tl.store(of_target, tl.sum(tl.where(is_target, z, 0.0), 1), mask=here)
             if FLAGS.has_ref:

@@ -1,8 +1,12 @@
 """The Triton kernels run by Triton's interpreter on the CPU: not collected by name, test_triton.py starts it in a
-process of its own, where TRITON_INTERPRET=1 is set before triton is imported. Small odd shapes, every branch."""
+process of its own, where TRITON_INTERPRET=1 is set before triton is imported. Small odd shapes, every branch.
+
+Of the matrix's many combinations, those that launch every kernel with every flag run with all other tests, the rest
+under `make kernels`."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +15,7 @@ import torch
 from matrix import INTERPRETER, check_case, checks, make_case, shrink_blocks
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from fastkl.kernels import call, operators, reference
+from fastkl.kernels import call, operators, reference, resources
 from fastkl.kernels.dispatch import interpreting
 from fastkl.kernels.gpu import heads, passes, slices, supports
 from fastkl.kernels.operators import TokenCoefficients
@@ -19,6 +23,42 @@ from fastkl.kernels.operators import TokenCoefficients
 assert interpreting(), "run with TRITON_INTERPRET=1"
 
 launches: list[str] = []
+flags_of: dict[str, set[str]] = {}
+"""The flags that were set when a kernel was launched, all tests together."""
+
+FAMILIES = ("gradient in the forward", "half precision", "strided", "excluded", "biases", "targets")
+"""Checks of many combinations, and those on a support: of these only the ones in COVERING run with all other tests."""
+
+COVERING = {
+    "heads {'support': 'all three', 'softcap': 4.0, 'bias': True, 'per_row_temperature': True, 'num_rows': 9}",
+    "heads {'support': 'top_p', 'reference': False, 'num_rows': 9}",
+    "heads {'support': 'banned', 'reference': False, 'num_rows': 9}",
+    "heads {'support': 'recorded', 'seed': 3, 'num_rows': 9}",
+    "heads {'support': 'top_k', 'mask': 'some', 'per_row_temperature': True, 'num_rows': 9}",
+    "heads {'support': 'top_p', 'vocab': 1, 'num_rows': 9}",
+    "gradient in the forward, mask some, support None",
+    "gradient in the forward, mask some, support top_k",
+    "gradient in the forward times -0.3",
+    "half precision torch.bfloat16",
+    "half precision torch.float16",
+    "strided logits torch.bfloat16, in place",
+    "strided logits torch.float32, apart",
+    "strided heads torch.float32, mask some",
+    "excluded logits on support none, scale 8.0",
+    "excluded logits on support top_k, scale 1.0",
+    "biases that exclude ids in both, support recorded, loss False",
+    "biases that exclude ids in policy, support None, loss True",
+    "biases that exclude ids in reference, support top_k, loss False",
+    "targets that are no ids, support None, masked True",
+    "targets that are no ids, support top_k, masked False",
+}
+
+
+def with_marks(check):
+    """Marks a check that is left to `make kernels`."""
+    costly = check.name.startswith(FAMILIES) or "'support'" in check.name
+    marks = [pytest.mark.kernels] if costly and check.name not in COVERING else []
+    return pytest.param(check, id=check.name, marks=marks)
 
 
 def fused_multiply_add(self, x, y, z):
@@ -37,19 +77,38 @@ def small_blocks(monkeypatch):
         (passes, "score_kernel"), (passes, "gradient_kernel"), (passes, "scale_kernel"),
         (heads, "linear_score_kernel"), (slices, "linear_gradient_kernel"),
     ):  # fmt: skip
+        monkeypatch.setattr(module, name, Logged(name, getattr(module, name), launches.append))
+    for module, name in (
+        (heads, "merge_kernel"), (supports, "support_kernel"), (supports, "support_sums_kernel"),
+    ):  # fmt: skip
         monkeypatch.setattr(module, name, Logged(name, getattr(module, name)))
 
 
 class Logged:
-    def __init__(self, name, kernel):
-        self.name, self.kernel = name, kernel
+    """A kernel whose launches are noted in flags_of and, for those that the tests count, in `launches`."""
+
+    def __init__(self, name, kernel, note=lambda name: None):
+        self.__name__, self.kernel, self.note = name, kernel, note
 
     def __getitem__(self, grid):
-        launches.append(self.name)
-        return self.kernel[grid]
+        self.note(self.__name__)
+        return self.launch(self.kernel[grid])
+
+    def launch(self, start):
+        def noted(*arguments, **constants):
+            flags_of.setdefault(self.__name__, set()).update(flags_set(constants))
+            return start(*arguments, **constants)
+
+        return noted
 
 
-@pytest.mark.parametrize("check", list(checks(INTERPRETER)), ids=lambda check: check.name)
+def flags_set(constants):
+    """Names of the flags that are set among a launch's compile-time constants."""
+    groups = (constants[name] for name in ("FLAGS", "WHICH", "TILE") if name in constants)
+    return {name for group in groups for name, value in group._asdict().items() if value is True}
+
+
+@pytest.mark.parametrize("check", [with_marks(check) for check in checks(INTERPRETER)])
 def test_the_kernels_pass_the_matrix_with_the_launches_they_should_need(check):
     check.run()
     assert check.kernels is None or sorted(set(launches)) == sorted(check.kernels)
@@ -214,3 +273,13 @@ def test_bfloat16_logits_are_cut_to_sixteen_bits_in_the_kernel():
     assert float((got.policy_logprobs - expected.policy_logprobs).abs().median()) < 1e-5
     assert float((got.kl - expected.kl).abs().median()) < 1e-5
     assert float((got.policy_logprobs - exact.policy_logprobs).abs().median()) > 1e-4
+
+
+def test_all_of_this_launched_every_kernel_with_every_flag_that_it_is_compiled_for(request):
+    """The flags of resources.py's configurations, and the kernels; the last test of the file."""
+    chosen = {item.callspec.id for item in request.session.items if hasattr(item, "callspec")}
+    if not chosen >= COVERING or "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("not all of it ran in this process")
+    for configuration in resources.configurations(90):
+        name, flags = configuration.kernel.__name__, flags_set(configuration.constants)
+        assert name in flags_of and flags <= flags_of[name], (name, flags - flags_of[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastkl.training.signals import StopRequest
+from fastkl.training.signals import StopRequest, stop_request
 
 SMALL = ["--steps", "4", "--save-every", "1", "--prompts-per-step", "2", "--num-samples", "4", "--max-new-tokens", "16"]
 NOT_REPRODUCIBLE = ("time/", "throughput/", "memory/")
@@ -45,11 +46,23 @@ def metrics(output: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.startswith(NOT_REPRODUCIBLE)} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of four steps that nothing interrupted."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    finished(output, "transformers")
+    return output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("generator", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, generator):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finished(whole, generator)
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, generator, request):
+    killed = tmp_path / "killed"
+    if generator == "transformers":
+        whole = request.getfixturevalue("whole")
+    else:
+        whole = tmp_path / "whole"
+        finished(whole, generator)
 
     child = subprocess.Popen(command(killed, generator), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(killed / "checkpoints" / "step-1", child)
@@ -70,9 +83,18 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_each_of_four_signals_asks_for_the_end_once_and_gets_its_own_handler_back(number):
+    said: list[str] = []
+    before = signal.getsignal(number)
+    with stop_request(said.append) as stop:
+        signal.raise_signal(number)
+        assert stop.requested and said[0].startswith(f"{number.name}: this step is finished and saved")
+    assert signal.getsignal(number) == before and len(said) == 1
+
+
 @pytest.mark.slow
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, number):
-    output = tmp_path / "run"
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
+    output, number = tmp_path / "run", signal.SIGTERM
     options = ["--steps", "1000", "--save-every", "0", "--lr-decay", "constant"]
     child = subprocess.Popen(
         command(output, "transformers", *options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -134,9 +156,8 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize("hook", ["register_step_pre_hook", "register_step_post_hook"])
 @pytest.mark.slow
-def test_two_signals_in_the_middle_of_an_update_leave_a_checkpoint_that_is_the_step_it_names(tmp_path, hook):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finished(whole, "transformers")
+def test_two_signals_in_the_middle_of_an_update_leave_a_checkpoint_that_is_the_step_it_names(tmp_path, hook, whole):
+    broken = tmp_path / "broken"
     script = INTERRUPTED.replace("{hook}", hook)
     arguments = command(broken, "transformers", "--save-every", "0")[3:]  # the only save is that of the interruption
     child = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=300)
@@ -170,9 +191,9 @@ def test_a_second_signal_waits_for_the_end_of_a_step_and_a_third_one_does_not():
         stop(signal.SIGTERM, None)
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew_on_resume(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finished(whole, "transformers")
+@pytest.mark.slow
+def test_a_run_killed_before_its_first_checkpoint_starts_anew_on_resume(tmp_path, whole):
+    killed = tmp_path / "killed"
     late = ("--save-every", "0")
     child = subprocess.Popen(command(killed, "transformers", *late), stdout=subprocess.DEVNULL)
     wait_for(killed / "metrics.jsonl", child)
@@ -199,6 +220,7 @@ def test_a_resumed_run_names_prompts_and_rewards_that_have_changed(tmp_path):
     assert f"changed since the run was started: prompts, reward {rewards}:r" in " ".join(said.split())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_names_logs_that_were_edited_since_the_checkpoint(tmp_path):
     output = tmp_path / "run"
     finished(output, "transformers", "--steps", "2")
@@ -210,12 +232,13 @@ def test_a_resumed_run_names_logs_that_were_edited_since_the_checkpoint(tmp_path
     assert "samples.jsonl has lost, damaged or edited lines" in said and "metrics.jsonl has" not in said
 
 
-def test_resuming_a_finished_run_says_so_before_any_model_is_loaded(tmp_path, capsys, monkeypatch):
+@pytest.mark.slow
+def test_resuming_a_finished_run_says_so_before_any_model_is_loaded(tmp_path, capsys, monkeypatch, whole):
     from fastkl.cli import main
     from fastkl.training import setup
 
     output = tmp_path / "run"
-    finished(output, "transformers", "--steps", "4")
+    shutil.copytree(whole, output)
     monkeypatch.setattr(setup, "check_inputs", lambda config: pytest.fail("set-up has begun"))
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     for steps, more in (("4", "6"), ("2", "6")):
