@@ -117,7 +117,7 @@ def _linear(name: str, flags: rows.Flags, architecture: int, shared: bool = Fals
         **heads_of, "out": matrix(heads.BLOCK_ROWS, shape.vocab), "strides": ("i64",) * 4, "out_stride": "i64",
         "vectors": vectors, "known": slices.Known("*fp32", "i64", "*fp32", "i64", "i32"), **sizes,
     }  # fmt: skip
-    constants["OUT"] = tl.bfloat16
+    constants |= {"FLAGS": flags._replace(write_gradient=False), "OUT": tl.bfloat16}  # as it is launched
     return Configuration(name, slices.linear_gradient_kernel, signature, constants, heads.NUM_WARPS, shape.stages)
 
 
