@@ -40,7 +40,7 @@ def test_kernels_match_float64_under_the_interpreter():
         pytest.skip("this Triton's interpreter does not run with NumPy 2.5 or newer")
     done = run(["-m", "pytest", "-q", "-x", str(HERE / "interpreted_triton.py")], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "failed" not in done.stdout
+    assert " passed" in done.stdout and not any(word in done.stdout for word in (" failed", " skipped"))
 
 
 NEWEST = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
