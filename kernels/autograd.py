@@ -75,9 +75,7 @@ class ScoreFunction(torch.autograd.Function):
         computed again."""
         inputs = ctx.saved_tensors
         grad = TokenScores(*grads)
-        coefficients = TokenCoefficients(
-            grad.policy_logprobs, grad.entropy, grad.kl, grad.policy_logprobs_support, grad.kl_support
-        )
+        coefficients = TokenCoefficients(**{name: getattr(grad, name) for name in TokenCoefficients.__slots__})
         call, stats, support_stats = ctx.call, ctx.stats, ctx.support_stats
         if call.row_ids is not None:
             coefficients = coefficients.select(call.row_ids)
@@ -106,9 +104,8 @@ class ScoreFunction(torch.autograd.Function):
             source = copy(kept.passes.source)  # with its buffers and what it has collected, for the other rows
             source.row_ids, source.options = call.row_ids, call.options
         passes = call.passes(source, stats, support_stats)
-        need_gap = coefficients.kl is not None or coefficients.kl_support is not None
         for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
-            z, gap = passes.reload(lo, hi, need_gap)
+            z, gap = passes.reload(lo, hi, coefficients.need_reference)
             passes.gradient_(lo, hi, z, gap, coefficients.select(slice(lo, hi)))
         return None, *source.gradients(inputs)
 

@@ -18,7 +18,7 @@ from .dispatch import uses_triton
 from .errors import UserError
 from .passes import LogitOptions, Passes, Rows, RowStats, Side, Source
 from .support import switched_on
-from .types import IGNORED_ID, OUTPUTS, Head, Support, TokenCoefficients, TokenScores
+from .types import DIVERGENCES, IGNORED_ID, OUTPUTS, Head, Support, TokenCoefficients, TokenScores
 
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 2 << 30}
 """Default size of one chunk's policy and reference logits together. On a GPU chunks must be long, or accumulating the
@@ -86,7 +86,7 @@ class Call:
     def score_without_logits(self, policy: Side | Tensor, stats: RowStats) -> bool:
         """Fills `stats` by the kernel that stores no logits, if it serves this call; returns whether it does."""
         sides = self._multiplied_heads(policy)
-        if sides is None or self.rows.support is not None:
+        if sides is None or self.rows.support is not None or self.rows.divergences:
             return False
         from .gpu import heads
 
@@ -101,8 +101,8 @@ class Call:
         """The gradients of the policy's inputs by the kernel that stores no logits, from the statistics over the full
         vocabulary; None if it does not serve this call."""
         sides = self._multiplied_heads(policy)
-        on_support = coefficients.policy_logprobs_support, coefficients.kl_support
-        if sides is None or any(c is not None for c in on_support):
+        of_divergences = any(c is not None for c in coefficients.of_divergences)
+        if sides is None or coefficients.need_support or of_divergences:
             return None
         from .gpu import slices
 
@@ -149,10 +149,10 @@ class Call:
 
     def available(self) -> set[str]:
         """The names of the scores that this call computes."""
-        kl, on_support = self.rows.kl and self.reference is not None, self.rows.support is not None
-        wanted = {"entropy": self.rows.entropy, "kl": kl, "kl_support": kl and on_support}
-        wanted |= {"policy_logprobs": True, "policy_logprobs_support": on_support}
-        return {name for name, is_wanted in wanted.items() if is_wanted}
+        kl = ("kl",) if self.rows.kl and self.reference is not None else ()
+        twins = {"policy_logprobs", *kl, *self.rows.divergences}
+        on_support = {f"{name}_support" for name in twins} if self.rows.support is not None else set()
+        return twins | on_support | ({"entropy"} if self.rows.entropy else set())
 
     def scores(self, stats: RowStats, support_stats: RowStats | None) -> TokenScores:
         """The statistics of the n scored rows as scores of all N rows, zero in the others."""
@@ -167,6 +167,7 @@ class Call:
             return values.new_zeros(self.num_rows).index_copy_(0, self.row_ids, values)
 
         want_kl = has_ref and self.rows.kl
+        divergences = self.rows.divergences
         on = support_stats
         return TokenScores(
             policy_logprobs=expand(stats.logprobs),
@@ -177,6 +178,8 @@ class Call:
             ref_logprobs_support=expand(on.ref_logprobs) if on is not None and has_ref else None,
             kl_support=expand(on.kl()) if on is not None and want_kl else None,
             outside_support=expand(on.outside) if on is not None else None,
+            **{name: expand(getattr(stats, name)) for name in divergences},
+            **{f"{name}_support": expand(getattr(on, name)) for name in divergences if on is not None},
         )
 
 
@@ -195,7 +198,7 @@ def logits_call(
 
         if not needs_masks(call.rows.support, valid):  # the kernels read logits in place: no buffer, one launch
             call = replace(call, chunk_rows=max(1, call.num_rows))
-    return replace(call, reference=reference, inplace=inplace), policy_logits
+    return _with_reference(replace(call, inplace=inplace), reference), policy_logits
 
 
 def head_call(
@@ -226,9 +229,16 @@ def head_call(
         call = replace(call, chunk_rows=_default_chunk_rows(policy_hidden, valid, call.dtype, LONG_CHUNK_BYTES))
     if ref_hidden is not None and ref_head is not None:
         ref_head = _cut(ref_head, valid)
-        call = replace(call, reference=Side(ref_hidden, ref_head.weight, ref_head.bias))
+    reference = None if ref_hidden is None or ref_head is None else Side(ref_hidden, ref_head.weight, ref_head.bias)
+    call = _with_reference(call, reference)
     policy_head = _cut(policy_head, valid)
     return call, (policy_hidden, policy_head.weight, policy_head.bias)
+
+
+def _with_reference(call: Call, reference: Side | Tensor | None) -> Call:
+    """The same call with the reference's side; without one there is nothing to diverge from."""
+    rows = call.rows if reference is not None else replace(call.rows, divergences=())
+    return replace(call, reference=reference, rows=rows)
 
 
 def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOptions) -> Call:
@@ -241,8 +251,8 @@ def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOption
     if support is not None:
         check_support(support, policy)
         support = switched_on(support, vocab)
-    if unknown := set(request.outputs) - set(OUTPUTS):
-        raise UserError(f"outputs has {sorted(unknown)}, expected some of {list(OUTPUTS)}.")
+    if unknown := set(request.outputs) - {*OUTPUTS, *DIVERGENCES}:
+        raise UserError(f"outputs has {sorted(unknown)}, expected some of {[*OUTPUTS, *DIVERGENCES]}.")
     chunk = request.chunk_tokens
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk_tokens is {chunk}, expected at least 1, or None for a size that fits the cache.")
@@ -253,7 +263,13 @@ def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOption
     call = Call(
         num_rows=len(policy),
         row_ids=None,
-        rows=Rows(target_ids, support, entropy="entropy" in request.outputs, kl="kl" in request.outputs),
+        rows=Rows(
+            target_ids,
+            support,
+            entropy="entropy" in request.outputs,
+            kl="kl" in request.outputs,
+            divergences=tuple(name for name in DIVERGENCES if name in request.outputs),
+        ),  # fmt: skip
         options=replace(options, temperature=temperature),
         reference=None,
         chunk_rows=chunk or _default_chunk_rows(policy, vocab, dtype, CHUNK_BYTES.get(policy.device.type)),

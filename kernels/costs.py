@@ -24,6 +24,7 @@ PASSES = {
     "score": Cost(0, 1),  # one model's logits are read
     "gradient": Cost(0, 2),  # the policy's logits are read again and overwritten by their gradient
     "gradient of the KL": Cost(0, 1),  # the reference's are read again, too
+    "divergences": Cost(0, 1),  # forward KL and jsd: one model's logits are read again
     "copy": Cost(0, 2),
 }
 

@@ -171,8 +171,7 @@ def _held_rows(call: Call, inputs: Inputs) -> int:
 def _gradient_again(passes: Passes, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
     """The gradient of rows whose logits are gone; their statistics are known. coefficients: of these rows."""
     if len(active_rows(coefficients, hi - lo)):
-        need_gap = coefficients.kl is not None or coefficients.kl_support is not None
-        passes.gradient_(lo, hi, *passes.reload(lo, hi, need_gap), coefficients)
+        passes.gradient_(lo, hi, *passes.reload(lo, hi, coefficients.need_reference), coefficients)
 
 
 def _pack(row_splits: list[int], chunk_rows: int) -> Iterator[tuple[int, int]]:

@@ -50,7 +50,8 @@ def token_scores(
     Hugging Face's labels have where nothing is to be predicted (but without a mask and without check_values they cost
     what others cost, and their logits must be finite). temperature divides all logits: a number or [N]. support: what
     the sampler allowed (see Support). Only the first valid_vocab columns exist.
-    outputs: which of "entropy" and "kl" are wanted; the others come back as None.
+    outputs: which of "entropy", "kl", "forward_kl" and "jsd" are wanted; the others come back as None. The latter two
+    take a second pass over the logits of each chunk, after the one that finds the normalisers.
     chunk_tokens: rows held in work buffers at a time. check_values: look at ids and for NaN (None: only on the CPU,
     where it costs nothing); without it, a target that is no id makes the scores of its row NaN, with no gradient.
     inplace_backward: the backward overwrites policy_logits with their gradient instead of allocating N * V numbers
@@ -95,6 +96,9 @@ def head_token_scores(
     If both heads hold the same weight (and bias) tensor, one product serves both. softcap and logit_scale must be the
     same in both. Weights and biases may be DTensors (FSDP2): they are gathered, and their gradient is averaged and
     scattered. Other arguments: token_scores.
+
+    forward_kl and jsd need a chunk of logits at hand: on a GPU, too, heads are then multiplied by the BLAS, chunk by
+    chunk.
 
     Returns TokenScores, differentiable towards policy_hidden and the policy head's weight and bias; the backward
     computes the logits again, chunk_tokens rows at a time, only for rows with a gradient (on a CPU, not for the last

@@ -30,6 +30,7 @@ class Rows:
     support: Support | None
     entropy: bool  # whether the entropy or its gradient is wanted
     kl: bool  # whether a KL or its gradient is wanted
+    divergences: tuple[str, ...] = ()  # those of types.DIVERGENCES that are wanted, or their gradients
     untargeted: Tensor | None = None
     """f32 [n]: what the scores of a row are whose target is no id, 0 or NaN; inf in the other rows. None: no such row.
 
@@ -144,7 +145,8 @@ class RowStats:
 
     The maxima are of the logits after temperature. `outside` is 1 where the support would not have kept the target,
     else 0. threshold and first_id say what a support recomputed on a GPU keeps (gpu/supports.py). These three have no
-    meaning in the statistics over the full vocabulary.
+    meaning in the statistics over the full vocabulary. forward_kl and jsd are the scores, kl_to_mixture is KL(p, m)
+    with m = (p + q) / 2; they are filled where a divergence is wanted.
     """
 
     max: Tensor
@@ -158,6 +160,9 @@ class RowStats:
     outside: Tensor
     threshold: Tensor
     first_id: Tensor
+    forward_kl: Tensor
+    jsd: Tensor
+    kl_to_mixture: Tensor
 
     @classmethod
     def empty(cls, num_rows: int, like: Tensor, dtype: torch.dtype) -> RowStats:

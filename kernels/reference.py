@@ -7,12 +7,14 @@ it, measure against it. In fp32 it also serves as the baseline ("the plain PyTor
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from .support import keep_mask
-from .types import IGNORED_ID, Head, Support, TokenScores
+from .types import IGNORED_ID, OUTPUTS, Head, Support, TokenScores
 
 
 def token_scores(
@@ -24,13 +26,14 @@ def token_scores(
     temperature: float | Tensor = 1.0,
     support: Support | None = None,
     valid_vocab: int | None = None,
+    outputs: Collection[str] = OUTPUTS,
 ) -> TokenScores:
     """Scores of the targets under policy and reference, with z = policy_logits / temperature, r likewise.
 
     policy_logits, ref_logits [N, V]; target_ids i64 [N]; mask bool [N]; temperature a number or [N]. Only the first
     `valid_vocab` columns exist. A row with the target -100 is masked. Any other target that is no id of the vocabulary
     makes all scores of its row NaN, constants without a gradient. Formulas in TokenScores; exact KL summed over the
-    whole vocabulary, not sampled.
+    whole vocabulary, not sampled. outputs: which of OUTPUTS and DIVERGENCES are wanted.
     """
     dtype = torch.float64 if policy_logits.dtype == torch.float64 else torch.float32
     tau = torch.as_tensor(temperature, dtype=dtype, device=policy_logits.device).reshape(-1, 1)
@@ -46,37 +49,45 @@ def token_scores(
     known = (target_ids >= 0) & (target_ids < z.shape[1])
     target_ids = torch.where(known, target_ids, 0)
     full = _scores(z, r, target_ids, keep=None)
-    on_support: tuple[Tensor | None, ...] = (None, None, None, None)
-    outside = None
+    found = {name: full.get(name) for name in ("policy_logprobs", "ref_logprobs", *outputs)}
     if support is not None:
         allowed = keep_mask(support, z.detach())
-        outside = (~allowed.gather(1, target_ids[:, None])[:, 0]).to(dtype)
+        found["outside_support"] = (~allowed.gather(1, target_ids[:, None])[:, 0]).to(dtype)
         on_support = _scores(z, r, target_ids, keep_mask(support, z.detach(), target_ids))
+        twins = {name: f"{name}_support" for name in found if f"{name}_support" in TokenScores.__slots__}
+        found |= {twin: on_support.get(name) for name, twin in twins.items()}
 
     def masked(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.where(scored, torch.where(known, x, torch.nan), 0)
 
-    logprobs_s, ref_logprobs_s, _, kl_s = on_support
-    return TokenScores(*(masked(x) for x in (*full, logprobs_s, ref_logprobs_s, kl_s, outside)))
+    return TokenScores(**{name: masked(x) for name, x in found.items()})
 
 
-def _scores(z: Tensor, r: Tensor | None, target_ids: Tensor, keep: Tensor | None) -> tuple[Tensor | None, ...]:
-    """log p(y), log q(y), entropy, KL, with p and q restricted to `keep` and renormalised."""
+def _scores(z: Tensor, r: Tensor | None, target_ids: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
+    """All scores by name, with p and q restricted to `keep` and renormalised."""
 
     def log_softmax(x: Tensor) -> Tensor:
         return (x if keep is None else x.masked_fill(~keep, -torch.inf)).log_softmax(1)
 
+    def kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:  # where p is exactly zero the summand is, too
+        return (p * (logp.masked_fill(p == 0, 0) - logq.masked_fill(p == 0, 0))).sum(1)
+
     logp = log_softmax(z)
     p = logp.exp()
-    # where p is exactly zero the summand is zero, although log p is -inf there, and log q may be
-    safe_logp = logp.masked_fill(p == 0, 0)
-    logprobs = logp.gather(1, target_ids[:, None])[:, 0]
-    entropy = -(p * safe_logp).sum(1)
+    found = {"policy_logprobs": logp.gather(1, target_ids[:, None])[:, 0]}
+    found["entropy"] = -(p * logp.masked_fill(p == 0, 0)).sum(1)
     if r is None:
-        return logprobs, None, entropy, None
+        return found
     logq = log_softmax(r)
-    kl = (p * (safe_logp - logq.masked_fill(p == 0, 0))).sum(1)
-    return logprobs, logq.gather(1, target_ids[:, None])[:, 0], entropy, kl
+    q = logq.exp()
+    m = (p + q) / 2
+    logm = m.masked_fill(m == 0, 1).log()
+    return found | {
+        "ref_logprobs": logq.gather(1, target_ids[:, None])[:, 0],
+        "kl": kl(p, logp, logq),
+        "forward_kl": kl(q, logq, logp),
+        "jsd": (kl(p, logp, logm) + kl(q, logq, logm)) / 2,
+    }
 
 
 def head_logits(hidden: Tensor, head: Head, logits_dtype: str = "float32") -> Tensor:
@@ -111,6 +122,7 @@ def linear_token_scores(
     logit_scale: float = 1.0,
     valid_vocab: int | None = None,
     logits_dtype: str = "float32",
+    outputs: Collection[str] = OUTPUTS,
 ) -> TokenScores:
     """token_scores of head_logits(policy_hidden [N, H], policy_weight [V, H]) and the same of the reference.
 
@@ -124,4 +136,6 @@ def linear_token_scores(
     if ref_hidden is not None:
         with torch.no_grad():
             r = head_logits(ref_hidden, Head(ref_weight, ref_bias, softcap, logit_scale), logits_dtype)
-    return token_scores(z, r, target_ids, mask=mask, temperature=temperature, support=support, valid_vocab=valid_vocab)
+    return token_scores(
+        z, r, target_ids, mask=mask, temperature=temperature, support=support, valid_vocab=valid_vocab, outputs=outputs
+    )

@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .gpu import heads, passes, rows, slices, supports
+from .gpu import divergences, heads, passes, rows, slices, supports
 
 ARCHITECTURES = (80, 90, 100)
 ALIGNED = ("z_stride", "r_stride", "out_stride", "strides", "vocab", "hidden")
@@ -74,7 +74,14 @@ def _rowwise(name: str, kernel: Any, flags: rows.Flags, logits: str) -> Configur
         shape = passes.score_shape(flags)
         constants = {"FLAGS": flags, "BLOCK": shape.block, "LANES": shape.lanes}
         return Configuration(name, kernel, signature, constants, shape.warps)
-    constants = {"FLAGS": flags, "BLOCK": passes.GRADIENT_BLOCK}
+    if kernel is divergences.divergence_kernel:
+        del signature["gradient"]
+        shape = passes.DIVERGENCES
+        constants = {"FLAGS": flags, "BLOCK": shape.block, "LANES": shape.lanes}
+        return Configuration(name, kernel, signature, constants, shape.warps)
+    of_divergences = flags.forward_kl, flags.jsd, flags.forward_kl_support, flags.jsd_support
+    flags = flags._replace(reads_reference=any((flags.has_c, flags.has_c_support, *of_divergences)))
+    constants = {"FLAGS": flags, "BLOCK": passes.gradient_block_of(flags)}
     return Configuration(name, kernel, signature, constants, passes.GRADIENT_WARPS)
 
 
@@ -130,6 +137,8 @@ def configurations(architecture: int) -> list[Configuration]:
     extras = flags(has_bias=True, has_softcap=True, has_scale=True, has_inf=True, row_temperature=True)
     both_extras, both_given = extras._replace(has_ref=True, has_ref_bias=True), given._replace(has_ref=True)
     on_threshold = b_and_c._replace(has_threshold=True, has_c_support=True)
+    divergence, apart = divergences.divergence_kernel, flags(forward_kl=True, jsd=True)
+    everything = on_threshold._replace(forward_kl=True, jsd=True, forward_kl_support=True, jsd_support=True)
     result = [
         _rowwise("score: policy, bf16 logits", score, flags(has_inf=True), "bf16"),
         _rowwise("score: policy + reference, bf16 logits", score, given._replace(has_ref=True), "bf16"),
@@ -142,7 +151,15 @@ def configurations(architecture: int) -> list[Configuration]:
         _rowwise("gradient: logp + KL, bf16 logits", gradient, given._replace(has_c=True), "bf16"),
         _rowwise("gradient: all", gradient, b_and_c, "fp32"),
         _rowwise("gradient: all + threshold", gradient, on_threshold, "fp32"),
+        _rowwise(
+            "gradient: divergences, bf16 logits", gradient, apart._replace(has_inf=True, has_row_ids=True), "bf16"
+        ),
+        _rowwise("gradient: all + divergences + threshold", gradient, everything, "fp32"),
         _rowwise("gradient: all + support", gradient, b_and_c._replace(has_keep=True, has_c_support=True), "fp32"),
+        _rowwise("divergences: bf16 logits", divergence, both_given._replace(forward_kl=True, jsd=True), "bf16"),
+        _rowwise("divergences: forward KL, fp32 logits", divergence, flags(has_ref=True, forward_kl=True), "fp32"),
+        _rowwise("divergences: + bias, softcap", divergence, both_extras._replace(forward_kl=True, jsd=True), "fp32"),
+        _rowwise("divergences: + threshold", divergence, apart._replace(has_ref=True, has_threshold=True), "fp32"),
         _support("support: all", both_given, "bf16", top_k=True, top_p=True, min_p=True),
         _support("support: all + bias, softcap", both_extras, "fp32", top_k=True, top_p=True, min_p=True),
         _support("support: sums", both_given, "bf16"),

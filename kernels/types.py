@@ -18,7 +18,10 @@ IGNORED_ID = -100
 """The target of a row that is not scored, as in the labels of Hugging Face and PyTorch's cross entropy."""
 
 OUTPUTS = ("entropy", "kl")
-"""The outputs that may be left out to save work; log-probabilities always come back."""
+"""What comes back beside the log-probabilities unless something else is asked for."""
+
+DIVERGENCES = ("forward_kl", "jsd")
+"""What comes back only where it is asked for: it takes another pass over the logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,17 @@ class TokenScores:
         policy_logprobs          log p(y)                        ref_logprobs           log q(y)
         entropy                  -sum_v p(v) log p(v)            kl                     sum_v p(v) (log p(v) - log q(v))
 
+        forward_kl               sum_v q(v) (log q(v) - log p(v))
+        jsd                      1/2 KL(p, m) + 1/2 KL(q, m) with m = (p + q) / 2, at most log 2
+
     and the `_support` twins with p and q both renormalised on the same S. outside_support is 1 where y is not in S as
     it was recorded or recomputed, else 0; all others are computed with y in S, since it was sampled. A field is None
     where nothing was asked for or no reference (no support) was given. Gradients flow through the policy only;
     ref_logprobs has none.
 
     An id with the logit -inf has probability zero: it adds nothing to a sum over p, its own log-prob is -inf, and the
-    KL is inf where q excludes an id that p does not. Of a row whose logits are all -inf, every score is NaN.
+    KL is inf where q excludes an id that p does not; forward_kl where p excludes one that q does not; jsd nowhere. Of a
+    row whose logits are all -inf, every score is NaN.
     """
 
     policy_logprobs: Tensor
@@ -64,9 +71,13 @@ class TokenScores:
     ref_logprobs_support: Tensor | None = None
     kl_support: Tensor | None = None
     outside_support: Tensor | None = None
+    forward_kl: Tensor | None = None
+    jsd: Tensor | None = None
+    forward_kl_support: Tensor | None = None
+    jsd_support: Tensor | None = None
 
     def values(self) -> tuple[Tensor | None, ...]:
-        """The eight fields in order."""
+        """The fields in order."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
 
@@ -82,13 +93,33 @@ class TokenCoefficients:
     kl: Tensor | None = None
     policy_logprobs_support: Tensor | None = None
     kl_support: Tensor | None = None
+    forward_kl: Tensor | None = None
+    jsd: Tensor | None = None
+    forward_kl_support: Tensor | None = None
+    jsd_support: Tensor | None = None
+
+    @property
+    def of_divergences(self) -> tuple[Tensor | None, ...]:
+        """Those of forward_kl, jsd, forward_kl_support and jsd_support."""
+        return self.forward_kl, self.jsd, self.forward_kl_support, self.jsd_support
+
+    @property
+    def need_reference(self) -> bool:
+        """Whether the gradient depends on the reference's logits."""
+        return any(c is not None for c in (self.kl, self.kl_support, *self.of_divergences))
+
+    @property
+    def need_support(self) -> bool:
+        """Whether the gradient depends on the support."""
+        on_support = self.policy_logprobs_support, self.kl_support, self.forward_kl_support, self.jsd_support
+        return any(c is not None for c in on_support)
 
     def select(self, rows: Tensor | slice) -> TokenCoefficients:
         """The same factors for some of the rows (int64 indices [n], bool [N] or a slice)."""
         return TokenCoefficients(*(None if c is None else c[rows] for c in self.values()))
 
     def values(self) -> tuple[Tensor | None, ...]:
-        """The five fields in order."""
+        """The fields in order."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
 

@@ -8,7 +8,7 @@ is scored as accurately as any other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..passes import EXCLUDED, RowStats
 from ..types import Support
+from .divergences import Compared, DivergenceFactors
 from .epilogue import Factors, Sums
 from .supports import allowed_pairs, banned_pairs
 
@@ -38,6 +39,21 @@ class Listed:
         """All but the targets i64 [n] of the rows."""
         other = self.ids != target_ids[self.rows]
         return Listed(self.rows[other], self.ids[other], self.z[other], None if self.r is None else self.r[other])
+
+    def compared(self, stats: RowStats) -> Compared:
+        """Policy and reference at the listed ids, with the statistics [n] of the rows."""
+        assert self.r is not None
+        return Compared.of(self.z, self.r, stats[self.rows])
+
+    def summed(self, num_rows: int) -> Callable[[Tensor], Tensor]:
+        """Adds numbers [M] up to those of each row, [n]."""
+        return lambda x: x.new_zeros(num_rows).index_add_(0, self.rows, x)
+
+    def add_divergence_gradient_(self, dlogits: Tensor, factors: DivergenceFactors) -> None:
+        """Adds dL/dz for these factors [n] at the listed ids to dlogits [n, V]."""
+        assert self.r is not None
+        gradient = factors[self.rows].gradient(self.z, self.r)
+        dlogits.index_put_((self.rows, self.ids), gradient.to(dlogits.dtype), accumulate=True)
 
     def add_gradient_(self, dlogits: Tensor, factors: Factors, target_ids: Tensor) -> None:
         """Adds dL/dz for these factors [n] at the listed ids to dlogits [n, V]; targets i64 [n]."""

@@ -1,9 +1,9 @@
 """The passes over chunks of rows, with one Triton launch per chunk instead of one block after another. Given logits are
 one chunk, unless they have a support.
 
-score               reads every logit of policy and reference once
+score               reads every logit of policy and reference once, and once more for divergences
 gradient_           reads them again, from known statistics, and writes the gradient over the policy's
-score_and_gradient  both in one launch, unless there is a support
+score_and_gradient  both in one launch, unless there is a support or a divergence
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..passes import Rows, RowStats
 from ..support import keep_mask, keep_sampled_
 from ..types import TokenCoefficients
 from . import supports
+from .divergences import divergence_kernel
 from .rows import Flags, Gradient, Inputs, Numbers, Stats, gradient_kernel, scale_kernel, score_kernel
 from .sources import HeadSource, LogitsSource
 from .supports import Thresholds, has_thresholds
@@ -44,6 +45,7 @@ SCORE_MORE = Shape(1024, 256, 2)
 """Where the kernel does more per logit (softcap, support): blocks of 2048 would halve the warps that fit."""
 
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
+DIVERGENCES = Shape(512, 256, 2)
 SCALE_BLOCK = 4096
 KERNEL_FIELDS = 8
 """So many fields of RowStats come from score_kernel."""
@@ -80,6 +82,8 @@ class GpuPasses:
                 self._launch_support(lo, slice(first, min(first + supports.ROWS_AT_A_TIME, hi)), z, r, self.thresholds)
             for part in self._without_threshold(lo, hi):
                 self._score_with_mask(lo, part, z, r)
+        if self.rows.divergences and r is not None and hi > lo:
+            self._launch_divergences(lo, hi, z, r)
         return z, r
 
     def reload(self, lo: int, hi: int, need_gap: bool) -> tuple[Tensor, Tensor | None]:
@@ -101,7 +105,7 @@ class GpuPasses:
         """The gradient of the logits of rows lo..hi, [hi - lo, V]; gap is the reference's logits here."""
         out = self.source.gradient_buffer(z)
         if hi > lo:
-            on_support = coefficients.policy_logprobs_support is not None or coefficients.kl_support is not None
+            on_support = coefficients.need_support
             masked: list[tuple[Tensor, Tensor]] = []
             if on_support and self.thresholds is not None:  # the masks first: the gradient may lie over the logits
                 masked = [(part, self._keep(lo, part, z)) for part in self._without_threshold(lo, hi)]
@@ -113,7 +117,7 @@ class GpuPasses:
         return out
 
     def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
-        if self.support_stats is not None:
+        if self.support_stats is not None or self.rows.divergences:
             self.gradient_(lo, hi, *self.score(lo, hi), coefficients)
             return
         z, r = self.source.load(lo, hi)
@@ -162,6 +166,48 @@ class GpuPasses:
             num_warps=supports.SUMS_WARPS,
         )  # fmt: skip
 
+    def _launch_divergences(self, lo: int, hi: int, z: Tensor, r: Tensor) -> None:
+        """Of the full vocabulary, then on the support by thresholds or a mask, then by masks where none is found."""
+        rows = slice(lo, hi)
+        self._launch_divergence_kernel(lo, rows, z, r, None, on_support=False)
+        if self.support_stats is None:
+            return
+        keep = self._keep(lo, rows, z) if self.thresholds is None else None
+        self._launch_divergence_kernel(lo, rows, z, r, keep, on_support=True)
+        for part in self._without_threshold(lo, hi) if self.thresholds is not None else ():
+            self._divergences_with_mask(lo, part, z, r)
+
+    def _launch_divergence_kernel(
+        self, lo: int, rows: slice, z: Tensor, r: Tensor, keep: Tensor | None, on_support: bool
+    ) -> None:
+        flags = self._divergence_flags(keep)._replace(has_threshold=on_support and keep is None)
+        inputs, stats, _, numbers = self._arguments(lo, rows, z, r, keep, None, z)
+        self._launch_divergence(rows.stop - rows.start, inputs, stats, numbers, flags)
+
+    def _divergences_with_mask(self, lo: int, rows: Tensor, z: Tensor, r: Tensor) -> None:
+        """Those on the support, by masks, of some rows i64 [m]; lo: the first row of z."""
+        assert self.support_stats is not None
+        keep = self._keep(lo, rows, z)
+        inputs, stats, _, numbers = self._arguments(lo, rows, z, r, keep, None, z)
+        part = self.support_stats[rows]
+        stats = stats._replace(support=part.max, stride=part.stride)
+        self._launch_divergence(
+            len(rows), inputs, stats, numbers, self._divergence_flags(keep)._replace(has_row_ids=True)
+        )
+        for name in ("forward_kl", "jsd", "kl_to_mixture"):
+            getattr(self.support_stats, name)[rows] = getattr(part, name)
+
+    def _divergence_flags(self, keep: Tensor | None) -> Flags:
+        wanted = self.rows.divergences
+        return self._flags(keep)._replace(has_ref=True, forward_kl="forward_kl" in wanted, jsd="jsd" in wanted)
+
+    @staticmethod
+    def _launch_divergence(num_rows: int, inputs: Inputs, stats: Stats, numbers: Numbers, flags: Flags) -> None:
+        divergence_kernel[(num_rows,)](
+            inputs, stats, numbers, FLAGS=flags, BLOCK=DIVERGENCES.block, LANES=DIVERGENCES.lanes,
+            num_warps=DIVERGENCES.warps,
+        )  # fmt: skip
+
     def _without_threshold(self, lo: int, hi: int) -> Iterator[Tensor]:
         """Those rows, i64 [m], MASK_ROWS at a time. It waits for the device."""
         assert self.support_stats is not None
@@ -191,14 +237,14 @@ class GpuPasses:
         out: Tensor,
     ) -> None:
         """The gradient of some rows; lo: the first row of z."""
-        _, b, c, a_s, c_s = coefficients.values()
-        flags = self._flags(keep)._replace(has_b=b is not None, has_c=c is not None, has_c_support=c_s is not None)
-        on_support = a_s is not None or c_s is not None
-        flags = flags._replace(has_threshold=on_support and keep is None, has_row_ids=self._has_row_ids(rows))
+        flags = gradient_flags(self._flags(keep), coefficients)
+        by_threshold = coefficients.need_support and keep is None
+        flags = flags._replace(has_threshold=by_threshold, has_row_ids=self._has_row_ids(rows))
         arguments = self._arguments(lo, rows, z, gap, keep, coefficients, out)
         num_rows = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
-        gradient_kernel[(num_rows, triton.cdiv(self.source.vocab, GRADIENT_BLOCK))](
-            *arguments, FLAGS=flags, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
+        block = gradient_block_of(flags)
+        gradient_kernel[(num_rows, triton.cdiv(self.source.vocab, block))](
+            *arguments, FLAGS=flags, BLOCK=block, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
 
     def _has_row_ids(self, rows: slice | Tensor) -> bool:
@@ -290,8 +336,24 @@ def score_shape(flags: Flags) -> Shape:
     return SCORE_MORE if flags.has_softcap or flags.has_keep else SCORE
 
 
+def gradient_block_of(flags: Flags) -> int:
+    """Ids that a program of gradient_kernel takes: fewer where divergences need more registers for each."""
+    divergences = flags.forward_kl or flags.jsd or flags.forward_kl_support or flags.jsd_support
+    return GRADIENT_BLOCK // 4 if divergences else GRADIENT_BLOCK
+
+
+def gradient_flags(flags: Flags, coefficients: TokenCoefficients) -> Flags:
+    """With what gradient_kernel does for these factors."""
+    forward_kl, jsd, *on_support = (c is not None for c in coefficients.of_divergences)
+    return flags._replace(
+        has_b=coefficients.entropy is not None, has_c=coefficients.kl is not None,
+        has_c_support=coefficients.kl_support is not None, reads_reference=coefficients.need_reference,
+        forward_kl=forward_kl, jsd=jsd, forward_kl_support=on_support[0], jsd_support=on_support[1],
+    )  # fmt: skip
+
+
 def _factors(coefficients: TokenCoefficients, num_rows: int, device: torch.device) -> Tensor:
-    """The five coefficients as float32 [5, n], zero where not given."""
+    """The coefficients as float32 [9, n], zero where not given."""
     values = coefficients.values()
     factors = torch.zeros(len(values), num_rows, device=device)
     for out, value in zip(factors, values, strict=True):

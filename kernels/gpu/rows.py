@@ -35,6 +35,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST_BITS = tl.constexpr(-1e25)
 """A maximum over nothing, in bits: far above what is EXCLUDED, which therefore adds exactly nothing to any sum."""
 OUTSIDE, THRESHOLD, FIRST_ID = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)  # places in RowStats
+FORWARD_KL, JSD, KL_TO_MIXTURE = tl.constexpr(11), tl.constexpr(12), tl.constexpr(13)
 VECTOR = tl.constexpr(4)
 """How many logits a thread of score_kernel loads at once, the same for every dtype: otherwise narrower ones would have
 to be rearranged between threads."""
@@ -68,7 +69,7 @@ class Stats(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """The factors of TokenCoefficients, f32 [5, n], and where the gradient goes, [*, V]."""
+    """The factors of TokenCoefficients, f32 [9, n], and where the gradient goes, [*, V]."""
 
     factors: Any
     factors_stride: Any
@@ -103,6 +104,11 @@ class Flags(NamedTuple):
     has_b: bool = False  # a factor of the entropy
     has_c: bool = False  # a factor of the KL
     has_c_support: bool = False  # a factor of the KL on the support
+    reads_reference: bool = False  # in gradient_kernel
+    forward_kl: bool = False  # the forward KL, or a factor of it
+    jsd: bool = False  # the Jensen-Shannon divergence, or a factor of it
+    forward_kl_support: bool = False  # factors on the support
+    jsd_support: bool = False
 
     @classmethod
     def of(cls, options: LogitOptions, bias: Tensor | None, ref_bias: Tensor | None) -> Flags:
@@ -351,6 +357,54 @@ def gradient_block(
 
 
 @triton.jit
+def load_normalisers(ptr, stride, row):
+    """max, log_sum, ref_max and ref_log_sum of a row's RowStats."""
+    return (
+        tl.load(ptr + row), tl.load(ptr + stride + row), tl.load(ptr + 4 * stride + row),
+        tl.load(ptr + 5 * stride + row),
+    )  # fmt: skip
+
+
+@triton.jit
+def compare(z, r, normalisers):
+    """p, q, t = log(q / p) and x = exp(-|t|) - 1 of processed logits, see cpu/divergences.py."""
+    top, log_sum, ref_top, ref_log_sum = normalisers
+    z = z - top
+    r = r - ref_top
+    t = (r - z) - (ref_log_sum - log_sum)
+    u = tl.abs(t)
+    series = -u * (1.0 - u * (0.5 - u * (1.0 / 6.0 - u * (1.0 / 24.0 - u * (1.0 / 120.0)))))
+    x = tl.where(u < 0.15, series, tl.exp2(-u * LOG2E) - 1.0)
+    return tl.exp2((z - log_sum) * LOG2E), tl.exp2((r - ref_log_sum) * LOG2E), t, x
+
+
+@triton.jit
+def log_over_mixture(t, x):
+    """log(p / m) with m = (p + q) / 2; with -t for t, log(q / m). x is from -1 to 0."""
+    half = 0.5 * x
+    one_plus = 1.0 + half
+    rounded = one_plus - 1.0  # as in log_of_sum
+    log1p = tl.where(rounded == 0.0, half, tl.log(one_plus) * (half / tl.where(rounded == 0.0, 1.0, rounded)))
+    return -log1p - tl.maximum(t, 0.0)
+
+
+@triton.jit
+def divergence_gradient(
+    z, r, ptr, stats, gradient, row, HAS_FORWARD: tl.constexpr, HAS_JSD: tl.constexpr, FACTOR: tl.constexpr
+):  # fmt: skip
+    """c (p - q) + d / 2 p (log(p / m) - KL(p, m)) of a block of processed logits, with the factors c and d of the
+    forward KL and the jsd, FACTOR and FACTOR + 1 of `gradient`; ptr: the distribution's RowStats."""
+    p, q, t, x = compare(z, r, load_normalisers(ptr, stats.stride, row))
+    result = tl.zeros_like(z)
+    if HAS_FORWARD:
+        result += load_factor(gradient, FACTOR, row, True) * (tl.where(t > 0.0, q, -p) * x)
+    if HAS_JSD:
+        to_mixture = tl.load(ptr + KL_TO_MIXTURE * stats.stride + row)
+        result += 0.5 * load_factor(gradient, FACTOR + 1, row, True) * (p * (log_over_mixture(t, x) - to_mixture))
+    return result
+
+
+@triton.jit
 def before_processing(gradient, z, numbers, FLAGS: tl.constexpr):
     """The gradient by the head's output, from the one by the processed logits z."""
     _, softcap, scale = numbers
@@ -486,12 +540,14 @@ def gradient_of_block(
     row = inputs.z + row_id * inputs.z_stride, inputs.bias, inputs.r + row_id * inputs.r_stride, inputs.ref_bias
     start = tl.program_id(1) * BLOCK
     cols = start + tl.arange(0, BLOCK)
-    z, r = load_pair(row, cols, numbers, FLAGS.has_c or FLAGS.has_c_support, FLAGS, True, False)
+    z, r = load_pair(row, cols, numbers, FLAGS.reads_reference, FLAGS, True, False)
     holds_target = (target >= start) & (target < start + BLOCK)
     known = load_stats(stats.full, stats.stride, i)
     fa = load_factor(gradient, 0, i, True)
     factors = (fa, load_factor(gradient, 1, i, FLAGS.has_b), load_factor(gradient, 2, i, FLAGS.has_c))
     dz = gradient_block(z, r, cols, target, holds_target, known, factors, FLAGS.has_b, FLAGS.has_c)
+    if FLAGS.forward_kl or FLAGS.jsd:
+        dz += divergence_gradient(z, r, stats.full, stats, gradient, i, FLAGS.forward_kl, FLAGS.jsd, 5)
     if FLAGS.has_keep or FLAGS.has_threshold:
         if FLAGS.has_keep:
             keep = tl.load(inputs.keep + i * vocab + cols, mask=cols < vocab, other=0) != 0
@@ -502,6 +558,10 @@ def gradient_of_block(
         known = load_stats(stats.support, stats.stride, i)
         factors = (load_factor(gradient, 3, i, True), 0.0, load_factor(gradient, 4, i, FLAGS.has_c_support))
         on_support = gradient_block(z, r, cols, target, holds_target, known, factors, False, FLAGS.has_c_support)
+        if FLAGS.forward_kl_support or FLAGS.jsd_support:
+            on_support += divergence_gradient(
+                z, r, stats.support, stats, gradient, i, FLAGS.forward_kl_support, FLAGS.jsd_support, 7
+            )
         dz += tl.where(keep, on_support, 0.0)
     dz = before_processing(dz, z, numbers, FLAGS)
     tl.store(

@@ -39,6 +39,9 @@ COVERING = {
     "heads {'support': 'recorded', 'seed': 3, 'num_rows': 9}",
     "heads {'support': 'top_k', 'mask': 'some', 'per_row_temperature': True, 'num_rows': 9}",
     "heads {'support': 'top_p', 'vocab': 1, 'num_rows': 9}",
+    "divergences {'softcap': 4.0, 'bias': True, 'per_row_temperature': True, 'support': 'banned', 'num_rows': 9}",
+    "divergences {'support': 'all three', 'seed': 3, 'num_rows': 9}",
+    "excluded logits with divergences on support none",
     "gradient in the forward, mask some, support None",
     "gradient in the forward, mask some, support top_k",
     "gradient in the forward times -0.3",
@@ -78,7 +81,7 @@ def small_blocks(monkeypatch):
     launches.clear()
     for module, name in (
         (passes, "score_kernel"), (passes, "gradient_kernel"), (passes, "scale_kernel"),
-        (heads, "linear_score_kernel"), (slices, "linear_gradient_kernel"),
+        (passes, "divergence_kernel"), (heads, "linear_score_kernel"), (slices, "linear_gradient_kernel"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, Logged(name, getattr(module, name), launches.append))
     for module, name in (

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels import operators, reference
-from fastkl.kernels.types import Support, TokenCoefficients, TokenScores
+from fastkl.kernels.types import DIVERGENCES, OUTPUTS, Support, TokenCoefficients, TokenScores
 
 POLICY_SCORES = ("policy_logprobs", "entropy", "kl", "policy_logprobs_support", "kl_support")
+EVERY_SCORE = (*POLICY_SCORES, *DIVERGENCES, *(f"{name}_support" for name in DIVERGENCES))
+EVERY_OUTPUT = (*OUTPUTS, *DIVERGENCES)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def make_case(
     return Case(hidden_states, weight, ref_states, ref_weight, targets, options, seed)
 
 
-def run(function, case: Case, scores: tuple[str, ...] = POLICY_SCORES) -> tuple[TokenScores, dict[str, Tensor]]:
+def run(function, case: Case, scores: tuple[str, ...] = EVERY_SCORE) -> tuple[TokenScores, dict[str, Tensor]]:
     """Scores, and the gradients of sum(random factor * score) over the scores named and present."""
     leaves = {"hidden": case.policy_hidden, "weight": case.policy_weight, "bias": case.options.get("policy_bias")}
     leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items() if v is not None}
@@ -106,7 +108,7 @@ def run(function, case: Case, scores: tuple[str, ...] = POLICY_SCORES) -> tuple[
     out = function(leaves["hidden"], leaves["weight"], *case.args()[2:], **options)
     g = torch.Generator().manual_seed(case.upstream_seed + 1)
     loss = out.policy_logprobs.new_zeros((), dtype=torch.float64)
-    for name in POLICY_SCORES:
+    for name in EVERY_SCORE:
         factor = torch.randn(len(case.target_ids), generator=g, dtype=torch.float64).to(case.target_ids.device)
         if name in scores and getattr(out, name) is not None:
             loss = loss + (factor * getattr(out, name).double()).sum()
@@ -199,6 +201,16 @@ ON_SUPPORT: list[dict] = [
     {"support": "top_k", "mask": "some", "per_row_temperature": True, **SIZED},
     {"support": "top_p", "vocab": 1, **SIZED},
 ]
+APART: list[dict] = [
+    {},
+    {"reference": False},
+    {**MIXED, "support": "banned", **SIZED},
+    {"scale": 300.0},
+    {"hot": True, "scale": 20.0, "mask": "some"},
+    *({"support": name, "seed": 3, **SIZED} for name in ("top_k", "all three", "recorded")),
+]
+"""With forward_kl and jsd."""
+
 LOGITS: list[dict] = [
     {},
     {"reference": False},
@@ -217,7 +229,8 @@ def shrink_blocks(put: Callable[[object, str, object], None] = setattr) -> None:
     """Several blocks per row, tiles per share and shares per vocabulary, even for the interpreter's tiny sizes."""
     from fastkl.kernels.gpu import heads, passes, slices, supports
 
-    for name, value in (("SCORE", passes.Shape(16, 8, 1)), ("GRADIENT_BLOCK", 16)):
+    several = passes.Shape(16, 8, 1)
+    for name, value in (("SCORE", several), ("DIVERGENCES", several), ("GRADIENT_BLOCK", 16)):
         put(passes, name, value)
     for name in ("SCORE_AND_GRADIENT", "SCORE_MORE"):
         put(passes, name, passes.Shape(8, 8, 1))
@@ -269,8 +282,9 @@ def from_logits(hidden, weight, ref_hidden, ref_weight, target_ids, **options) -
 def check_strided_logits(device: Device, dtype: torch.dtype, inplace: bool) -> None:
     """Logits in rows of a wider tensor, in any dtype: the scores are those of these very numbers, and the gradient
     comes back in their dtype, over the logits if asked for."""
-    support = "banned" if inplace else "top_k"
-    case = sized(device, {"mask": "some", "per_row_temperature": True, "support": support, **SIZED, "vocab": 37})
+    support, outputs = ("banned", EVERY_OUTPUT) if inplace else ("top_k", OUTPUTS)
+    size = {**SIZED, "vocab": 37, "outputs": outputs}
+    case = sized(device, {"mask": "some", "per_row_temperature": True, "support": support, **size})
     case = case.to(torch.float64, device.device)
     z, r = (case.policy_hidden @ case.policy_weight.t()).to(dtype), (case.ref_hidden @ case.ref_weight.t()).to(dtype)
     leaf = torch.full((9, 60), torch.nan, dtype=dtype, device=device.device)[:, 3:40].copy_(z).requires_grad_()
@@ -279,9 +293,15 @@ def check_strided_logits(device: Device, dtype: torch.dtype, inplace: bool) -> N
     exact = z.double().requires_grad_()
     truth = reference.token_scores(exact, r.double(), case.target_ids, **case.options)
     for name in TokenScores.__slots__:
-        torch.testing.assert_close(getattr(got, name).double(), getattr(truth, name), rtol=1e-5, atol=2e-6)
-    (grad,) = torch.autograd.grad((got.kl + got.policy_logprobs_support - got.entropy).sum(), leaf)
-    (true_grad,) = torch.autograd.grad((truth.kl + truth.policy_logprobs_support - truth.entropy).sum(), exact)
+        if getattr(truth, name) is not None:
+            torch.testing.assert_close(getattr(got, name).double(), getattr(truth, name), rtol=1e-5, atol=2e-6)
+
+    def loss(scores: TokenScores) -> Tensor:
+        total = (scores.kl + scores.policy_logprobs_support - scores.entropy).sum()
+        return total + (scores.forward_kl + scores.jsd_support).sum() if inplace else total
+
+    (grad,) = torch.autograd.grad(loss(got), leaf)
+    (true_grad,) = torch.autograd.grad(loss(truth), exact)
     assert grad.dtype == dtype
     # one unit in the last place: the interpreter truncates to bfloat16 where the hardware rounds
     torch.testing.assert_close(grad.double(), true_grad, rtol=max(1e-5, torch.finfo(dtype).eps), atol=1e-6)
@@ -384,7 +404,9 @@ def assert_scores(got: TokenScores, truth: TokenScores, rows: Tensor | slice = s
             )
 
 
-def check_excluded_logits(device: Device, support: str, scale: float, chunk: int | None) -> None:
+def check_excluded_logits(
+    device: Device, support: str, scale: float, chunk: int | None, outputs: tuple[str, ...] = OUTPUTS
+) -> None:
     """Logits of -inf in the policy, the reference and at targets: scores as defined, and of every score the gradient
     in the rows where it is finite. The other rows have no part in the loss, and must not spoil it."""
     g = torch.Generator().manual_seed(0)
@@ -392,7 +414,7 @@ def check_excluded_logits(device: Device, support: str, scale: float, chunk: int
     for row, (excluded, ref_excluded, _) in enumerate(ROWS_WITHOUT_SOME_LOGITS):
         z[row, list(excluded)], r[row, list(ref_excluded)] = NO, NO
     targets = torch.tensor([target for *_, target in ROWS_WITHOUT_SOME_LOGITS])
-    options: dict = {"temperature": 0.7}
+    options: dict = {"temperature": 0.7, "outputs": outputs}
     if support != "none":
         options["support"] = on_device(EXCLUDING_SUPPORTS[support], torch.float64, device.device)
     z, r, targets = z.to(device.device), r.to(device.device), targets.to(device.device)
@@ -404,7 +426,7 @@ def check_excluded_logits(device: Device, support: str, scale: float, chunk: int
     z, r, targets = z[:9], r[:9], targets[:9]  # of an impossible row, the gradient is NaN too
     if "support" in options:
         options["support"] = options["support"].select(slice(0, 9))
-    for name in POLICY_SCORES[1:]:
+    for name in EVERY_SCORE[1:]:
         if getattr(truth, name) is None:
             continue
         factor = torch.randn(9, generator=g, dtype=torch.float64).to(device.device)
@@ -557,6 +579,11 @@ def checks(device: Device) -> Iterator[Check]:
         for options in ON_SUPPORT:
             kernels = launches(options, "score_kernel", "gradient_kernel")
             yield Check(f"heads{of} {options}", case(heads, options, dtype), kernels)
+        for options in APART:
+            kernels = launches(options, "score_kernel", "gradient_kernel", "divergence_kernel")
+            if options.get("reference") is False:
+                kernels = None
+            yield Check(f"divergences{of} {options}", case(heads, {**options, "outputs": EVERY_OUTPUT}, dtype), kernels)
         for mask in ("none", "some"):
             for support in (None, "top_k"):
                 name = f"gradient in the forward{of}, mask {mask}, support {support}"
@@ -583,6 +610,8 @@ def checks(device: Device) -> Iterator[Check]:
         for scale, chunk in ((1.0, None), (8.0, 5)):
             name = f"excluded logits on support {support}, scale {scale}"
             yield Check(name, partial(check_excluded_logits, device, support, scale, chunk))
+        check = partial(check_excluded_logits, device, support, 1.0, None, EVERY_OUTPUT)
+        yield Check(f"excluded logits with divergences on support {support}", check)
     for excluded in ("both", "policy", "reference"):
         for support in (None, "top_k", "banned", "recorded"):
             for loss in (False, True):

@@ -49,7 +49,7 @@ NEWEST = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 MATRIX_KERNELS = {"linear_score_kernel", "linear_gradient_kernel"}
 ALL_KERNELS = {
     name
-    for file in ("heads", "rows", "slices", "supports")
+    for file in ("divergences", "heads", "rows", "slices", "supports")
     for name in re.findall(r"^def (\w+_kernel)\(", (GPU / f"{file}.py").read_text(), re.M)
 }
 

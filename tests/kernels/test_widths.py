@@ -28,7 +28,8 @@ def sides(ref_width: int, padding: int, dtype=torch.float64, seed: int = 0):
 
 
 def by_hand(policy, reference, targets, support: dict | None, temperature: float):
-    """log p(y), log q(y), KL and entropy of every row, p and q on the ids that the support keeps; differentiable."""
+    """log p(y), log q(y), the three divergences and the entropy of every row, differentiable; p and q on the ids that
+    the support keeps."""
     rows = []
     for i, y in enumerate(targets.tolist()):
         z = torch.stack([policy[0][i] @ policy[1][v] + policy[2][v] for v in range(V)]) / temperature
@@ -47,9 +48,13 @@ def by_hand(policy, reference, targets, support: dict | None, temperature: float
             kept = [v for v in kept if v not in support["banned_ids"]]
         kept = sorted({*kept, y})
         logp, logq = z[kept].log_softmax(0), r[kept].log_softmax(0)
-        p, at = logp.exp(), kept.index(y)
-        rows.append(torch.stack([logp[at], logq[at], (p * (logp - logq)).sum(), -(p * logp).sum()]))
-    return torch.stack(rows).unbind(1)
+        p, q, at = logp.exp(), logq.exp(), kept.index(y)
+        logm = ((p + q) / 2).log()
+        jsd = (p * (logp - logm) + q * (logq - logm)).sum() / 2
+        divergences = (p * (logp - logq)).sum(), (q * (logq - logp)).sum(), jsd
+        rows.append(torch.stack([logp[at], logq[at], *divergences, -(p * logp).sum()]))
+    names = ("policy_logprobs", "ref_logprobs", "kl", "forward_kl", "jsd", "entropy")
+    return dict(zip(names, torch.stack(rows).unbind(1), strict=True))
 
 
 def scored(operator, policy, reference, targets, support, *more, valid=None, **options):
@@ -63,28 +68,27 @@ def scored(operator, policy, reference, targets, support, *more, valid=None, **o
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("direction", ["kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("chunk", [2, None])
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("ref_width", [H, 3, 16])
-def test_scores_and_gradients_are_the_sums_over_the_shared_ids(ref_width, padding, support, chunk):
+def test_scores_and_gradients_are_the_sums_over_the_shared_ids(ref_width, padding, support, chunk, direction):
     policy, reference, targets = sides(ref_width, padding)
     settings, tau = SUPPORTS[support], 0.8
     expected = by_hand(policy, reference, targets, settings, tau)
-    scores = scored(
-        linear_token_scores, policy, reference, targets, settings, valid=V, temperature=tau, chunk_tokens=chunk
-    )
+    options = {"valid": V, "temperature": tau, "chunk_tokens": chunk, "outputs": (direction,)}
+    scores = scored(linear_token_scores, policy, reference, targets, settings, **options)
     on = "_support" if settings else ""
-    got = [getattr(scores, name + on) for name in ("policy_logprobs", "ref_logprobs", "kl")]
-    for ours, theirs in zip(got, expected, strict=False):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    for name in ("policy_logprobs", "ref_logprobs", direction):
+        torch.testing.assert_close(getattr(scores, name + on), expected[name], rtol=0, atol=1e-9)
+    assert scores.entropy is None and sum(x is not None for x in scores.values()) == (7 if settings else 3)
     a, c = torch.randn(2, N, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    theirs = torch.autograd.grad((a * expected[0] + c * expected[2]).sum(), policy)
-    ours = torch.autograd.grad((a * got[0] + c * got[2]).sum(), policy)
-    factors = TokenCoefficients(**{"policy_logprobs" + on: a, "kl" + on: c})
-    loss, _ = scored(
-        linear_token_loss, policy, reference, targets, settings, factors, valid=V, temperature=tau, chunk_tokens=chunk
-    )
+    theirs = torch.autograd.grad((a * expected["policy_logprobs"] + c * expected[direction]).sum(), policy)
+    logprobs, divergence = getattr(scores, "policy_logprobs" + on), getattr(scores, direction + on)
+    ours = torch.autograd.grad((a * logprobs + c * divergence).sum(), policy)
+    factors = TokenCoefficients(**{"policy_logprobs" + on: a, direction + on: c})
+    loss, _ = scored(linear_token_loss, policy, reference, targets, settings, factors, **options)
     fused = torch.autograd.grad(loss, policy)
     for first, second, expected_gradient in zip(ours, fused, theirs, strict=True):
         torch.testing.assert_close(first, expected_gradient, rtol=0, atol=1e-9)
@@ -114,4 +118,4 @@ def test_float32_is_as_exact_as_the_plain_line():
     exact = [x.detach().double() for x in policy], [x.double() for x in reference]
     expected = by_hand(*exact, targets, None, 1.0)
     scores = scored(linear_token_scores, policy, reference, targets, None, valid=V)
-    torch.testing.assert_close(scores.kl.double(), expected[2], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(scores.kl.double(), expected["kl"], rtol=1e-5, atol=2e-6)
