@@ -1,6 +1,7 @@
 """On-policy distillation: a student of half the storyteller's width, from random weights, by exact and sampled KLs.
 
-    python bench/training/distil.py --seeds 0 1 2       writes bench/results/cpu/distil.json
+    python bench/training/distil.py --seeds 0 1 2       writes bench/results/cpu/distil.json, after every run
+    python bench/training/distil.py --only "exact, loss" "forward, loss" "jsd, loss"
 
 Every run is `fastkl train --reference storyteller --reward none --kl-coef 1` on the student's own completions of one
 prompt. The seed is that of the student's weights, too. Measured every EVERY steps: the student's loss on stories of the
@@ -28,6 +29,8 @@ from fastkl.training.loop import train
 
 KLS: dict[str, dict[str, Any]] = {
     "exact, loss": {"kl_estimator": "exact", "kl_placement": "loss"},
+    "forward, loss": {"kl_estimator": "exact", "kl_placement": "loss", "kl_direction": "forward"},
+    "jsd, loss": {"kl_estimator": "exact", "kl_placement": "loss", "kl_direction": "jsd"},
     "k1, reward": {"kl_estimator": "k1", "kl_placement": "reward"},
 }
 LR = 5e-3
@@ -88,25 +91,34 @@ def summary(runs: list[dict[str, Any]], key: str, step: str) -> list[float]:
     return [statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0]
 
 
-def main(options: argparse.Namespace) -> None:
-    """All runs, one after the other, each in a process of its own."""
-    found = {name: [run_alone(one_run, name, seed, options.steps) for seed in options.seeds] for name in KLS}
-    table = {
+def table_of(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Mean and standard error over the seeds that are finished, of every contender that has one."""
+    return {
         name: {
             key: {step: summary(runs, key, step) for step in runs[0][key] if int(step) % EVERY == 0 or int(step) == 1}
             for key in ("held_out_nats", "kl_per_token")
         }
-        | {"seconds": statistics.fmean(run["seconds"] for run in runs)}
+        | {"seconds": statistics.fmean(run["seconds"] for run in runs), "num_seeds": len(runs)}
         for name, runs in found.items()
     }
-    write(options.output, {"seeds": options.seeds, "steps": options.steps, "runs": table, "note": options.note})
-    print(json.dumps(table, indent=1))
+
+
+def main(options: argparse.Namespace) -> None:
+    """All runs, one after the other, each in a process of its own; every seed of all contenders before the next."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in options.seeds:
+        for name in options.only or KLS:
+            found.setdefault(name, []).append(run_alone(one_run, name, seed, options.steps))
+            table = table_of(found)
+            write(options.output, {"seeds": options.seeds, "steps": options.steps, "runs": table, "note": options.note})
+            print(f"{name}, seed {seed}: {json.dumps(table[name])}", flush=True)
 
 
 if __name__ == "__main__":
     made = parser(__doc__ or "", "cpu/distil.json")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--steps", type=int, default=40)
+    made.add_argument("--only", nargs="+", choices=KLS, metavar="CONTENDER", help="some of the contenders")
     made.add_argument("--note", default="", help="what else ran on the machine")
     assert RESULTS.is_dir()
     main(made.parse_args())

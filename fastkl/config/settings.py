@@ -74,12 +74,16 @@ class TrainConfig(SamplingSettings):
     kl_placement: Literal["auto", "reward", "loss"] = "auto"
     """"reward": taken from the reward; "loss": added to the loss; "auto": the reward, but the loss for the exact_full
     that is chosen by itself. Pairs that are biased are refused."""
+    kl_direction: Literal["reverse", "forward", "jsd"] = "reverse"
+    """The divergence between policy pi and reference q that is charged: "reverse" KL(pi, q), which the policy lowers by
+    writing only what the reference would; "forward" KL(q, pi), by writing all of it; "jsd" (Jensen-Shannon), between
+    the two. The latter two are charged exactly and in the loss, which "auto" then means."""
     kl_reduction: Literal["sum", "mean"] = "sum"
     """"sum": sequence KL; "mean": KL per token, the difference of the mean cross entropies."""
     kl_credit: Literal["completion", "caused"] = "completion"
     """"completion": all tokens share its KL; "caused": each gets only what it had a part in (less noise)."""
     kl_target: Annotated[float, AT_LEAST_0] = 0.0
-    """KL of a completion, nats, that kl_coef is steered to; 0 keeps kl_coef fixed."""
+    """Reverse KL of a completion, nats, that kl_coef is steered to; 0 keeps kl_coef fixed."""
     reference: str = ""
     """A teacher: another model, of any size, with the same tokenizer, in the place of the policy's own start; a local
     folder or a hub id. Empty is the policy's start."""
@@ -373,14 +377,19 @@ def penalty_of(config: TrainConfig, coef: float | None = None) -> Penalty:
     """The KL penalty's settings; `coef` where the controller has moved it."""
     beta = config.kl_coef if coef is None else coef
     if config.no_reference:
-        return Penalty(beta, NO_REFERENCE)
-    return Penalty(beta, *estimator_and_placement(config), config.kl_reduction, config.kl_credit)
+        return Penalty(beta, NO_REFERENCE, direction=config.kl_direction)
+    how = estimator_and_placement(config)
+    return Penalty(beta, *how, config.kl_reduction, config.kl_credit, config.kl_direction)
 
 
 def estimator_and_placement(config: TrainConfig) -> tuple[str, Literal["reward", "loss"]]:
     """What "auto" means for these settings. k1 in the reward charges nothing for mass that leaves the ids that can be
-    drawn; the exact KL over all ids in the loss brings it home (docs/negative-kl.md has the measurement)."""
+    drawn; the exact KL over all ids in the loss brings it home (docs/negative-kl.md has the measurement). No other
+    direction than the reverse KL is estimated from draws."""
     estimator = config.kl_estimator
+    if config.kl_direction != "reverse":
+        placement = "loss" if config.kl_placement == "auto" else config.kl_placement
+        return "exact_full" if estimator == "auto" else estimator, placement
     unseen = estimator == "auto" and Sampling.of(config, ()).truncates
     if estimator == "auto":
         estimator = "exact_full" if unseen else "k1"

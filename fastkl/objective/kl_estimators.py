@@ -17,6 +17,12 @@ differentiated. What that does to the expected gradient decides what is allowed:
     exact  reward: the gradient of the sequence KL; needs the pathwise term beta * sum_t grad KL_t, which is added
     exact  loss:   the token-level gradient of KL(pi, q)
 
+Another divergence from the reference is an entry of DIRECTIONS (`Penalty.direction`). k1 to k3 estimate the reverse KL;
+the others are sums over all ids alone, and go into the loss, with the token-level gradient of
+
+    forward    KL(q, pi) = sum_v q(v) (log q(v) - log pi(v))         covers all that the reference writes
+    jsd        1/2 KL(pi, m) + 1/2 KL(q, m), m = (pi + q) / 2        between the two, at most log 2
+
 "Token-level" holds the texts before each token fixed: it ignores that today's token leads to tomorrow's KL.
 
 Another estimator is an entry of ESTIMATORS, or a function in a file of your own (`user_estimator`). torch is imported
@@ -41,6 +47,9 @@ if TYPE_CHECKING:
     from fastkl.objective.advantages import Advantage
 
 PLACEMENTS = ("reward", "loss")
+
+DIRECTIONS = {"reverse": "kl", "forward": "forward_kl", "jsd": "jsd"}
+"""The divergence from the reference that an exact penalty charges -> its name in TokenScores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +142,21 @@ def full_k1_pathwise(scores: TokenScores) -> dict[str, Tensor]:
     return {"kl": mass.new_ones(mass.shape), "kl_support": -mass}
 
 
-def _own_gradient(name: str) -> Callable[[TokenScores], dict[str, Tensor]]:
-    """Of an exact KL of the operator: the KL itself, or the one over all ids where there is no support."""
+def _exact(name: str, *, over_all: bool) -> KlEstimator:
+    """An exact divergence of the operator, and its own gradient: on the support where there is one, or over all ids."""
+
+    def given(scores: TokenScores) -> str:
+        return name if over_all or scores.policy_logprobs_support is None else f"{name}_support"
+
+    def value(scores: TokenScores) -> Tensor:
+        found = getattr(scores, given(scores))
+        assert found is not None, f"{name} needs a reference, and has to be asked for"
+        return found
 
     def pathwise(scores: TokenScores) -> dict[str, Tensor]:
-        given = "kl" if scores.kl_support is None else name
-        return {given: scores.policy_logprobs.new_ones(len(scores.policy_logprobs))}
+        return {given(scores): scores.policy_logprobs.new_ones(len(scores.policy_logprobs))}
 
-    return pathwise
+    return KlEstimator(value, pathwise=pathwise, sampled=False, over_all=over_all)
 
 
 ESTIMATORS: dict[str, KlEstimator] = {
@@ -173,8 +189,8 @@ ESTIMATORS: dict[str, KlEstimator] = {
         },
         remedy="use k1 or exact, or put k3 into the loss",
     ),
-    "exact": KlEstimator(support_kl, pathwise=_own_gradient("kl_support"), sampled=False),
-    "exact_full": KlEstimator(full_kl, pathwise=_own_gradient("kl"), sampled=False, over_all=True),
+    "exact": _exact("kl", over_all=False),
+    "exact_full": _exact("kl", over_all=True),
 }
 """A test shows the bias of each refused pair, and that every other one has the gradient it claims."""
 
@@ -186,10 +202,15 @@ _ABSENT = KlEstimator(lambda scores: scores.policy_logprobs.new_zeros(len(scores
 
 
 @cache
-def find_estimator(name: str) -> KlEstimator:
-    """The entry of ESTIMATORS, or the user's own function behind place:function. UserError where there is none."""
+def find_estimator(name: str, direction: str = "reverse") -> KlEstimator:
+    """The entry of ESTIMATORS, or the user's own function behind place:function. UserError where there is none.
+
+    direction: an entry of DIRECTIONS; another one than the reverse KL has the exact estimators alone (check_penalty).
+    """
     if name == NO_REFERENCE:
         return _ABSENT
+    if direction != "reverse":
+        return _exact(DIRECTIONS[direction], over_all=ESTIMATORS[name].over_all)
     return ESTIMATORS[name] if name in ESTIMATORS else user_estimator(name)
 
 
@@ -225,6 +246,17 @@ class Penalty:
     placement: str = "reward"  # "reward" or "loss"
     reduction: str = "sum"  # over a completion's tokens: "sum" or "mean"
     credit: str = "completion"  # which tokens KL_t is charged to: all of the "completion", or those that "caused" it
+    direction: str = "reverse"  # an entry of DIRECTIONS
+
+    @property
+    def found(self) -> KlEstimator:
+        """The estimator of the direction."""
+        return find_estimator(self.estimator, self.direction)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the operator has to be asked for: entropy and reverse KL are reported whatever is charged."""
+        return tuple(dict.fromkeys(("entropy", "kl", DIRECTIONS[self.direction])))
 
 
 def check_penalty(penalty: Penalty, advantage: Advantage | None = None, loss_level: str = "sum") -> None:
@@ -232,7 +264,8 @@ def check_penalty(penalty: Penalty, advantage: Advantage | None = None, loss_lev
 
     advantage, loss_level: what the penalty is combined with; the default ones leave the gradient as it is.
     """
-    estimator = find_estimator(penalty.estimator)
+    check_direction(penalty)
+    estimator = penalty.found
     if reason := estimator.refused.get(penalty.placement):
         raise UserError(
             f"kl_estimator: {penalty.estimator} in the {penalty.placement} is refused, since {reason}; "
@@ -248,12 +281,30 @@ def check_penalty(penalty: Penalty, advantage: Advantage | None = None, loss_lev
     check_beside(penalty, advantage, loss_level)
 
 
+def check_direction(penalty: Penalty) -> None:
+    """Raises UserError where a direction is charged by what estimates another one."""
+    if penalty.direction == "reverse":
+        return
+    exact = ("exact", "exact_full")
+    if penalty.estimator == NO_REFERENCE:
+        raise UserError(
+            f"kl_direction: {penalty.direction} is measured from a reference, and there is none; use reverse, or keep "
+            "the reference."
+        )
+    if penalty.estimator not in exact or penalty.placement != "loss":
+        raise UserError(
+            f"kl_direction: {penalty.direction} is a sum over ids whose gradient no draw estimates, so it is charged "
+            f"exactly and in the loss, and this is kl_estimator {penalty.estimator} in the {penalty.placement}; give "
+            "--kl-estimator exact_full (or exact) --kl-placement loss, or leave both out."
+        )
+
+
 def check_beside(penalty: Penalty, advantage: Advantage | None, loss_level: str) -> None:
     """Raises UserError where the advantage or the loss's average weighs one part of the penalty's gradient only."""
     if not penalty.coef:
         return
     if penalty.placement == "reward" and advantage is not None and not advantage.is_unbiased:
-        if find_estimator(penalty.estimator).pathwise is not None:
+        if penalty.found.pathwise is not None:
             raise UserError(
                 f"kl_estimator: {penalty.estimator} in the reward has a part that is differentiated, which an "
                 "advantage that scales rewards does not scale; use k1, or --kl-placement loss."

@@ -39,7 +39,6 @@ from fastkl.objective.advantages import Advantage
 from fastkl.objective.importance import engine_kl_sum, importance_weights, logprob_gaps
 from fastkl.objective.kl_estimators import (
     Penalty,
-    find_estimator,
     off_support_kl,
     sampled_logprobs,
     sampled_ref_logprobs,
@@ -89,7 +88,7 @@ class Penalized:
 
 def penalize(scores: TokenScores, rewards: torch.Tensor, cu_seqlens: torch.Tensor, penalty: Penalty) -> Penalized:
     """scores [N], constants; rewards f32 [G, K]; cu_seqlens i32 [G * K + 1], an empty sequence has KL 0."""
-    kl_tokens = _reduced(find_estimator(penalty.estimator).value(scores), cu_seqlens, penalty)
+    kl_tokens = _reduced(penalty.found.value(scores), cu_seqlens, penalty)
     kl = sequence_sums(kl_tokens, cu_seqlens)
     if penalty.placement == "loss" or not penalty.coef:  # what costs nothing may be infinite
         return Penalized(kl_tokens, kl, rewards.to(kl.dtype))
@@ -106,7 +105,7 @@ def token_advantages(
     of_tokens = per_token(advantages.flatten(), cu_seqlens)
     if penalty.credit == "completion" or not penalty.coef:
         return of_tokens
-    sampled = find_estimator(penalty.estimator).sampled
+    sampled = penalty.found.sampled
     return of_tokens + penalty.coef * not_caused(penalized.kl_tokens, cu_seqlens, sampled=sampled)
 
 
@@ -128,7 +127,7 @@ def token_coefficients(
     micro-batch; weights f32 [N] or None: what each token's part is multiplied with (importance.py, loss_levels.py);
     ratios: those to the policy that sampled, where it is another one (ratios.py).
     """
-    estimator = find_estimator(penalty.estimator)
+    estimator = penalty.found
     factor = -advantages if ratios is None else -advantages * ratios.policy
     slope = _reduced(torch.full_like(factor, penalty.coef), cu_seqlens, penalty)
     if penalty.placement == "loss" and estimator.slope is not None:

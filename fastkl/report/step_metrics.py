@@ -54,6 +54,7 @@ class StepReport:
     reward_notes: RewardNotes = RewardNotes()  # what the reward functions left beside the rewards
     redraws: Redraws | None = None  # None without dynamic sampling
     has_reference: bool = True  # False: nothing about a KL is logged
+    kl_direction: str = "reverse"  # what the penalty charges, as in --kl-direction
 
     def samples(self) -> list[dict[str, Any]]:
         """One record per completion, for samples.jsonl; scores are null for a sample that left its group."""

@@ -7,7 +7,7 @@ for the time of a forward only (FSDP2) can be put around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -17,7 +17,7 @@ from torch import nn
 
 from fastkl.kernels.compose import is_sharded
 from fastkl.kernels.operators import head_token_loss, head_token_scores
-from fastkl.kernels.types import CoefficientsFunction, Head, TokenScores
+from fastkl.kernels.types import OUTPUTS, CoefficientsFunction, Head, TokenScores
 from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
 from fastkl.scoring import backbone
@@ -112,12 +112,13 @@ class ScoredModel(nn.Module):
         sampling: Sampling,
         coefficients: CoefficientsFunction | None = None,
         row_splits: Sequence[int] | None = None,
+        outputs: Collection[str] = OUTPUTS,
     ) -> Scored:
         """Scores of the batch's tokens; on the ids that `sampling` allowed, too, where it kept some from being drawn.
 
         coefficients: called with runs of rows that begin and end at row_splits (the bounds of the prompt groups) as
         soon as they are scored; the loss is linear in the scores with these factors, and its gradient is taken while
-        the logits are at hand. Without it, the scores are differentiable.
+        the logits are at hand. Without it, the scores are differentiable. outputs: as the operators take them.
         """
         policy = self._hidden(batch)  # a hook around `hidden` would take it for another forward
         models = policy.states, policy.head, *((reference.states, reference.head) if reference else (None, None))
@@ -125,6 +126,7 @@ class ScoredModel(nn.Module):
         options: dict[str, Any] = {
             "temperature": sampling.temperature,
             "support": support,
+            "outputs": outputs,
             "gradient_dtype": "bfloat16" if self.dtype == torch.bfloat16 else "float32",
         }
         if reference and len(reference.head.weight) != len(policy.head.weight):

@@ -104,7 +104,8 @@ def first_forward(
             batch, groups, micro_batch_tokens, policy.device, prompts_once=once, cut=True, world=world, equally=equally
         ):
             ref_hidden = reference.hidden(micro) if reference else None
-            scores = policy(micro, ref_hidden, sampling=objective.sampling).scores
+            outputs = objective.penalty.outputs
+            scores = policy(micro, ref_hidden, sampling=objective.sampling, outputs=outputs).scores
             part = BatchObjective(objective, micro, 1.0)
             penalized, *_ = part.penalize(slice(0, part.row_splits[-1]), scores)
             sizes = torch.tensor(part.row_splits).diff().tolist()

@@ -106,9 +106,17 @@ def run_steps(run: Run) -> TrainResult:
                 run.generator.sync(run.policy.model, step)
             run.evaluate(step)
             skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
-            by_function, coef = rewards.by_function, objective.penalty.coef
-            referred = run.reference is not None
-            report = StepReport(step, batch, by_function, coef, outcome, rewards.notes, drawn.redraws, referred)
+            report = StepReport(
+                step,
+                batch,
+                rewards.by_function,
+                objective.penalty.coef,
+                outcome,
+                rewards.notes,
+                drawn.redraws,
+                run.reference is not None,
+                objective.penalty.direction,
+            )
             run.record(report, watch)
             stop.release()
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
@@ -191,7 +199,12 @@ def update(
             with watch("update"):
                 part = BatchObjective(objective, micro, normalizer)
                 loss, scores = policy(
-                    micro, ref_hidden, sampling=objective.sampling, coefficients=part, row_splits=part.row_splits
+                    micro,
+                    ref_hidden,
+                    sampling=objective.sampling,
+                    coefficients=part,
+                    row_splits=part.row_splits,
+                    outputs=objective.penalty.outputs,
                 )
                 loss.backward()
             parts += [(members, part.breakdown(scores, loss))] if members else []

@@ -20,7 +20,6 @@ from fastkl.distributed.world import ALONE, World
 from fastkl.evaluation.evaluate import Evaluator, evaluate
 from fastkl.evaluation.plan import due
 from fastkl.objective.kl_control import KlController, renew_reference
-from fastkl.objective.kl_estimators import find_estimator
 from fastkl.objective.rloo import Objective
 from fastkl.report.loggers import RunLog
 from fastkl.report.metrics import metrics_of
@@ -141,7 +140,7 @@ class Run:
         gaps = before.first_gaps
         if outcome.total.num_tokens:
             gaps = (*gaps, outcome.total.mean_gap)[:CALIBRATION_STEPS]
-            over_all = find_estimator(self.objective.penalty.estimator).over_all
+            over_all = self.objective.penalty.found.over_all
             self.controller.follow(outcome.total.mean("kl_exact" if over_all else "kl_support"))
         if self.reference and config.reference_every and step % config.reference_every == 0:
             renew_reference(self.reference.model, self.policy.model, config.reference_share)
@@ -241,7 +240,7 @@ class Run:
     def warn_off_support(self, total: Breakdown) -> None:
         """Says once that the policy moves where its sampler cannot follow and the penalty charges nothing."""
         off, on = total.mean("kl_off_support"), total.mean("kl_support")
-        charged = find_estimator(self.config.kl_estimator).over_all
+        charged = self.objective.penalty.found.over_all
         if charged or not off > max(OFF_SUPPORT_NATS, 2 * on):
             return
         self.note_once(

@@ -301,6 +301,8 @@ def test_choices_of_a_registry_are_its_entries_and_ones_own_function():
         ({"top_k": 50, "kl_estimator": "k1"}, "k1", "reward"),
         ({"top_k": 50, "kl_estimator": "k3", "kl_placement": "loss"}, "k3", "loss"),
         ({"kl_placement": "loss", "kl_estimator": "exact"}, "exact", "loss"),
+        ({"kl_direction": "forward"}, "exact_full", "loss"),
+        ({"kl_direction": "jsd", "kl_estimator": "exact", "top_k": 50}, "exact", "loss"),
     ],
 )
 def test_where_no_draw_shows_what_leaves_the_support_the_exact_kl_over_all_ids_is_charged(given, estimator, placement):
@@ -310,6 +312,17 @@ def test_where_no_draw_shows_what_leaves_the_support_the_exact_kl_over_all_ids_i
     assert (chosen.kl_estimator, chosen.kl_placement) == (estimator, placement)
     assert (penalty_of(config).estimator, penalty_of(config).placement) == (estimator, placement)
     assert resolved(chosen) == chosen
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"kl_estimator": "k1"}, "kl_direction: forward .* kl_estimator k1 in the loss; give --kl-estimator exact_full"),
+    ({"kl_placement": "reward"}, "kl_direction: forward .* exact_full in the reward; give .* --kl-placement loss"),
+    ({"no_reference": True, "kl_coef": 0.0}, "kl_direction: forward is measured from a reference, and there is none"),
+    ({"kl_credit": "caused"}, "kl_credit: a KL in the loss is not credited"),
+])  # fmt: skip
+def test_another_direction_than_the_reverse_kl_is_charged_exactly_and_in_the_loss(given, words):
+    with pytest.raises(UserError, match=words):
+        check_config(TrainConfig(kl_direction="forward", **given))
 
 
 def test_page_of_settings_is_current():

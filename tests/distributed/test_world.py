@@ -107,7 +107,13 @@ def updated(world: World, config, batch, models):
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_grad_norm": 0.1}, {"kl_placement": "loss", "kl_estimator": "exact_full"}, {"advantage": "reinforce_pp"}],
+    [
+        {},
+        {"max_grad_norm": 0.1},
+        {"kl_placement": "loss", "kl_estimator": "exact_full"},
+        {"kl_direction": "jsd"},
+        {"advantage": "reinforce_pp"},
+    ],
 )
 def test_several_processes_make_the_update_of_one(size, options):
     """In float64: sums instead of means, one normaliser, a process without any group among them (of 3 groups)."""

@@ -14,7 +14,7 @@ import torch
 
 from fastkl.errors import UserError
 from fastkl.kernels.operators import token_scores
-from fastkl.kernels.types import TokenScores
+from fastkl.kernels.types import OUTPUTS, TokenScores
 from fastkl.objective.advantages import find_advantage
 from fastkl.objective.kl_estimators import ESTIMATORS, PLACEMENTS, Penalty, check_penalty, off_support_kl
 from fastkl.objective.rloo import penalize, token_advantages, token_coefficients
@@ -73,12 +73,17 @@ class World:
         keep = self.kept[text]
         return (z if whole else z.masked_fill(~keep, -torch.inf)).log_softmax(0)
 
-    def kl(self, text: tuple[int, ...], whole: bool = False, forward: bool = False) -> torch.Tensor:
-        """Exact KL of the next token: (policy, reference), or (reference, policy) if `forward`."""
+    def kl(self, text: tuple[int, ...], whole: bool = False, direction: str = "reverse") -> torch.Tensor:
+        """Exact divergence of the next token: KL(policy, reference), KL(reference, policy), or Jensen-Shannon."""
         a, b = self.logp(self.table, text, whole), self.logp(self.ref_table, text, whole)
-        a, b = (b, a) if forward else (a, b)
         finite = a > -torch.inf
-        return (a[finite].exp() * (a[finite] - b[finite])).sum()
+        a, b = a[finite], b[finite]
+        m = ((a.exp() + b.exp()) / 2).log()
+        return {
+            "reverse": (a.exp() * (a - b)).sum(),
+            "forward": (b.exp() * (b - a)).sum(),
+            "jsd": (a.exp() * (a - m) + b.exp() * (b - m)).sum() / 2,
+        }[direction]
 
     def logprob(self, completion: tuple[int, ...]) -> torch.Tensor:
         return sum(self.logp(self.table, completion[:t])[y] for t, y in enumerate(completion))
@@ -103,7 +108,7 @@ def make_world(name: str, seed: int = 0) -> World:
     return world
 
 
-def scores_of(world: World) -> tuple[TokenScores, list[torch.Tensor]]:
+def scores_of(world: World, outputs: tuple[str, ...] = OUTPUTS) -> tuple[TokenScores, list[torch.Tensor]]:
     """The trainer's scores of every completion's tokens, and each completion's rows of them."""
     rows, targets, positions, owners = [], [], [], []
     for c in world.completions:
@@ -114,7 +119,7 @@ def scores_of(world: World) -> tuple[TokenScores, list[torch.Tensor]]:
     support = support_of(world.sampling, torch.tensor(positions), VOCAB)
     scores = token_scores(
         world.table[rows], world.ref_table[rows], torch.tensor(targets), support=support,
-        temperature=world.sampling.temperature,
+        temperature=world.sampling.temperature, outputs=outputs,
     )  # fmt: skip
     return scores, owners
 
@@ -132,7 +137,7 @@ def expected_gradient(world: World, penalty: Penalty, advantage: str) -> torch.T
 
     One call scores every pair as a group; the weight of a group's tokens is the chance of drawing that pair.
     """
-    scores, owners = scores_of(world)
+    scores, owners = scores_of(world, penalty.outputs)
     chance = torch.stack([world.logprob(c).exp() for c in world.completions]).detach()
     assert float(chance.sum()) == pytest.approx(1.0, abs=1e-12)
     pairs = list(itertools.product(range(len(owners)), repeat=2))
@@ -158,13 +163,15 @@ def applied_loss(scores: TokenScores, rewards, cu, penalty, advantage, **options
     return sum((getattr(factors, name) * getattr(scores, name)).sum() for name in named)
 
 
-def exact_gradient(world: World, estimator: str, placement: str, reduction: str = "sum") -> torch.Tensor:
+def exact_gradient(
+    world: World, estimator: str, placement: str, reduction: str = "sum", direction: str = "reverse"
+) -> torch.Tensor:
     """The gradient of E[reward] - beta * KL in the sense of the documentation, from the closed form."""
-    whole = ESTIMATORS[estimator].over_all
+    whole, direction = ESTIMATORS[estimator].over_all, "forward" if estimator == "k3" else direction
     total = torch.zeros((), dtype=torch.float64)
     for c, r in zip(world.completions, world.reward, strict=True):
         chance = world.logprob(c).exp()
-        kl = sum(world.kl(c[:t], whole, forward=estimator == "k3") for t in range(len(c)))
+        kl = sum(world.kl(c[:t], whole, direction) for t in range(len(c)))
         kl = kl / len(c) if reduction == "mean" else kl
         held = chance.detach() if placement == "loss" else chance  # token-level: the texts before a token are held
         total = total + chance * r - BETA * held * kl
@@ -189,6 +196,33 @@ def test_expected_gradient_of_every_allowed_pair_is_that_of_the_objective(estima
     check_penalty(penalty)
     got = expected_gradient(world, penalty, "rloo")
     torch.testing.assert_close(got, exact_gradient(world, estimator, placement), rtol=0, atol=1e-9)
+
+
+DIRECTED = list(itertools.product(["exact", "exact_full"], ["forward", "jsd"]))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize(("estimator", "direction"), DIRECTED)
+def test_expected_gradient_of_another_direction_is_that_of_its_divergence(estimator, direction, sampling, reduction):
+    world = make_world(sampling)
+    penalty = Penalty(BETA, estimator, "loss", reduction, direction=direction)
+    check_penalty(penalty)
+    got = expected_gradient(world, penalty, "rloo")
+    expected = exact_gradient(world, estimator, "loss", reduction, direction)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+    if sampling == "whole":
+        assert float((expected - exact_gradient(world, estimator, "loss", reduction)).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("direction", ["forward", "jsd"])
+@pytest.mark.parametrize(("estimator", "placement"), [
+    ("k1", "reward"), ("k3", "loss"), ("exact", "reward"), ("exact_full", "reward"), ("none", "loss"),
+])  # fmt: skip
+def test_another_direction_is_charged_exactly_and_in_the_loss(estimator, placement, direction):
+    words = f"kl_direction: {direction} .*(exactly and in the loss.*--kl-placement loss|keep the reference)"
+    with pytest.raises(UserError, match=words):
+        check_penalty(Penalty(BETA, estimator, placement, direction=direction))
 
 
 @pytest.mark.parametrize("sampling", ["whole", "all"])

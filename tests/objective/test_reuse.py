@@ -12,7 +12,7 @@ import pytest
 import torch
 from group_case import LONGEST, G, K, group_case
 from test_advantages import trl_loss
-from test_objective import ALLOWED, BETA, World, exact_gradient, make_world, picked, scores_of, values_of
+from test_objective import ALLOWED, BETA, DIRECTED, World, exact_gradient, make_world, picked, scores_of, values_of
 
 from fastkl.config.settings import TrainConfig, check_config
 from fastkl.errors import UserError
@@ -47,8 +47,8 @@ def update_gradient(
 
     fixed: advantages and KL are those of pi_0.
     """
-    scores, owners = scores_of(now)
-    old = constants(scores_of(first)[0])
+    scores, owners = scores_of(now, penalty.outputs)
+    old = constants(scores_of(first, penalty.outputs)[0])
     chance = torch.stack([first.logprob(c).exp() for c in first.completions]).detach()
     pairs = list(itertools.product(range(len(owners)), repeat=2))
     samples = [i for pair in pairs for i in pair]
@@ -83,6 +83,16 @@ def test_with_sequence_weights_every_pair_has_the_gradient_of_the_objective_at_t
     first, now = two_policies(sampling)
     got = update_gradient(first, now, Penalty(BETA, estimator, placement), importance="sequence")
     torch.testing.assert_close(got, exact_gradient(now, estimator, placement), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampling", ["whole", "banned"])
+@pytest.mark.parametrize(("estimator", "direction"), DIRECTED)
+def test_with_sequence_weights_every_direction_has_the_gradient_at_the_policy_now(estimator, direction, sampling):
+    first, now = two_policies(sampling)
+    penalty = Penalty(BETA, estimator, "loss", direction=direction)
+    got = update_gradient(first, now, penalty, importance="sequence")
+    expected = exact_gradient(now, estimator, "loss", direction=direction)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("how", "sampling", "options"), [
@@ -156,15 +166,18 @@ def test_where_the_policy_has_not_moved_the_clipped_surrogate_has_the_exact_grad
     torch.testing.assert_close(got, exact_gradient(now, estimator, placement), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3", "exact", "exact_full"])
-def test_with_clip_a_kl_in_the_loss_has_its_gradient_at_every_text_that_the_first_policy_wrote(estimator):
+@pytest.mark.parametrize(("estimator", "direction"), [
+    *((name, "reverse") for name in ("k2", "k3", "exact", "exact_full")), *DIRECTED,
+])  # fmt: skip
+def test_with_clip_a_kl_in_the_loss_has_its_gradient_at_every_text_that_the_first_policy_wrote(estimator, direction):
     """The penalty alone: the rewards are zero. The texts' chances are pi_0's, and the KL at each of them is pi's."""
     first, now = two_policies("whole")
     first.reward.zero_()
-    got = update_gradient(first, now, Penalty(BETA, estimator, "loss"), reuse=CLIPPING, fixed=True)
+    penalty = Penalty(BETA, estimator, "loss", direction=direction)
+    got = update_gradient(first, now, penalty, reuse=CLIPPING, fixed=True)
     total = torch.zeros((), dtype=torch.float64)
     for c in first.completions:
-        kl = sum(now.kl(c[:t], forward=estimator == "k3") for t in range(len(c)))
+        kl = sum(now.kl(c[:t], direction="forward" if estimator == "k3" else direction) for t in range(len(c)))
         total = total - BETA * first.logprob(c).exp().detach() * kl
     torch.testing.assert_close(got, torch.autograd.grad(total, now.table)[0], rtol=0, atol=1e-9)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -27,16 +28,18 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("padding", [0, 9])
-@pytest.mark.parametrize("placement", ["loss", "reward"])
-def test_gradient_of_a_step_is_that_of_the_kl_to_the_teacher_over_the_shared_ids(placement, padding):
+@pytest.mark.parametrize(("placement", "direction"), [
+    ("loss", "reverse"), ("loss", "forward"), ("loss", "jsd"), ("reward", "reverse"),
+])  # fmt: skip
+def test_gradient_of_a_step_is_that_of_the_kl_to_the_teacher_over_the_shared_ids(placement, direction, padding):
     """Rewards are zero; the teacher has three times the width, another head, and rows that pad its vocabulary."""
     policy = toy_model(0)
     teacher = toy_model(1, hidden_size=48, tie_word_embeddings=False, vocab_size=23 + padding).requires_grad_(False)
     batch = toy_batch(policy)
     batch.rewards.zero_()
     estimator = "exact" if placement == "loss" else "k1"
-    config = toy_config(kl_estimator=estimator, kl_placement=placement, kl_coef=1.0)
-    gradient, _ = step_gradient(policy, teacher, batch, config)
+    config = toy_config(kl_estimator=estimator, kl_placement=placement, kl_coef=1.0, kl_direction=direction)
+    gradient, outcome = step_gradient(policy, teacher, batch, config)
     terms = []
     for b, group in enumerate(batch.completions):
         members = []
@@ -48,14 +51,41 @@ def test_gradient_of_a_step_is_that_of_the_kl_to_the_teacher_over_the_shared_ids
                 m(input_ids=ids, use_cache=False).logits[0, -len(y) - 1 : -1, :23].log_softmax(-1)
                 for m in (policy, teacher)
             )
-            members.append(((logp.exp() * (logp - logq)).sum(), logp.gather(1, y).sum(), logq.gather(1, y).sum()))
+            p, q = logp.exp(), logq.exp()
+            logm = ((p + q) / 2).log()
+            divergence = {
+                "reverse": (p * (logp - logq)).sum(),
+                "forward": (q * (logq - logp)).sum(),
+                "jsd": (p * (logp - logm) + q * (logq - logm)).sum() / 2,
+            }[direction]
+            members.append((divergence, logp.gather(1, y).sum(), logq.gather(1, y).sum()))
         rewards = [float((q - p).detach()) for _, p, q in members]
         for r, (kl, p, _) in zip(rewards, members, strict=True):
             others = (sum(rewards) - r) / (len(rewards) - 1)
             terms.append(kl if placement == "loss" else -(r - others) * p)
+    if placement == "loss":
+        assert outcome.total.mean("kl_penalized") == pytest.approx(float(torch.stack(terms).detach().mean()), rel=1e-6)
     expected = torch.autograd.grad(torch.stack(terms).sum() / len(terms), list(policy.parameters()))
     for (name, ours), theirs in zip(gradient.items(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["forward", "jsd"])
+def test_another_direction_is_trained_on_the_support_with_several_updates_and_logged(tmp_path, student, direction):
+    """top_k, clipping, two minibatches: what is charged falls, and the reverse KL keeps its keys."""
+    config = small(
+        tmp_path / "run", model=str(student), reference="storyteller", reward=("none",), kl_coef=1.0, lr=5e-3, top_k=40,
+        kl_direction=direction, kl_estimator="exact", steps=5, updates_per_rollout=2, clip=(0.2, 0.2), num_samples=8,
+        lr_decay="constant", save_every=0,
+    )  # fmt: skip
+    fastkl.train(config)
+    lines = [row for row in rows(config) if row["step"]]
+    charged = [row["kl/divergence"] / row["completion/mean_length"] for row in lines]
+    assert min(charged[2:]) < charged[0], charged
+    assert all(row["kl/penalty"] == pytest.approx(row["kl/divergence"]) for row in lines)
+    assert all(row["kl/support"] > 0 and row["kl/support"] != row["kl/divergence"] for row in lines)
+    assert direction == "forward" or max(charged) < math.log(2)
 
 
 @pytest.mark.slow
