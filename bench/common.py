@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from fastkl.microbench.measure import machine
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 WARM_UP_STEPS = 2  # of a training run, not counted
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def parser(description: str, output: str | None = None) -> argparse.ArgumentParser:
@@ -87,6 +90,32 @@ def seconds_of(call: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+class Peak:
+    """The most memory that this process holds from now on, beyond what it holds now. Linux with glibc.
+
+    Freed memory goes back to the system at once from here on, so that the peak is of what lives.
+    """
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None)
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            libc.mallopt(option, 1 << 20)
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        self.before = status_bytes("VmRSS")
+
+    def bytes(self) -> float:
+        """What the peak is above the start."""
+        return status_bytes("VmHWM") - self.before
+
+
+def status_bytes(name: str) -> float:
+    """A size of this process as Linux reports it, such as VmHWM."""
+    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return 1024.0 * float(found[1])
 
 
 class Steps:

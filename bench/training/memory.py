@@ -13,8 +13,6 @@ not written.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench.common import make_llama, parser, run_alone, write
+from bench.common import Peak, make_llama, parser, run_alone, status_bytes, write
 
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
@@ -40,7 +38,6 @@ MODELS = {  # (numbers in matrices, numbers in embeddings and head, numbers in a
     "Llama-3.1-8B": (6.979e9, 1.051e9, 41.9e6),
 }
 ENGINE = 2.0  # bytes per parameter of vLLM's own copy
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 STATE = ("policy", "gradients", "AdamW", "reference")
 
 
@@ -60,32 +57,18 @@ def measured(model: str, kind: str) -> dict[str, float]:
 
         class AtStepEnd:
             def on_step_end(self, metrics: Any, samples: Any) -> None:
-                peaks.append(high_water())
+                peaks.append(status_bytes("VmHWM"))
                 if len(peaks) == config.steps:
                     run.saved_step = config.steps  # nothing is left to save, which would take memory of its own
                     raise KeyboardInterrupt
 
         run = set_up(config, callbacks=[AtStepEnd()])
-        loading = high_water()
-        libc = ctypes.CDLL(None)
-        for option in (
-            M_TRIM_THRESHOLD,
-            M_MMAP_THRESHOLD,
-        ):  # a run lets glibc keep what it frees: here it gives it back
-            libc.mallopt(option, 1 << 20)
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the mark
+        loading = status_bytes("VmHWM")
+        Peak()  # the mark
         with contextlib.suppress(KeyboardInterrupt):
             run_steps(run)
         count = sum(p.numel() for name, p in run.policy.model.named_parameters() if "lora_" not in name)
         return {"loading": loading, "steps": peaks[-1], "parameters": count}
-
-
-def high_water() -> float:
-    """VmHWM of this process, bytes."""
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024.0 * float(found[1])
 
 
 def planned(matrices: float, others: float, adapters: float, kind: str) -> float:

@@ -44,7 +44,7 @@ def make_trainer(student: Path, teacher: Path, tmp_path: Path, kind: type = trl.
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 10}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 10}, {"beta": 0.0}, {"beta": 0.5}], ids=str)
 def test_weights_loss_and_entropy_are_those_of_trl(folder, teacher, tmp_path, settings):  # noqa: F811
     theirs = make_trainer(folder / "llama", teacher, tmp_path / "theirs", **settings)
     start = weights(theirs)
@@ -58,15 +58,23 @@ def test_weights_loss_and_entropy_are_those_of_trl(folder, teacher, tmp_path, se
     for name, value in weights(theirs).items():
         torch.testing.assert_close(weights(ours)[name], value, rtol=0, atol=2e-5)
     moved = max(float((value - start[name]).abs().max()) for name, value in weights(ours).items())
-    assert moved > 1e-2
+    assert moved > 1e-3
     for name in ("loss", "entropy", "grad_norm"):
         assert len(metric(ours, name)) == 4 and metric(ours, name) == pytest.approx(metric(theirs, name), abs=2e-4)
     assert evaluated == pytest.approx(theirs.evaluate()["eval_loss"], abs=0.5)  # other draws
 
 
-def test_the_loss_is_the_mean_reverse_kl_of_the_tokens_that_count(folder, teacher, tmp_path):  # noqa: F811
+def divergence(p, q, beta):
+    """[n, V] log-probs -> [n], as written."""
+    m = ((p.exp() + q.exp()) / 2).log()
+    of_p, of_q = ((x.exp() * (x - y)).sum(-1) for x, y in ((p, m), (q, m)))
+    return {1.0: (p.exp() * (p - q)).sum(-1), 0.0: (q.exp() * (q - p)).sum(-1), 0.5: (of_p + of_q) / 2}[beta]
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.0, 0.5])
+def test_the_loss_is_the_mean_divergence_of_the_tokens_that_count(folder, teacher, tmp_path, beta):  # noqa: F811
     """In float64 from the models' own logits; a tool's tokens, padding and what follows the end do not count."""
-    trainer = make_trainer(folder / "llama", teacher, tmp_path, temperature=0.7)
+    trainer = make_trainer(folder / "llama", teacher, tmp_path, temperature=0.7, beta=beta)
     student, generator = trainer.model, torch.Generator().manual_seed(0)
     inputs = {
         "prompt_ids": torch.randint(3, VOCAB, (3, 4), generator=generator),
@@ -82,7 +90,7 @@ def test_the_loss_is_the_mean_reverse_kl_of_the_tokens_that_count(folder, teache
         (m(input_ids=ids, attention_mask=attention).logits[:, 3:-1][kept].double() / 0.7).log_softmax(-1)
         for m in (student, trainer.teacher_model)
     )
-    expected = (p.exp() * (p - q)).sum(-1)
+    expected = divergence(p, q, beta)
     for total in (None, 20):
         loss, entropy, count = distillation.compute_loss(trainer, student, inputs, total)
         assert float(loss) == pytest.approx(float(expected.sum()) / (total or 9), rel=1e-5) and int(count) == 9
@@ -95,7 +103,7 @@ def test_what_the_operator_does_not_compute_is_refused_by_name(folder, teacher, 
             raise NotImplementedError
 
     for options, words in (
-        ({"beta": 0.5}, "beta: 0.5 asks for another divergence than the reverse KL"),
+        ({"beta": 0.25}, "beta: 0.25 asks for a Jensen-Shannon divergence with unequal weights"),
         ({"kind": Own}, "trainer: Own has a _compute_loss of its own"),
         ({"torch_compile": True}, "does not support torch_compile True"),
     ):

@@ -1,13 +1,15 @@
-"""The loss of TRL's DistillationTrainer, the reverse KL to a teacher, by fastkl's fused operator.
+"""The loss of TRL's DistillationTrainer, a divergence from a teacher, by fastkl's fused operator.
 
-    loss = 1/n sum_t KL(student, teacher)(y_t), over all ids, at the tokens of the student's own completions
+    loss = 1/n sum_t D(student, teacher)(y_t), over all ids, at the tokens of the student's own completions
+
+D by TRL's `beta`: 1 the reverse KL, 0 the forward KL, 0.5 the Jensen-Shannon divergence.
 
 TRL's `_compute_loss` runs both backbones and hands their hidden states to tiles of the vocabulary, in which it computes
 the logits of both models once for the loss and once more for the gradient: six products with a head. Here the gradient
 is taken while the logits are at hand: four. Backbones, sampling, normaliser and metrics stay TRL's own. The student's
 entropy comes from the same pass. Replaced is that one method, on the instance, while the block runs.
 
-Left out: `beta` below 1 (the forward KL and the Jensen-Shannon divergences), which is refused by name.
+Left out: the Jensen-Shannon divergences of other weights than 0.5, which are refused by name.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from fastkl.kernels.operators import TokenCoefficients, head_token_loss
 from fastkl.scoring.head import head_of
 
 REPLACED = ("_compute_loss",)
+
+DIVERGENCES = {1.0: "kl", 0.0: "forward_kl", 0.5: "jsd"}
+"""TRL's beta -> the divergence's name in TokenScores."""
 
 
 def is_distillation(trainer: Any) -> bool:
@@ -53,10 +58,10 @@ def check_distillation(trainer: Any) -> None:
 
     check_own_methods(trainer, DistillationTrainer, REPLACED)
     check_features(trainer)
-    if trainer.beta != 1.0:
+    if trainer.beta not in DIVERGENCES:
         raise UserError(
-            f"beta: {trainer.beta:g} asks for another divergence than the reverse KL, which is all that fastkl_scoring "
-            "computes here; set beta to 1.0, or train without fastkl_scoring."
+            f"beta: {trainer.beta:g} asks for a Jensen-Shannon divergence with unequal weights, which fastkl_scoring "
+            "does not compute; set beta to 1, 0 or 0.5, or train without fastkl_scoring."
         )
     for model in (trainer.model, trainer.teacher_model):
         check_known_head(base_model_of(trainer, model))
@@ -80,8 +85,9 @@ def compute_loss(
     count = mask.sum()
     total = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     share = (torch.ones(len(hidden), device=hidden.device) / total).float()
+    name = DIVERGENCES[trainer.beta]
     loss, scores = head_token_loss(
-        hidden, heads[0], ref_hidden, heads[1], inputs["completion_ids"][mask], TokenCoefficients(kl=share),
-        temperature=trainer.temperature, valid_vocab=len(heads[0].weight), outputs=("kl", "entropy"),
+        hidden, heads[0], ref_hidden, heads[1], inputs["completion_ids"][mask], TokenCoefficients(**{name: share}),
+        temperature=trainer.temperature, valid_vocab=len(heads[0].weight), outputs=(name, "entropy"),
     )  # fmt: skip
     return loss, scores.entropy.sum(), count
