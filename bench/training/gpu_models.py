@@ -33,7 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Those of Qwen2.5, and one to try the script with."""
 
-CONTEXT = 4096
+CONTEXT = 4352
 DEVIATION = 0.02
 
 

@@ -3,10 +3,11 @@
     python bench/training/gpu_steps.py --output FOLDER [--budget 400] [--only NAME ...]
     python bench/training/gpu_steps.py --dry-run       the same lines on a tiny model, with or without a GPU
 
-The job: 8 prompts x 8 samples, prompts of 100 tokens, completions of exactly 256 (1,024 where the name says so), beta
-0.05, AdamW, random weights of the shapes of Qwen2.5 (gpu_models.py). Both sides train float32 weights under bfloat16
-autocast without gradient checkpointing; "bf16 weights" lets TRL keep policy, reference and moments in bfloat16, which
-is the least work. Both read prompts of one length, so that TRL pads nothing. TRL scores through its fused head.
+The job: 8 prompts x 8 samples, prompts of 100 tokens, completions of exactly 256 (1,024 where the name says so; one
+prompt x 16 samples x 4,096 for the long group, whose memory is what counts), beta 0.05, AdamW, random weights of the
+shapes of Qwen2.5 (gpu_models.py). Both sides train float32 weights under bfloat16 autocast without gradient
+checkpointing; "bf16 weights" lets TRL keep policy, reference and moments in bfloat16, which is the least work. Both
+read prompts of one length, so that TRL pads nothing. TRL scores through its fused head.
 
 Models are written where temporary files go, in 2 bytes a parameter: TMPDIR may name a folder in memory.
 
@@ -64,6 +65,18 @@ PHASES: list[list[Job]] = [
             options={"lora_rank": 16, "gradient_checkpointing": True, "micro_batch_tokens": 2300},
         ),
     ],
+    [
+        Job(
+            "fastkl-0.5B-one-long-group",  # 64k tokens in micro-batches of 16k: the group is cut between its samples
+            "fastkl",
+            "0.5B",
+            prompts=1,
+            samples=16,
+            new_tokens=4096,
+            steps=2,
+            options={"micro_batch_tokens": 16384},
+        ),
+    ],
 ]
 TINY = [
     Job("fastkl-tiny", "fastkl", "tiny", 2, 4, 8, 8, steps=2, profiled=2),
@@ -78,6 +91,7 @@ TINY = [
         steps=2,
         options={"lora_rank": 4, "gradient_checkpointing": True},
     ),
+    Job("fastkl-tiny-one-long-group", "fastkl", "tiny", 1, 4, 8, 24, steps=2, options={"micro_batch_tokens": 40}),
     Job("trl-tiny", "trl", "tiny", 2, 4, 8, 8, steps=2, options={"per_device_train_batch_size": 4}),
 ]
 SETUP_SECONDS = 180  # how long a contender may take to be ready
