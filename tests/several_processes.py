@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,17 +95,17 @@ class Processes:
     def ended(self, timeout: float = 240.0) -> list[Ended]:
         """Waits for all of them; those that do not end in time are killed and have no exit code."""
         found: dict[int, Ended] = {}
+        said: dict[int, tuple[Any, str]] = {}
         while len(found) < len(self.started):
             for rank, (process, pipe) in enumerate(self.started):
                 if rank in found:
                     continue
-                if process.exitcode is not None or time.monotonic() - self.began > timeout:
-                    result, error = None, ""
-                    try:
-                        if pipe.poll():
-                            result, error = pickle.loads(pipe.recv_bytes())
-                    except EOFError:
-                        pass
+                is_over = process.exitcode is not None or time.monotonic() - self.began > timeout
+                if rank not in said and pipe.poll():  # at once: a process waits until much has been read
+                    with suppress(EOFError):
+                        said[rank] = pickle.loads(pipe.recv_bytes())
+                if is_over:
+                    result, error = said.get(rank, (None, ""))
                     code, seconds = process.exitcode, time.monotonic() - self.began
                     process.kill()
                     output = self.outputs[rank].read_text() if self.outputs[rank].exists() else ""

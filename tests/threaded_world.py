@@ -57,5 +57,5 @@ def in_threads(size: int, function: Callable[[World], object]) -> list:
     """What the function returns in each of `size` threads."""
     table = Table(size)
     with ThreadPoolExecutor(size) as pool:
-        futures = [pool.submit(function, Threads(rank, size, rank, True, table)) for rank in range(size)]
+        futures = [pool.submit(function, Threads(rank, size, rank, True, size, table)) for rank in range(size)]
         return [future.result(60) for future in futures]

@@ -188,9 +188,10 @@ class TrainConfig(SamplingSettings):
     """Recompute activations in the backward: less memory, one more forward."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type over float32 weights: "float32", "bfloat16", or "auto": bfloat16 where the machine is fast at it."""
-    shard: Literal["none", "full"] = "none"
+    shard: Literal["auto", "none", "full", "hybrid"] = "auto"
     """Of several processes (--nproc, torchrun): "none" gives each all weights, "full" a piece of every weight, gradient
-    and moment, gathered layer by layer."""
+    and moment, gathered layer by layer; "hybrid" has all pieces on each machine. "auto": none where the run fits each
+    GPU by the line that it prints of its memory, else full."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"cpu", "cuda", or "auto"."""
 
@@ -285,7 +286,7 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError("qlora: weights of 4 bits cannot be trained themselves; add --lora-rank 16.")
     if config.lora_rank and config.param_dtype == "bfloat16":
         raise UserError("param_dtype: adapters are small and stay in float32; leave it at float32 with lora_rank.")
-    if config.shard == "full":
+    if config.shard in ("full", "hybrid"):
         check_sharded(config)
     check_reference_place(config)
     if "" in config.stop:
@@ -342,11 +343,20 @@ def advantage_of(config: TrainConfig) -> Advantage:
 
 
 def check_sharded(config: TrainConfig) -> None:
-    """UserError for what is made of whole weights."""
-    for name in ("lora_rank", "param_dtype", "optimizer", "offload", "reference_device"):
-        if (value := getattr(config, name)) != settings()[name].default:
-            shown = " ".join(value) if isinstance(value, tuple) else value
-            raise UserError(f"shard: {name} {shown} needs whole weights in each process; use --shard none.")
+    """UserError for what cannot be cut."""
+    if what := uncut(config):
+        raise UserError(f"shard: {what}; use --shard none, or leave it out.")
+
+
+def uncut(config: TrainConfig) -> str:
+    """What in these settings does not go with weights in pieces, and why; empty if all does."""
+    if config.qlora:
+        return "qlora keeps matrices in blocks of 4 bits, which are not cut by rows"
+    if "reference" in config.offload:
+        return "offload reference moves a reference that is whole"
+    if config.reference_device != "policy":
+        return f"reference_device {config.reference_device} moves a reference that is whole"
+    return ""
 
 
 def check_reference_place(config: TrainConfig) -> None:

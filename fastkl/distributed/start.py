@@ -27,7 +27,8 @@ def processes() -> World:
         )
     size = _number("WORLD_SIZE", 1)
     rank = _number("RANK", 0)
-    return World(rank, size, _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", size) == size)
+    local_size = _number("LOCAL_WORLD_SIZE", size)
+    return World(rank, size, _number("LOCAL_RANK", rank), local_size == size, local_size)
 
 
 def _number(name: str, default: int) -> int:

@@ -200,7 +200,7 @@ def join(world: World, backend: str, address: str, attempt: int) -> Team:
     store = dist.PrefixStore(f"fastkl/{attempt}", store)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
     _GROUPS["control"] = dist.new_group(backend="gloo", timeout=PATIENCE)
-    team = Team(world.rank, world.size, world.local_rank, world.one_machine)
+    team = Team(world.rank, world.size, world.local_rank, world.one_machine, world.local_size)
     line = Lifeline(world.rank, world.size, store, address, team.on_loss, local=world.one_machine)
     team.lines.append(line)
     if threading.current_thread() is threading.main_thread():

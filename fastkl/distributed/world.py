@@ -41,6 +41,7 @@ class World:
     size: int = 1
     local_rank: int = 0  # among the processes of this machine: the number of its GPU
     one_machine: bool = True
+    local_size: int = 1  # processes of this machine, where there are several
 
     @property
     def is_first(self) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fastkl.errors import UserError
-from fastkl.scoring.shard import whole
+from fastkl.scoring.pieces import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,7 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float, targets: Seque
         r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
     model.requires_grad_(False)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _keeping_numbers(model):
         torch.manual_seed(seed)
         try:
             model.add_adapter(settings, adapter_name=NAME)
@@ -66,6 +66,20 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float, targets: Seque
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
     model.eval()
+
+
+@contextmanager
+def _keeping_numbers(model: nn.Module) -> Iterator[None]:
+    """Adapters of an unread model (unread.py) keep their numbers: PEFT moves adapters to where their matrices are, and
+    on the meta device they would have none. Meanwhile its parameters are on the CPU, one number each, expanded."""
+    places = [(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False) if p.is_meta]
+    for module, name, unread in places:
+        setattr(module, name, nn.Parameter(torch.zeros(()).expand(unread.shape), requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, unread in places:
+            setattr(module, name, unread)
 
 
 def is_adapter(name: str) -> bool:
@@ -112,7 +126,7 @@ def merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         prefix = name.removesuffix("base_layer.weight")
         if prefix != name and prefix in layers:
-            delta = layers[prefix].get_delta_weight(NAME).float()
+            delta = whole(layers[prefix].get_delta_weight(NAME).detach()).float()
             yield f"{prefix}weight", plain(parameter).float() + delta
         else:
             yield name.replace(".base_layer.", "."), plain(parameter)

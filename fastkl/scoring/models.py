@@ -7,7 +7,8 @@ logit_scale * softcap * tanh((hidden @ weight.T + bias) / softcap).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from torch import nn
 from fastkl.errors import UserError
 from fastkl.scoring.source import first_line
 from fastkl.scoring.source import resolve_model as resolve_model  # who loads a model resolves its name first
+from fastkl.scoring.unread import META, unread_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +68,9 @@ def text_config(config: Any) -> Any:
 def load_model(source: str, device: torch.device, *, four_bit: bool = False) -> PreTrainedModel:
     """A causal language model in float32 on `device`, dropout off. UserError when it cannot be loaded.
 
-    four_bit: its matrices are NF4 of bitsandbytes (Dettmers et al. 2023, "QLoRA"), for a model that is not trained.
+    On the meta device it comes without its weights, which are read when it has been cut (unread.py); on the CPU, with
+    them, where these cannot be read by pieces. four_bit: its matrices are NF4 of bitsandbytes (Dettmers et al. 2023,
+    "QLoRA"), for a model that is not trained.
     """
     config = load_config(source)
     # Soft-capped attention scores (Gemma-2) exist only in the eager implementation; else transformers knows best.
@@ -75,6 +79,10 @@ def load_model(source: str, device: torch.device, *, four_bit: bool = False) -> 
     if four_bit:
         options |= {"quantization_config": nf4(), "device_map": {"": str(device)}}
     try:
+        if device == META:
+            device = torch.device("cpu")
+            if (unread := unread_model(source, config, class_of(config), attention)) is not None:
+                return without_dropout(unread)
         model, loading = class_of(config).from_pretrained(
             source, attn_implementation=attention, output_loading_info=True, **options
         )
@@ -133,6 +141,32 @@ def store_as_computed(model: PreTrainedModel, dtype: torch.dtype, *, trained: bo
             for parameter in module.parameters(recurse=False):
                 if parameter.is_floating_point() and (trained or not parameter.requires_grad):
                     parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """Matrices that `store_as_computed` has rounded are float32 while they are multiplied, one at a time: forwards then
+    need no autocast. For forwards without gradients."""
+    stored: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+
+    def widen(module: nn.Module, _inputs: Any) -> None:
+        stored[module] = dict(module._parameters)
+        for name, parameter in stored[module].items():
+            module._parameters[name] = None if parameter is None else nn.Parameter(parameter.float(), False)
+
+    def narrow(module: nn.Module, _inputs: Any, _output: Any) -> None:
+        module._parameters.update(stored.pop(module))
+
+    is_mixed = any(parameter.dtype == torch.float32 for parameter in model.parameters())
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)] if is_mixed else []
+    rounded = [linear for linear in linears if linear.weight.dtype == torch.bfloat16]
+    hooks = [m.register_forward_pre_hook(widen) for m in rounded]
+    hooks += [m.register_forward_hook(narrow, always_call=True) for m in rounded]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 OTHER_MODALITIES = ("vision", "visual", "image", "audio", "speech", "multi_modal", "mm_")

@@ -91,6 +91,11 @@ class ScoredModel(nn.Module):
         return function()
 
     @property
+    def root(self) -> ScoredModel:
+        """What gathers its parameters, where they lie in pieces."""
+        return self
+
+    @property
     def is_sharded(self) -> bool:
         """Whether its weights lie on several processes (shard.py)."""
         return any(map(is_sharded, self.model.parameters()))
@@ -139,3 +144,26 @@ class ScoredModel(nn.Module):
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+class WithoutAdapters(ScoredModel):
+    """The reference of a policy with adapters whose weights lie in pieces: its own module, which the policy gathers,
+    since a module in pieces has one root."""
+
+    def __init__(self, policy: ScoredModel) -> None:
+        super().__init__(policy.model, policy.layout, policy.dtype, adapters=False)
+        self._policy = (policy,)  # not a part of this module
+
+    @property
+    def root(self) -> ScoredModel:
+        """See ScoredModel."""
+        return self._policy[0]
+
+    def hidden(self, batch: PackedBatch) -> Hidden:
+        """See ScoredModel."""
+        with switched_off(self.model):
+            return self.root.hidden(batch)
+
+    def inside(self, function: Callable[[], T]) -> T:
+        """See ScoredModel."""
+        return self.root.inside(function)

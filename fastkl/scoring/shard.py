@@ -10,7 +10,8 @@ FSDP2's calls are collective: every process must come to each of them, with an e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,18 +19,24 @@ import torch
 from torch import nn
 
 from fastkl.errors import UserError
-from fastkl.kernels.compose import is_sharded
 from fastkl.scoring.models import UpToHead, backbone_of
 
 
-def shard(scored: Any, device: torch.device, size: int) -> None:
-    """Leaves a piece of every parameter of a ScoredModel in each of `size` processes, on `device`."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+def shard(scored: Any, device: torch.device, sizes: Sequence[int]) -> None:
+    """Leaves a piece of every parameter of a ScoredModel in each process, on `device`. What is on the meta device stays
+    there, in pieces (load.py fills them in).
 
-    mesh = init_device_mesh(device.type, (size,))
+    sizes: (processes,), or (replicas, pieces of each): the processes of a run of ranks hold one replica.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    names = ("replica", "piece")[-len(sizes) :]
+    mesh = init_device_mesh(device.type, tuple(sizes), mesh_dim_names=names)
     for unit in units_of(scored.model):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        in_bfloat16 = torch.bfloat16 in trained_dtypes(unit)
+        sums = MixedPrecisionPolicy(reduce_dtype=torch.float32 if in_bfloat16 else None)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=sums)
     fully_shard(scored, mesh=mesh, reshard_after_forward=False)
     for unit in pieces_of(scored):
         unit.set_gradient_divide_factor(1.0)
@@ -42,22 +49,40 @@ def shard(scored: Any, device: torch.device, size: int) -> None:
 
 
 def units_of(model: Any) -> list[nn.Module]:
-    """What is gathered together, besides the root: the layers, and the embedding unless it is the head. UserError for a
-    model whose layers are not found."""
+    """What is gathered together, besides the root: the layers, what has other dtypes in them, and the embedding unless
+    it is the head. UserError for a model whose layers are not found."""
     layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)), None)
     if layers is None or isinstance(backbone_of(model), UpToHead):
         raise UserError(f"shard: {type(model).__name__} has no list of layers to divide; use --shard none.")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or embedding.weight is head.weight
-    return [*layers, *([] if tied else [embedding])]
+    return [unit for layer in layers for unit in (*odd_ones(layer), layer)] + ([] if tied else [embedding])
 
 
-def pieces_of(scored: nn.Module) -> list[Any]:
+def odd_ones(layer: nn.Module) -> list[nn.Module]:
+    """The modules in a layer whose own trained parameters do not have the dtype that most of the layer's have."""
+    dtypes = trained_dtypes(layer)
+    if len(dtypes) < 2:
+        return []
+    ((usual, _),) = dtypes.most_common(1)
+    return [m for m in layer.modules() if any(d != usual for d in trained_dtypes(m, recurse=False))]
+
+
+def trained_dtypes(module: nn.Module, *, recurse: bool = True) -> Counter[torch.dtype]:
+    """How many trained numbers a module has of each dtype."""
+    found: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters(recurse):
+        if parameter.requires_grad:
+            found[parameter.dtype] += parameter.numel()
+    return found
+
+
+def pieces_of(scored: Any) -> list[Any]:
     """The modules that are gathered each by itself, the root first; none where weights are not sharded."""
-    return [module for module in scored.modules() if hasattr(module, "set_reshard_after_forward")]
+    return [module for module in scored.root.modules() if hasattr(module, "set_reshard_after_forward")]
 
 
-def rest(scored: nn.Module) -> None:
+def rest(scored: Any) -> None:
     """Gives back what a forward has gathered: every process holds its pieces alone, which optimizer and files see."""
     for unit in pieces_of(scored):
         unit.reshard()
@@ -76,21 +101,5 @@ def gathered(scored: Any) -> Iterator[None]:
         yield
     finally:
         for unit in units:
-            unit.set_reshard_after_forward(unit is not scored, recurse=False)
+            unit.set_reshard_after_forward(unit is not scored.root, recurse=False)
         rest(scored)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or all of one that lies in pieces: a collective call then."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def piece_for(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """What of a whole tensor, which every process has, belongs to this parameter's piece."""
-    if not is_sharded(parameter) or not tensor.ndim:
-        return tensor.to(parameter.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: Any = parameter
-    place = tensor.to(parameter.device), sharded.device_mesh, sharded.placements
-    return distribute_tensor(*place, src_data_rank=None)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from fastkl.errors import UserError
-from fastkl.scoring.shard import piece_for
+from fastkl.scoring.pieces import piece_for
 from fastkl.training.manifest import FORMAT, MANIFEST, REMEDY, checksum, read_manifest
 from fastkl.training.whole_state import WholeState
 
@@ -220,32 +220,34 @@ def restore_training_state(
 
     The random states are those of the process of this rank. One that the run had no such process for keeps its own.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    tensors = load_file(checkpoint.folder / TENSORS)
     parameters = dict(policy.named_parameters())
-    home = getattr(optimizer, "home", None)  # where moments wait that are not beside their parameter
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        if name in parameters:
-            parameter = parameters[name]
-            optimizer.state[parameter][kind] = tensor.to(home) if home else piece_for(parameter, tensor)
+    own_state = getattr(optimizer, "own_state", piece_for)
+    others = {}
+    with safe_open(checkpoint.folder / TENSORS, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118  # one at a time: a process that has pieces never has them all
+            kind, _, name = key.partition("/")
+            if name in parameters:
+                optimizer.state[parameters[name]][kind] = own_state(parameters[name], file.get_tensor(key))
+            else:
+                others[key] = file.get_tensor(key)
     states = [checkpoint.manifest["random"], *checkpoint.manifest.get("random_of_others", ())]
     if rank < len(states):
         prefix = _place_of(rank)
-        _restore_random(states[rank], {name.removeprefix(prefix): value for name, value in tensors.items()})
+        _restore_random(states[rank], {name.removeprefix(prefix): value for name, value in others.items()})
 
 
 @torch.no_grad()
 def restore_reference(checkpoint: Checkpoint, reference: nn.Module) -> None:
     """The renewed reference, exactly as saved. Raises UserError where the checkpoint holds none."""
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     if not (checkpoint.folder / REFERENCE).is_file():
         raise UserError(f"reference_every: {str(checkpoint.folder)!r} holds no {REFERENCE}; resume with 0.")
-    saved = load_file(checkpoint.folder / REFERENCE)
-    for name, parameter in reference.named_parameters():
-        parameter.copy_(piece_for(parameter, saved[name]))
+    with safe_open(checkpoint.folder / REFERENCE, framework="pt") as saved:
+        for name, parameter in reference.named_parameters():
+            parameter.copy_(piece_for(parameter, saved.get_tensor(name)))
 
 
 def _optimizer_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

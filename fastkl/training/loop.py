@@ -27,8 +27,8 @@ from fastkl.objective.rloo import BatchObjective, Objective, whole_step
 from fastkl.report.step_metrics import StepReport
 from fastkl.rollout.agreement import check_agreement
 from fastkl.scoring.pack import pack, scorable_groups
+from fastkl.scoring.pieces import whole
 from fastkl.scoring.scored_model import ScoredModel
-from fastkl.scoring.shard import whole
 from fastkl.training.draw import draw_batch
 from fastkl.training.first_forward import first_forward, settled_for_updates, with_advantages
 from fastkl.training.given import Reward, taken

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastkl.config.settings import TrainConfig
+from fastkl.distributed.world import ALONE, World
 from fastkl.rollout.vllm import head_dims
 from fastkl.scoring.memory import CPU_BYTES, GPU_SHARE
 from fastkl.scoring.models import text_config, vocabulary
@@ -70,20 +71,25 @@ class MemoryPlan:
 
 def plan_of(
     config: TrainConfig, model_config: Any, parameters: int, *, generator: str, device: torch.device,
-    dtype: torch.dtype, max_tokens: int, adapters: int = 0, matrices: int = 0, processes: int = 1, teacher: int = 0,
+    dtype: torch.dtype, max_tokens: int, adapters: int = 0, matrices: int = 0, world: World = ALONE, teacher: int = 0,
     ref_head: int = 0,
 ) -> MemoryPlan:  # fmt: skip
     """The plan of a run. max_tokens: of the longest prompt with its completion. adapters: numbers in them, 0 without;
     the reference is then the same module. matrices: how many of the parameters bfloat16 can store in 2 bytes.
-    processes: that divide the samples, and sharded weights. teacher: parameters of one that is the reference.
-    ref_head: numbers in the head of a reference that is on another device, and has a copy of its head here."""
+    world: the processes, which divide the samples, sharded weights, and a machine's memory. teacher: parameters of one
+    that is the reference. ref_head: numbers in the head of a reference that is on another device, and has a copy of its
+    head here."""
     on_gpu = device.type == "cuda"
-    sequences = math.ceil(config.prompts_per_step * config.num_samples / processes)
-    pieces = processes if config.shard == "full" else 1
-    halved = 4.0 * parameters - (2.0 * matrices if dtype == torch.bfloat16 and pieces == 1 else 0.0)
+    sequences = math.ceil(config.prompts_per_step * config.num_samples / world.size)
+    pieces = {"full": world.size, "hybrid": world.local_size}.get(config.shard, 1)
+    halved = 4.0 * parameters - (2.0 * matrices if dtype == torch.bfloat16 else 0.0)
     trained = 4.0 * adapters or (halved if config.param_dtype == "bfloat16" else 4.0 * parameters)
     moments = (adapters or parameters) * (MOMENTS_8_BIT if config.optimizer == "adamw8bit" else 8.0)
-    trained, moments, halved = trained / pieces, moments / pieces, halved / pieces
+    copies = 0.0 if adapters or config.param_dtype == "bfloat16" else 4.0 * parameters - halved  # autocast's, whole
+    reference = 0.0 if adapters or config.no_reference else 4.0 * parameters if config.reference_every else halved
+    if teacher:
+        reference = (2.0 if dtype == torch.bfloat16 else 4.0) * teacher
+    trained, moments, halved, reference = (part / pieces for part in (trained, moments, halved, reference))
     most = torch.cuda.get_device_properties(device).total_memory if on_gpu else memory_total()
     engine = (
         _engine_bytes(config, parameters, dtype, most if on_gpu else None)
@@ -91,10 +97,6 @@ def plan_of(
         else _decoding_bytes(model_config, min(sequences, MAX_ROWS), max_tokens, dtype)
     )
     kept = _activation_bytes(model_config) * sequences * max_tokens
-    copies = 0.0 if adapters or config.param_dtype == "bfloat16" else 4.0 * parameters - halved  # autocast's
-    reference = 0.0 if adapters or config.no_reference else 4.0 * parameters if config.reference_every else halved
-    if teacher:
-        reference = (2.0 if dtype == torch.bfloat16 and pieces == 1 else 4.0) * teacher / pieces
     about_reference = "reference while it scores" if "reference" in config.offload else "reference"
     if ref_head:
         about_reference, reference = "reference's head", 4.0 * ref_head
@@ -110,7 +112,7 @@ def plan_of(
     remedies = ["--generator transformers"] if generator == "vllm" else ["fewer --prompts-per-step or --num-samples"]
     if config.micro_batch_tokens:
         remedies.append("a smaller --micro-batch-tokens")
-    available = float(torch.cuda.mem_get_info(device)[0]) if on_gpu else memory_available()
+    available = float(torch.cuda.mem_get_info(device)[0]) if on_gpu else memory_available() / world.local_size
     return MemoryPlan(parts, available, "GPU memory" if on_gpu else "memory", (*remedies, "a smaller model"))
 
 

@@ -15,8 +15,7 @@ from fastkl.audit.json_lines import rows_of_steps
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
 from fastkl.evaluation.evaluate import Evaluator
-from fastkl.scoring.adapters import is_adapter
-from fastkl.scoring.shard import whole
+from fastkl.scoring.unread import first_rows, is_unread
 from fastkl.training import checkpoint
 from fastkl.training.given import source_of
 from fastkl.training.state import Run, Snapshot
@@ -70,14 +69,13 @@ def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
 def fingerprints(
     config: TrainConfig,
     prompts: Sequence[Prompt],
-    reference: nn.Module | None,
+    reference: bytes | None,
     evaluator: Evaluator | None = None,
     functions: Iterable[Any] = (),
 ) -> dict[str, str]:
     """Hashes of what a run reads from outside: a resumed run says which of them have changed.
 
-    functions: rewards that were handed over from Python. Of the reference, if there is one, the first numbers of every
-    tensor are taken: another training changes them all.
+    functions: rewards that were handed over from Python. reference: the `first_numbers` of one, if there is one.
     """
 
     def digest(pieces: Iterable[bytes]) -> str:
@@ -90,11 +88,7 @@ def fingerprints(
         "prompts": digest(repr((prompt.token_ids, dict(prompt.columns))).encode() for prompt in prompts),
     }
     if reference is not None:
-        found["reference"] = digest(
-            whole(p.detach()).flatten()[:256].cpu().numpy().tobytes()
-            for name, p in reference.named_parameters()
-            if not is_adapter(name)
-        )
+        found["reference"] = digest([reference])
     found |= {f"reward {name}": digest([source]) for name, source in source_of(functions).items()}
     if evaluator:
         found["eval_prompts"] = digest(repr((p.token_ids, dict(p.columns))).encode() for p in evaluator.prompts)
@@ -104,6 +98,13 @@ def fingerprints(
         if file.suffix == ".py" and file.is_file():
             found[f"reward {name}"] = digest([file.read_bytes()])
     return found
+
+
+def first_numbers(model: nn.Module, source: str) -> bytes:
+    """The first 256 numbers of every tensor of a model without adapters, read from its source if it is unread: another
+    training changes them all."""
+    own = (parameter.detach().flatten()[:256] for parameter in model.parameters())
+    return b"".join(x.cpu().numpy().tobytes() for x in (first_rows(model, source, 256) if is_unread(model) else own))
 
 
 def lost_lines(path: Path, last_step: int) -> str:

@@ -46,9 +46,10 @@ from fastkl.scoring.head import check_head, head_of
 from fastkl.scoring.memory import micro_batch_tokens
 from fastkl.scoring.pack import pack
 from fastkl.scoring.placement import HeadCopy, moved, put_away
-from fastkl.scoring.scored_model import ScoredModel
+from fastkl.scoring.scored_model import ScoredModel, WithoutAdapters
 from fastkl.scoring.shard import gathered, shard
 from fastkl.scoring.source import resolve_model, snapshot
+from fastkl.scoring.unread import META, fill, is_unread
 from fastkl.training import checkpoint
 from fastkl.training.best import Best
 from fastkl.training.callbacks import check_callbacks, speaking
@@ -56,15 +57,17 @@ from fastkl.training.environment import record_environment
 from fastkl.training.fork import begin, copy_lines, forked
 from fastkl.training.given import Given
 from fastkl.training.memory_plan import (
+    MemoryPlan,
     num_adapter_parameters,
     num_in_head,
     num_in_matrices,
     num_parameters,
     plan_of,
 )
-from fastkl.training.resume import fingerprints, resume
+from fastkl.training.resume import fingerprints, first_numbers, resume
 from fastkl.training.run_folder import has_checkpoint, lock_run_folder, prepare_run_folder
-from fastkl.training.small_adamw import SmallAdamW
+from fastkl.training.sharding import is_sharded, mesh_of, settled_shard
+from fastkl.training.small_adamw import SmallAdamW, check_pieces
 from fastkl.training.state import Run, StepLimits
 from fastkl.training.teacher import teacher_of
 from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch
@@ -182,11 +185,10 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
     resumed = inputs.resumed
     view.first_step = resumed.step + 1 if resumed else 1
     dtype = compute_dtype(config.dtype, inputs.device)
-    prepare(config, inputs, dtype, view, world)
-    scored, referred = ready_models(config, inputs, dtype, view, world)
+    config = prepare(config, inputs, dtype, view, world)
+    scored, referred, first = ready_models(config, inputs, dtype, view, world)
     limits = limits_of(config, scored, world)
-    reference = referred and referred.model
-    hashes = fingerprints(config, inputs.prompts, reference, inputs.evaluator, inputs.given.rewards)
+    hashes = fingerprints(config, inputs.prompts, first, inputs.evaluator, inputs.given.rewards)
     store_frozen(config, inputs, scored, referred, dtype, world)
     view.note(f"starting {inputs.generator} ...")
     generator = start_generator(inputs, config, scored, view.note, world)
@@ -220,39 +222,40 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
     return run
 
 
-def prepare(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, view: View, world: World) -> None:
-    """What comes before the first weight: whether the memory will do, reward functions, downloads. Raises UserError."""
+def prepare(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, view: View, world: World) -> TrainConfig:
+    """What comes before the first weight: whether the memory will do, reward functions, downloads. Raises UserError.
+
+    Returns the settings, with who holds which weights.
+    """
     device = inputs.device
     if device.type == "cpu":
         keep_freed_memory()
     check_storage(config, device, dtype)
     reference_place(config, device, world)
+    config = settled_shard(config, lambda settings: plan_for(settings, inputs, dtype, world), world)
     say_what_it_takes(config, inputs, dtype, view.note, world)
     view.note(f"loading {config.model} ...")
     of_held = inputs.evaluator.rewards if inputs.evaluator else ()
     prepare_rewards((*inputs.rewards, *(reward for reward in of_held if reward not in inputs.rewards)), device)
     if config.revision:
         snapshot(config.model, config.revision, weights=True)
-
-
-def is_sharded(config: TrainConfig, world: World) -> bool:
-    """Whether every process holds a piece of every weight."""
-    return config.shard == "full" and world.size > 1
+    return config
 
 
 def ready_models(
     config: TrainConfig, inputs: Inputs, dtype: torch.dtype, view: View, world: World
-) -> tuple[ScoredModel, ScoredModel | None]:
-    """Policy and reference, loaded, with the layouts that score them right, and checked to be trainable and savable."""
-    device, shards = inputs.device, is_sharded(config, world)
+) -> tuple[ScoredModel, ScoredModel | None, bytes | None]:
+    """Policy and reference, loaded, with the layouts that score them right, and checked to be trainable and savable;
+    and the first numbers of the reference, before any of them is rounded."""
+    device, shards = inputs.device, is_sharded(config)
 
-    def settled(model: nn.Module, *, adapters: bool = True) -> ScoredModel:
-        found = ScoredModel(model, dtype=dtype, adapters=adapters)
-        if shards:
-            shard(found, device, world.size)
-        return found
+    def settled(model: nn.Module, source: str) -> ScoredModel:
+        return (
+            in_pieces(config, model, source, device, dtype, view, world) if shards else ScoredModel(model, dtype=dtype)
+        )
 
-    scored, referred = load_models(config, dataclasses.replace(inputs, device=CPU) if shards else inputs, settled)
+    unread = dataclasses.replace(inputs, device=META) if shards else inputs
+    scored, referred, first = load_models(config, unread, settled)
     policy = scored.model
     differ = referred is not None and (bool(inputs.teacher) or referred.device != scored.device)
     start = scored if referred is None or differ else referred
@@ -262,7 +265,7 @@ def ready_models(
     if referred:
         referred.layout = checked_layout(referred, inputs, config, probe)[0] if differ else layout
         send_to(referred, scored.device)
-    if config.param_dtype == "bfloat16":
+    if config.param_dtype == "bfloat16" and not shards:
         models.store_as_computed(policy, dtype, trained=True)
     check_trainable(scored, probe)
     if repaired := world.once(
@@ -276,7 +279,27 @@ def ready_models(
         view.note(f"{world.size} processes, each with {has} and a share of the samples")
     view.note(f"generator: {inputs.generator} ({inputs.generator_reason})")
     view.note(f"backbone: {layout} ({layout_reason}), {str(dtype).removeprefix('torch.')} on {device.type}")
-    return scored, referred
+    return scored, referred, first
+
+
+def in_pieces(
+    config: TrainConfig, model: nn.Module, source: str, device: torch.device, dtype: torch.dtype, view: View,
+    world: World,
+) -> ScoredModel:  # fmt: skip
+    """A loaded model of which each process keeps its pieces, in the dtypes that `ready_models` and `store_frozen` give
+    to whole ones later: FSDP2 takes those that it finds."""
+    is_frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    if not (is_frozen and config.reference_every):
+        models.store_as_computed(model, dtype, trained=config.param_dtype == "bfloat16")
+    found, is_empty = ScoredModel(model, dtype=dtype), is_unread(model)
+    shard(found, device, mesh_of(config, world))
+    if config.optimizer == "adamw8bit":
+        check_pieces(model.named_parameters())
+    if is_empty:
+        fill(model, source, device)
+    else:
+        view.note(f"each process has all weights of {source} before it keeps its piece")
+    return found
 
 
 def store_frozen(
@@ -288,7 +311,7 @@ def store_frozen(
     world: World,
 ) -> None:
     """Keeps the matrices that nobody trains in the dtype in which they are computed."""
-    if config.reference_every or is_sharded(config, world):
+    if config.reference_every or is_sharded(config):
         return
     for frozen in (scored, referred) if referred and inputs.teacher and config.lora_rank else (referred or scored,):
         models.store_as_computed(frozen.model, dtype)
@@ -325,7 +348,8 @@ def go_on(run: Run, inputs: Inputs, dtype: torch.dtype) -> None:
 
 def checked_layout(scored: ScoredModel, inputs: Inputs, config: TrainConfig, probe: PackedBatch) -> tuple[str, str]:
     """How a model goes over a batch, and why; after a look at its head. UserError where it cannot be scored."""
-    with gathered(scored):
+    in_float32 = models.widened(scored.model) if scored.is_sharded else contextlib.nullcontext()
+    with gathered(scored), in_float32:
         check_head(scored.model, list(inputs.prompts[0].token_ids))
         tokens = max_sequence_tokens(inputs, config)
         return backbone.choose_layout(scored.model, moved(probe, scored.device), scored.dtype, max_tokens=tokens)
@@ -352,32 +376,45 @@ def give_back_gpu_memory(device: torch.device) -> None:
 
 
 def load_models(
-    config: TrainConfig, inputs: Inputs, settled: Callable[..., ScoredModel]
-) -> tuple[ScoredModel, ScoredModel | None]:
-    """Policy and reference: one module, whose reference is without its adapters, or two; or no reference.
+    config: TrainConfig, inputs: Inputs, settled: Callable[[nn.Module, str], ScoredModel]
+) -> tuple[ScoredModel, ScoredModel | None, bytes | None]:
+    """Policy and reference: one module, whose reference is without its adapters, or two; or no reference. And the
+    reference's first numbers, as it was read.
 
-    settled: makes of each what scores, before the next is read, so that no process holds two whole models where they
-    are sharded.
+    settled: makes of each, and of where it comes from, what scores, before the next is read, so that no process holds
+    two whole models where they are sharded.
     """
-    resumed = inputs.resumed
+    resumed, source = inputs.resumed, inputs.source
     if config.lora_rank:
-        policy = models.load_model(inputs.source, inputs.device, four_bit=config.qlora)
+        policy = models.load_model(source, inputs.device, four_bit=config.qlora)
+        first = None if config.no_reference or inputs.teacher else first_numbers(policy, source)
         add_adapters(policy, config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
         if resumed:
             load_adapters(resumed.folder, policy)
+        scored = settled(policy, source)
         if inputs.teacher:
-            return settled(policy), settled(reference_model(config, inputs))
-        return settled(policy), None if config.no_reference else settled(policy, adapters=False)
+            return scored, *reference_of(config, inputs, settled)
+        return scored, None if config.no_reference else WithoutAdapters(scored), first
     if resumed and (resumed.folder / WEIGHTS).is_file():
         raise UserError(f"lora_rank: the checkpoint {str(resumed.folder)!r} holds adapters; give the rank they have.")
+    start = str(resumed.folder) if resumed else source
     if inputs.teacher:
-        return settled(policy_of(inputs)), settled(reference_model(config, inputs))
+        return settled(policy_of(inputs), start), *reference_of(config, inputs, settled)
     if config.no_reference:
-        return settled(policy_of(inputs)), None
-    reference = settled(reference_model(config, inputs))
-    policy = settled(policy_of(inputs))
-    check_same_shape(policy.model, reference.model, resumed)
-    return policy, reference
+        return settled(policy_of(inputs), start), None, None
+    reference, first = reference_of(config, inputs, settled)
+    scored = settled(policy_of(inputs), start)
+    check_same_shape(scored.model, reference.model, resumed)
+    return scored, reference, first
+
+
+def reference_of(
+    config: TrainConfig, inputs: Inputs, settled: Callable[[nn.Module, str], ScoredModel]
+) -> tuple[ScoredModel, bytes]:
+    """The reference as a model of its own, and its first numbers."""
+    source, model = inputs.teacher or inputs.source, reference_model(config, inputs)
+    first = first_numbers(model, source)
+    return settled(model, source), first
 
 
 def check_storage(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -466,22 +503,21 @@ def policy_of(inputs: Inputs) -> Any:
     resumed, module = inputs.resumed, inputs.given.policy
     if module is None:
         return models.load_model(str(resumed.folder) if resumed else inputs.source, inputs.device)
-    module = models.without_dropout(module).to(inputs.device)
+    device = CPU if inputs.device == META else inputs.device  # it is here, and need not be read
+    module = models.without_dropout(module).to(device)
     if resumed:
-        saved = models.load_model(str(resumed.folder), inputs.device)
+        saved = models.load_model(str(resumed.folder), device)
         check_same_shape(module, saved, resumed)
         module.load_state_dict(saved.state_dict())
     return module
 
 
-def say_what_it_takes(
-    config: TrainConfig, inputs: Inputs, dtype: torch.dtype, say: Callable[[str], None], world: World = ALONE
-) -> None:
-    """One line of memory arithmetic, and a warning where the learning rate is far above what the model's size bears."""
+def plan_for(config: TrainConfig, inputs: Inputs, dtype: torch.dtype, world: World = ALONE) -> MemoryPlan | None:
+    """What the run takes; None where the model's size is not known."""
     parameters = num_parameters(inputs.source)
     if not parameters:
-        return
-    plan = plan_of(
+        return None
+    return plan_of(
         config,
         inputs.model_config,
         parameters,
@@ -489,14 +525,22 @@ def say_what_it_takes(
         device=inputs.device,
         dtype=dtype,
         max_tokens=max_sequence_tokens(inputs, config),
-        processes=world.size,
+        world=world,
         adapters=num_adapter_parameters(inputs.source, config.lora_rank) if config.lora_rank else 0,
         matrices=num_in_matrices(inputs.source),
         teacher=(inputs.teacher and num_parameters(inputs.teacher)) or 0,
         ref_head=num_in_head(inputs.teacher or inputs.source) if is_apart(config, inputs.device) else 0,
     )
+
+
+def say_what_it_takes(
+    config: TrainConfig, inputs: Inputs, dtype: torch.dtype, say: Callable[[str], None], world: World = ALONE
+) -> None:
+    """One line of memory arithmetic, and a warning where the learning rate is far above what the model's size bears."""
+    if (plan := plan_for(config, inputs, dtype, world)) is None:
+        return
     say(plan.line())
-    for warning in () if config.lora_rank else lr_warnings(lr_of(config), parameters):
+    for warning in () if config.lora_rank else lr_warnings(lr_of(config), num_parameters(inputs.source) or 0):
         say(warning)
 
 

@@ -16,6 +16,10 @@ the distance of two codes, so rounding to the nearest would undo it in every ste
 Weights in bfloat16 are rounded at random, too (as in Zamirai et al. 2020, "Revisiting BFloat16 training"): an update of
 less than half a unit in the last place would always be lost otherwise. The random numbers follow from seed, step and
 the parameter's place, so that a resumed run draws the same ones. The three roundings of a number share one.
+
+Where parameters lie in pieces on several processes (scoring/shard.py), each updates its own numbers, by the random
+numbers and in the blocks that one process would have for them: all of them draw the whole tensor's random numbers, and
+a piece has to begin with a block.
 """
 
 from __future__ import annotations
@@ -26,6 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastkl.distributed.world import World
+from fastkl.errors import UserError
+from fastkl.scoring.pieces import as_pieces, num_pieces, own_part, rows_of, whole
 
 BLOCK = 256
 CHUNK = 1 << 20  # numbers that are updated at a time: what float32 copies of them take is all that comes on top
@@ -71,10 +79,16 @@ class SmallAdamW(torch.optim.Optimizer):
             state.update(self._empty(parameter))
         state["step"] += 1
         step, (b1, b2) = int(state["step"]), group["betas"]
-        weights, grads = parameter.view(-1), grad.reshape(-1)
+        weights, grads, start = own_part(parameter).view(-1), own_part(grad).reshape(-1), span_of(parameter).start
         random = torch.Generator(parameter.device).manual_seed(rounding_seed(self.seed, step, place))
-        for lo in range(0, len(weights), CHUNK):
-            span = slice(lo, min(lo + CHUNK, len(weights)))
+        for lo in range(0, parameter.numel(), CHUNK):
+            hi = min(lo + CHUNK, parameter.numel())
+            uniform = torch.rand(hi - lo, generator=random, device=parameter.device)
+            lo, drawn_from = max(lo, start), lo
+            span = slice(lo - start, min(hi - start, len(weights)))
+            if span.start >= span.stop:
+                continue  # another process's numbers
+            uniform = uniform[lo - drawn_from :][: span.stop - span.start]
             g, w = grads[span].float(), weights[span].float()
             m, root = (self._read(state, name, span, parameter.device) for name in ("exp_avg", "exp_avg_sq"))
             m.lerp_(g, 1 - b1)
@@ -82,27 +96,43 @@ class SmallAdamW(torch.optim.Optimizer):
             w.mul_(1 - group["lr"] * group["weight_decay"])
             denominator = (root / (1 - b2**step) ** 0.5).add_(group["eps"])
             w.addcdiv_(m, denominator, value=-group["lr"] / (1 - b1**step))
-            uniform = torch.rand(len(w), generator=random, device=parameter.device)
             self._write(state, "exp_avg", span, m, uniform)
             self._write(state, "exp_avg_sq", span, root, uniform)
             weights[span] = w if parameter.dtype == torch.float32 else rounded_at_random(w, uniform)
 
     def _empty(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state before the first step. float32 moments have torch's own names and meaning."""
-        place = self.home or parameter.device
+        """The state before the first step, of this process's piece. float32 moments have torch's own names and
+        meaning."""
+        place, own = self.home or parameter.device, own_part(parameter)
         pinned = place.type == "cpu" and parameter.is_cuda
         kinds: dict[str, tuple[Sequence[int], torch.dtype]]
         if not self.eight_bit or parameter.numel() < SMALL:
-            kinds = dict.fromkeys(("exp_avg", "exp_avg_sq"), (parameter.shape, torch.float32))
+            kinds = dict.fromkeys(("exp_avg", "exp_avg_sq"), (own.shape, torch.float32))
         else:
-            blocks = (-(-parameter.numel() // BLOCK),)
-            kinds = {"exp_avg": (parameter.shape, torch.int8), "exp_avg_scale": (blocks, torch.float32)}
-            kinds |= {"exp_avg_sq": (parameter.shape, torch.uint8), "exp_avg_sq_scale": (blocks, torch.float32)}
+            blocks = (-(-own.numel() // BLOCK),)
+            kinds = {"exp_avg": (own.shape, torch.int8), "exp_avg_scale": (blocks, torch.float32)}
+            kinds |= {"exp_avg_sq": (own.shape, torch.uint8), "exp_avg_sq_scale": (blocks, torch.float32)}
         made = {
             name: torch.zeros(shape, dtype=dtype, device=place, pin_memory=pinned)
             for name, (shape, dtype) in kinds.items()
         }
         return {"step": torch.zeros(()), **made}
+
+    def own_state(self, parameter: Tensor, saved: Tensor) -> Tensor:
+        """What of a saved state, which is that of the whole parameter, belongs to this process's piece."""
+        if saved.ndim:
+            numbers = span_of(parameter)
+            own = rows_of(parameter) if saved.shape == parameter.shape else _blocks(numbers)
+            saved = saved[own]
+        return saved.to(self.home or parameter.device, copy=True)
+
+    def whole_state(self, parameter: Tensor, own: Tensor, world: World) -> Tensor:
+        """The state of the whole parameter, to be saved; every process must come here."""
+        if not own.ndim or num_pieces(parameter) == 1:
+            return own
+        if own.shape == own_part(parameter).shape:
+            return whole(as_pieces(parameter, own.to(parameter.device)))
+        return torch.cat(world.everybodys(own.cpu())[: num_pieces(parameter)])
 
     def _read(self, state: dict[str, Tensor], name: str, span: slice, device: torch.device) -> Tensor:
         """f32, a copy: the moment itself, or the root of the second one."""
@@ -171,6 +201,25 @@ def rounded_at_random(x: Tensor, uniform: Tensor) -> Tensor:
     """
     bits = x.view(torch.int32) + (uniform * (1 << 16)).to(torch.int32)
     return (bits & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+def span_of(parameter: Tensor) -> slice:
+    """Which numbers of a parameter, laid end to end, this process holds."""
+    rows = rows_of(parameter)
+    width = parameter[:1].numel() if parameter.ndim else 0
+    return slice(rows.start * width, rows.stop * width)
+
+
+def check_pieces(named: Iterable[tuple[str, Tensor]]) -> None:
+    """UserError where a piece of a parameter does not begin with a block of moments of 8 bits."""
+    for name, parameter in named:
+        first = span_of(parameter)
+        if parameter.requires_grad and parameter.numel() >= SMALL and first.stop > first.start and first.start % BLOCK:
+            rows, pieces = " x ".join(map(str, parameter.shape)), num_pieces(parameter)
+            raise UserError(
+                f"optimizer: adamw8bit keeps moments in blocks of {BLOCK} numbers, and {name} ({rows}) in {pieces} "
+                "pieces would cut one; use another number of processes, --optimizer adamw, or --shard none."
+            )
 
 
 def rounding_seed(seed: int, step: int, place: int) -> int:

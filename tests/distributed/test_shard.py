@@ -34,20 +34,24 @@ def test_a_model_without_a_list_of_layers_is_refused():
         units_of(torch.nn.Linear(2, 2))
 
 
-def test_adapters_are_not_sharded():
-    with pytest.raises(UserError, match="shard: lora_rank 4 needs whole weights in each process; use --shard none"):
-        check_config(story(Path("x"), shard="full", lora_rank=4, reference_every=0))
+def test_matrices_of_4_bits_are_not_sharded():
+    with pytest.raises(UserError, match="shard: qlora keeps matrices in blocks of 4 bits, which are not cut"):
+        check_config(story(Path("x"), shard="full", lora_rank=4, qlora=True, reference_every=0))
 
 
-def updates(options: dict, is_short: bool, advantage: str) -> tuple[list[float], list[float], dict, bool, list[bool]]:
+def updates(
+    options: dict, is_short: bool, advantage: str, sizes: tuple[int, ...] = ()
+) -> tuple[list[float], list[float], dict, bool, list[bool]]:
     """Three AdamW steps of a toy model in float64, sharded where there are several processes: gradient norms, losses,
     whole weights, whether embedding and head are one, and whether the operator saw a head in pieces.
 
-    is_short: all but one group are left out, so that all processes but one have none.
+    is_short: all but one group are left out, so that all processes but one have none. sizes: of the mesh; one piece
+    for each process if none are given.
     """
     from fastkl.distributed.start import launched
     from fastkl.kernels.compose import is_sharded
-    from fastkl.scoring.shard import shard, whole
+    from fastkl.scoring.pieces import whole
+    from fastkl.scoring.shard import shard
     from fastkl.training.loop import update
     from fastkl.training.setup import limits_of
     from fastkl.training.stopwatch import Stopwatch
@@ -71,7 +75,7 @@ def updates(options: dict, is_short: bool, advantage: str) -> tuple[list[float],
     limits = replace(limits_of(config, scored[0]), agreement_nats=math.inf)  # the samples are not of these steps
     if world.size > 1:
         for model in scored:
-            shard(model, CPU, world.size)
+            shard(model, CPU, sizes or (world.size,))
     optimizer = torch.optim.AdamW(models[0].parameters(), lr=1e-3)
     norms, losses = [], []
     for step in (1, 2, 3):
@@ -100,6 +104,17 @@ def test_sharded_updates_are_those_of_one_process(size, tied, is_short, advantag
         for name, value in one.items():
             torch.testing.assert_close(found[2][name], value, rtol=0, atol=1e-9)
         assert found[3] == tied and not any(found[4])
+
+
+@pytest.mark.slow
+def test_two_machines_with_a_copy_each_in_pieces_of_two_processes_make_the_updates_of_one_process(tmp_path):
+    arguments = ({}, False, "rloo")
+    ((norms, losses, one, _, _),) = run_in(1, tmp_path, updates, *arguments)
+    for found in run_in(4, tmp_path, updates, *arguments, (2, 2)):
+        assert found[0] == pytest.approx(norms, rel=1e-10) and found[1] == pytest.approx(losses, rel=1e-10)
+        for name, value in one.items():
+            torch.testing.assert_close(found[2][name], value, rtol=0, atol=1e-9)
+        assert found[3] and not any(found[4])
 
 
 @pytest.mark.slow

@@ -245,4 +245,4 @@ def test_the_environment_says_which_process_this_is(monkeypatch):
     here = {"RANK": "11", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     for name, value in here.items():
         monkeypatch.setenv(name, value)
-    assert processes() == World(11, 16, 3, one_machine=False)
+    assert processes() == World(11, 16, 3, one_machine=False, local_size=8)

@@ -78,8 +78,8 @@ def test_what_the_machine_or_the_run_cannot_do_is_refused():
     ({"offload": ("reference",), "lora_rank": 4}, "offload: reference moves a second model, .* name a teacher"),
     ({"reference_device": "cuda:1", "lora_rank": 4}, "reference_device: cuda:1 moves a second model"),
     ({"reference_device": "cuda:1", "offload": ("reference",)}, "offload: a reference on the cuda:1"),
-    ({"reference_device": "cpu", "shard": "full"}, "shard: reference_device cpu needs whole weights"),
-    ({"offload": ("optimizer", "reference"), "shard": "full"}, "shard: offload optimizer reference needs whole"),
+    ({"reference_device": "cpu", "shard": "full"}, "shard: reference_device cpu moves a reference that is whole"),
+    ({"offload": ("optimizer", "reference"), "shard": "full"}, "shard: offload reference moves a reference"),
     ({"offload": ("moments",)}, "offload: unknown 'moments'.* Choose from optimizer, reference"),
 ], ids=str)  # fmt: skip
 def test_a_reference_that_cannot_be_elsewhere_is_refused_by_name(options, words):
