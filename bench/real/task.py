@@ -32,26 +32,6 @@ def right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
     return [float(last_number(text) == expected) for text, expected in zip(texts, answer, strict=True)]
 
 
-def digits(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """1 where the last number is the answer; else up to 0.5, for the digits that stand at their place from the right.
-
-    A number with another sign than the answer, or none, gets 0.
-    """
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [partial_credit(last_number(text) or "", expected) for text, expected in zip(texts, answer, strict=True)]
-
-
-def partial_credit(found: str, expected: str) -> float:
-    """See digits."""
-    if found == expected:
-        return 1.0
-    if not found or (found[0] == "-") != (expected[0] == "-"):
-        return 0.0
-    found, expected = found.lstrip("-"), expected.lstrip("-")
-    same = sum(a == b for a, b in zip(reversed(found), reversed(expected), strict=False))
-    return 0.5 * same / max(len(found), len(expected))
-
-
 def write_questions(path: Path, size: int, seed: int) -> None:
     """The rows as a JSONL file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in questions(size, seed)))
