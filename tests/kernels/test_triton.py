@@ -20,7 +20,8 @@ GPU = HERE.parent.parent / "kernels" / "gpu"
 
 
 def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    """Python in a process of its own, which is no worker of pytest-xdist even where this one is."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_XDIST")}
     env |= {"PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), str(HERE)]), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, cwd=HERE)
 
