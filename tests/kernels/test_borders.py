@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrix import make_case, run
+from matrix import EVERY_OUTPUT, make_case, run
 
 from fastkl.errors import UserError
 from fastkl.kernels import operators
@@ -98,7 +98,8 @@ def test_heads_score_like_their_weights_and_biases_and_like_their_own_logits(ref
 
 
 def test_masked_rows_may_hold_anything_and_come_back_exactly_zero():
-    case = make_case(num_rows=12, mask="some", per_row_temperature=True, support=Support(top_k=4)).to(torch.float32)
+    options = {"mask": "some", "per_row_temperature": True, "support": Support(top_k=4), "outputs": EVERY_OUTPUT}
+    case = make_case(num_rows=12, **options).to(torch.float32)
     off = ~case.options["mask"]
     clean, clean_grads = run(operators.linear_token_scores, case)
     for x in (case.policy_hidden, case.ref_hidden, case.options["temperature"]):
@@ -114,7 +115,8 @@ def test_masked_rows_may_hold_anything_and_come_back_exactly_zero():
 
 
 def test_uninitialised_memory_never_reaches_a_result(monkeypatch):
-    case = make_case(num_rows=21, mask="some", support=Support(top_p=0.7), softcap=4.0).to(torch.float32)
+    options = {"mask": "some", "support": Support(top_p=0.7), "softcap": 4.0, "outputs": EVERY_OUTPUT}
+    case = make_case(num_rows=21, **options).to(torch.float32)
     clean, clean_grads = run(operators.linear_token_scores, case)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
@@ -128,11 +130,11 @@ def test_uninitialised_memory_never_reaches_a_result(monkeypatch):
 @given(rows=st.lists(st.integers(0, 39), min_size=1, max_size=60), chunk_tokens=st.integers(1, 50))
 def test_a_rows_scores_do_not_depend_on_its_neighbours_bit_for_bit(rows, chunk_tokens):
     case = make_case(num_rows=40, hidden=33, vocab=301, support=Support(top_p=0.9)).to(torch.float32)
-    everything = operators.linear_token_scores(*case.args(), support=case.options["support"])
+    everything = operators.linear_token_scores(*case.args(), support=case.options["support"], outputs=EVERY_OUTPUT)
     index = torch.tensor(rows)
     some = operators.linear_token_scores(
         case.policy_hidden[index], case.policy_weight, case.ref_hidden[index], case.ref_weight, case.target_ids[index],
-        support=case.options["support"], chunk_tokens=chunk_tokens,
+        support=case.options["support"], chunk_tokens=chunk_tokens, outputs=EVERY_OUTPUT,
     )  # fmt: skip
     for name in some.__slots__:
         assert torch.equal(getattr(some, name), getattr(everything, name)[index]), name
