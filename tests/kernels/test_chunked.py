@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrix import assert_as_good_as_the_line, make_case, run
+from matrix import EVERY_OUTPUT, assert_as_good_as_the_line, make_case, run
 
 from fastkl.kernels import operators, reference
 from fastkl.kernels.cpu.sources import HeadSource
@@ -25,7 +25,8 @@ def check(case, dtype=torch.float32, unit=2.0**-23, **call_options):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 5, 100])
 def test_chunk_size_changes_nothing_but_the_order_of_the_weight_gradients_sum(chunk_tokens):
-    case = make_case(num_rows=23, mask="some", support=Support(top_k=6, min_p=0.02)).to(torch.float32)
+    options = {"mask": "some", "support": Support(top_k=6, min_p=0.02), "outputs": EVERY_OUTPUT}
+    case = make_case(num_rows=23, **options).to(torch.float32)
     got, grads = run(lambda *a, **k: operators.linear_token_scores(*a, **k, chunk_tokens=chunk_tokens), case)
     whole, whole_grads = run(operators.linear_token_scores, case)
     for name in got.__slots__:

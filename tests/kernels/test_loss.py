@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import POLICY_SCORES, make_case
+from matrix import EVERY_OUTPUT, POLICY_SCORES, make_case
 
 from fastkl.errors import UserError
 from fastkl.kernels import operators, reference
@@ -35,7 +35,8 @@ def random_coefficients(num_rows, names=POLICY_SCORES, seed=0, zero_rows=()):
 @pytest.mark.parametrize("chunk_tokens", [3, 100])
 @pytest.mark.parametrize("zero_rows", [(), (0, 1, 2, 7), tuple(range(23))])
 def test_known_coefficients_give_the_gradient_of_autograd(mask, chunk_tokens, zero_rows):
-    case = make_case(num_rows=23, mask=mask, support=Support(top_k=5), per_row_temperature=True, softcap=8.0)
+    options = {"support": Support(top_k=5), "per_row_temperature": True, "softcap": 8.0, "outputs": EVERY_OUTPUT}
+    case = make_case(num_rows=23, mask=mask, **options)
     coefficients = random_coefficients(23, zero_rows=zero_rows)
     hidden, weight = leaves_of(case)
     scores = operators.linear_token_scores(hidden, weight, *case.args()[2:], **case.options)
