@@ -24,7 +24,7 @@ from fastkl.scoring.models import UpToHead, backbone_of
 
 def shard(scored: Any, device: torch.device, sizes: Sequence[int]) -> None:
     """Leaves a piece of every parameter of a ScoredModel in each process, on `device`. What is on the meta device stays
-    there, in pieces (load.py fills them in).
+    there, in pieces (unread.py fills them in).
 
     sizes: (processes,), or (replicas, pieces of each): the processes of a run of ranks hold one replica.
     """
