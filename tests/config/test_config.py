@@ -211,7 +211,7 @@ def test_wrong_yaml_is_refused_on_one_line_with_the_file(tmp_path, text, message
 @pytest.mark.parametrize(("text", "words"), ODD_YAML.values(), ids=ODD_YAML)
 def test_no_yaml_makes_a_command_spin_or_fail_with_a_traceback(tmp_path, capsys, text, words):
     """train --config, sweep --config, and --resume of a run whose config.yaml it is: a sentence, in less than a second
-    of the processor on a quiet machine; on a busy one it may take three times that."""
+    of the processor on a quiet machine; what spins takes minutes."""
     path = tmp_path / "config.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     for arguments in (
@@ -222,7 +222,7 @@ def test_no_yaml_makes_a_command_spin_or_fail_with_a_traceback(tmp_path, capsys,
         start = time.process_time()
         assert main(arguments) == 2
         said = capsys.readouterr().err
-        assert time.process_time() - start < 3.0
+        assert time.process_time() - start < 20
         assert said.count("\n") == 1 and len(said) < 700 and words in said, said
     assert {p.name for p in tmp_path.iterdir()} == {"config.yaml"}
 

@@ -110,21 +110,22 @@ def test_weights_multiply_and_none_leaves_out():
 
 
 def test_async_functions_run_concurrently_in_one_lasting_loop():
-    loops = []
+    loops, began, ended = [], [], []
 
     def sleeper(value):
         async def reward(completions):
             loops.append(asyncio.get_running_loop())
+            began.append(time.perf_counter())
             await asyncio.sleep(0.5)
+            ended.append(time.perf_counter())
             return [value] * len(completions)
 
         return RewardFunction(f"f{value}", reward)
 
-    started = time.perf_counter()
     for _ in range(2):
         result = compute_rewards([sleeper(1.0), sleeper(2.0), sleeper(3.0)], *rollouts([["a", "b"]]), step=1)
         assert result.total.tolist() == [[6.0, 6.0]]
-    assert time.perf_counter() - started < 2.0  # one after another: 3 s
+    assert all(max(began[i : i + 3]) < min(ended[i : i + 3]) for i in (0, 3))
     assert len(set(map(id, loops))) == 1
 
 
@@ -185,7 +186,7 @@ def test_the_wall_time_of_each_function_is_noted():
     functions = [RewardFunction("waits", waits), RewardFunction("slow", slow), quick]
     seconds = compute_rewards(functions, *rollouts([["a", "b"]]), step=1).notes.seconds
     assert list(seconds) == ["waits", "slow", "quick"]
-    assert 0.2 <= seconds["waits"] < 0.6 <= seconds["slow"] and seconds["quick"] < 0.2
+    assert seconds["quick"] < 0.2 <= seconds["waits"] and seconds["slow"] >= 0.6
 
 
 THOUGHTS = ["<think>\nIt is 3.\n</think>\nThe answer is $\\boxed{3}$.", "\\boxed{\\frac{6}{2}}", "$\\boxed{4}$", "none"]
