@@ -31,6 +31,10 @@ LATENT_ATTENTION = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "l
 CPU_EXPERTS_BLOCK = 32
 """Columns that vLLM's matrix products of experts take at a time on a CPU; it pads the other side itself."""
 
+CPU_KV_BLOCK = 32
+"""Tokens of a block of vLLM's KV cache on a CPU, the smallest it runs well with. Samples share the whole blocks of their
+prompt; with vLLM's own 128 most prompts have none, and each sample computes its prompt anew."""
+
 
 class VllmGenerator:
     """vLLM in this process.
@@ -176,6 +180,7 @@ def _start_vllm(
         options |= {"enable_sleep_mode": True} if sleep else {}
     else:
         options["enforce_eager"] = True  # compiling is slower on a CPU
+        options["block_size"] = CPU_KV_BLOCK
         # a prompt processed in two parts needs its seed rewound, which CPU generators cannot do
         options["enable_chunked_prefill"] = False
     with _random_state_kept(), _sockets_on_loopback():
