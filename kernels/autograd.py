@@ -87,7 +87,7 @@ class ScoreFunction(torch.autograd.Function):
             kept.gradient(coefficients.select(slice(kept.first, kept.first + len(kept.z))))
             active = active[active < kept.first]
             if not len(active):
-                return None, *kept.passes.source.gradients(inputs)
+                return None, *call.finished(kept.passes.source.gradients(inputs))
         # a recomputed support needs exactly the forward's logits, which a BLAS may not give for another number of rows
         if len(active) < len(call.rows) and not (call.rows.support is not None and call.rows.support.is_recomputed):
             call, stats, coefficients = call.select(active), stats[active], coefficients.select(active)
@@ -97,7 +97,7 @@ class ScoreFunction(torch.autograd.Function):
             needed = ctx.needs_input_grad[1:]
             gradients = call.gradients_without_logits(policy_of(inputs), stats, coefficients, needed)
             if gradients is not None:
-                return None, *gradients
+                return None, *call.finished(gradients)
             source = call.source(policy_of(inputs))
             source.collect_gradients(ctx.needs_input_grad[1:], call.inplace)
         else:
@@ -107,7 +107,7 @@ class ScoreFunction(torch.autograd.Function):
         for lo, hi in chunk_ranges(len(call.rows), call.chunk_rows):
             z, gap = passes.reload(lo, hi, coefficients.need_reference)
             passes.gradient_(lo, hi, z, gap, coefficients.select(slice(lo, hi)))
-        return None, *source.gradients(inputs)
+        return None, *call.finished(source.gradients(inputs))
 
 
 @dataclass(frozen=True, slots=True)

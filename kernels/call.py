@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import check_heads, check_logits, check_options, check_rows, check_support, check_vocab
+from .checks import check_heads, check_logits, check_options, check_rows, check_support, check_vocab, check_vocabs
 from .compose import whole_heads
 from .cpu import sources as cpu
 from .cpu.passes import CpuPasses
 from .dispatch import uses_triton
 from .errors import UserError
-from .passes import LogitOptions, Passes, Rows, RowStats, Side, Source
+from .passes import LogitOptions, Passes, Rows, RowStats, Side, Source, chunk_ranges
 from .support import switched_on
 from .types import DIVERGENCES, IGNORED_ID, OUTPUTS, Head, Support, TokenCoefficients, TokenScores
+from .vocab_group import Facts, Share, open_share
 
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 2 << 30}
 """Default size of one chunk's policy and reference logits together. On a GPU chunks must be long, or accumulating the
@@ -46,6 +47,7 @@ class Request:
     outputs: Collection[str]
     chunk_tokens: int | None
     check_values: bool | None
+    vocab_group: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Call:
     check_values: bool
     inplace: bool = False  # logits in: the gradient overwrites the logits
     chunk_given: bool = False  # the caller has said how many rows' logits there may be at a time
+    share: Share | None = None  # of the vocabulary, where several processes hold it: with the n rows' targets
 
     def source(self, policy: Side | Tensor) -> Source:
         """The logits of the scored rows."""
@@ -80,8 +83,8 @@ class Call:
         if self.use_triton:
             from .gpu.passes import GpuPasses
 
-            return GpuPasses(source, self.rows, stats, support_stats)
-        return CpuPasses(source, self.rows, stats, support_stats)
+            return GpuPasses(source, self.rows, stats, support_stats, self.share)
+        return CpuPasses(source, self.rows, stats, support_stats, self.share)
 
     def score_without_logits(self, policy: Side | Tensor, stats: RowStats) -> bool:
         """Fills `stats` by the kernel that stores no logits, if it serves this call; returns whether it does."""
@@ -93,6 +96,9 @@ class Call:
         if self.rows.kl and heads.blas_is_faster(*sides):
             return False
         heads.linear_score(*sides, self.rows.target_ids, self.row_ids, self.options, stats, kl=self.rows.kl)
+        if self.share is not None:  # another rank's heads may not fit: it merges chunk by chunk
+            for lo, hi in chunk_ranges(len(self.rows), self.chunk_rows):
+                self.share.merge_(stats[lo:hi], lo, hi)
         return True
 
     def gradients_without_logits(
@@ -107,6 +113,8 @@ class Call:
         from .gpu import slices
 
         ids, row_ids = self.rows.target_ids, self.row_ids
+        if self.share is not None:
+            ids = self.share.own(ids)
         return slices.linear_gradient(*sides, ids, row_ids, self.options, stats, coefficients, needed)
 
     def _multiplied_heads(self, policy: Side | Tensor) -> tuple[Side, Side | None] | None:
@@ -118,6 +126,10 @@ class Call:
 
         sides = policy, self.reference
         return sides if heads.fits(*sides, self.row_ids is not None) else None
+
+    def finished(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients of the policy's inputs, from those of this process's ids."""
+        return gradients if self.share is None else self.share.with_hidden_summed(gradients)
 
     @property
     def keeps_last_chunk(self) -> bool:
@@ -138,7 +150,8 @@ class Call:
         if isinstance(options.temperature, Tensor):
             options = replace(options, temperature=options.temperature[index])
         row_ids = index if self.row_ids is None else self.row_ids[index]
-        return replace(self, row_ids=row_ids, rows=self.rows.select(index), options=options)
+        share = None if self.share is None else self.share.select(index)
+        return replace(self, row_ids=row_ids, rows=self.rows.select(index), options=options, share=share)
 
     def effective(self, coefficients: TokenCoefficients) -> TokenCoefficients:
         """The factors of the n scored rows, zero where a row has no target."""
@@ -187,9 +200,16 @@ def logits_call(
     request: Request, policy_logits: Tensor, ref_logits: Tensor | None, inplace: bool
 ) -> tuple[Call, Tensor]:
     """The checked call for given logits, and the policy's cut to the vocabulary that exists."""
-    check_logits(policy_logits, ref_logits)
-    valid = check_vocab(policy_logits.shape[1], request.valid_vocab)
-    call = _new_call(request, policy_logits, valid, LogitOptions())
+    share = None
+    if request.vocab_group is None:
+        check_logits(policy_logits, ref_logits)
+        valid = check_vocab(policy_logits.shape[1], request.valid_vocab)
+    else:
+        share = open_share(
+            request.vocab_group, _device_of(policy_logits), lambda: _facts_of_logits(request, policy_logits, ref_logits)
+        )
+        valid = share.num_ids
+    call = _new_call(request, policy_logits, valid, LogitOptions(), share)
     reference = None if ref_logits is None else ref_logits.detach()[:, :valid]
     if valid < policy_logits.shape[1]:
         policy_logits = policy_logits[:, :valid]
@@ -210,23 +230,34 @@ def head_call(
     keeps_last_chunk: bool,
 ) -> tuple[Call, tuple[Tensor | None, ...]]:
     """The checked call, and the policy's inputs (hidden, weight, bias) cut to the vocabulary that exists."""
-    policy_head, ref_head = whole_heads(policy_head, ref_head)
-    check_heads(policy_hidden, policy_head, ref_hidden, ref_head, request.valid_vocab)
-    check_options(policy_head, logits_dtype=request.logits_dtype, gradient_dtype=request.gradient_dtype)
-    valid = check_vocab(len(policy_head.weight), request.valid_vocab)
-    dtypes = request.logits_dtype, request.gradient_dtype
-    options = LogitOptions(request.temperature, policy_head.softcap, policy_head.logit_scale, *dtypes)
-    call = _new_call(request, policy_hidden, valid, options)
+    dtypes = {"logits_dtype": request.logits_dtype, "gradient_dtype": request.gradient_dtype}
+    share = None
+    if request.vocab_group is None:
+        policy_head, ref_head = whole_heads(policy_head, ref_head)
+        check_heads(policy_hidden, policy_head, ref_hidden, ref_head)
+        if ref_head is not None:
+            check_vocabs(len(policy_head.weight), len(ref_head.weight), request.valid_vocab)
+        check_options(policy_head, **dtypes)
+        valid = check_vocab(len(policy_head.weight), request.valid_vocab)
+    else:
+        share = open_share(
+            request.vocab_group, _device_of(policy_hidden),
+            lambda: _facts_of_heads(request, policy_hidden, policy_head, ref_hidden, ref_head, dtypes),
+        )  # fmt: skip
+        valid = share.num_ids
+    options = LogitOptions(request.temperature, policy_head.softcap, policy_head.logit_scale, *dtypes.values())
+    call = _new_call(request, policy_hidden, valid, options, share)
     weight = policy_head.weight
+    widest, head_size = (valid, weight.numel()) if share is None else (share.widest, share.widest * weight.shape[1])
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (policy_hidden, weight))
     if request.chunk_tokens is None and policy_hidden.is_cuda:
         biases = [None if head is None else head.bias for head in (policy_head, ref_head)]
         rounded = options.rounded_by_product(policy_hidden.dtype, *biases)
         num_bytes = (1 if ref_head is None else 2) * (2 if rounded else 4)
-        call = replace(call, chunk_rows=_chunk_rows(CHUNK_BYTES["cuda"], valid * num_bytes, unit=128))
-    keeps = keeps_last_chunk or weight.requires_grad and weight.numel() * 4 > CACHED_BYTES
+        call = replace(call, chunk_rows=_chunk_rows(CHUNK_BYTES["cuda"], widest * num_bytes, unit=128))
+    keeps = keeps_last_chunk or weight.requires_grad and head_size * 4 > CACHED_BYTES
     if request.chunk_tokens is None and policy_hidden.device.type == "cpu" and needs_grad and keeps:
-        call = replace(call, chunk_rows=_default_chunk_rows(policy_hidden, valid, call.dtype, LONG_CHUNK_BYTES))
+        call = replace(call, chunk_rows=_default_chunk_rows(policy_hidden, widest, call.dtype, LONG_CHUNK_BYTES))
     if ref_hidden is not None and ref_head is not None:
         ref_head = _cut(ref_head, valid)
     reference = None if ref_hidden is None or ref_head is None else Side(ref_hidden, ref_head.weight, ref_head.bias)
@@ -241,10 +272,10 @@ def _with_reference(call: Call, reference: Side | Tensor | None) -> Call:
     return replace(call, reference=reference, rows=rows)
 
 
-def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOptions) -> Call:
+def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOptions, share: Share | None = None) -> Call:
     """The part of a call that does not depend on where the logits come from, without the reference.
 
-    policy: hidden states or logits [N, *].
+    policy: hidden states or logits [N, *]. vocab: how many ids this process has, all or those of its share.
     """
     target_ids, mask, temperature, support = request.target_ids, request.mask, request.temperature, request.support
     check_rows(policy, target_ids, mask, temperature)
@@ -256,6 +287,7 @@ def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOption
     chunk = request.chunk_tokens
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk_tokens is {chunk}, expected at least 1, or None for a size that fits the cache.")
+    widest = vocab if share is None else share.widest
     dtype = torch.float64 if policy.dtype == torch.float64 else torch.float32
     on_cpu = policy.device.type == "cpu"
     if isinstance(temperature, Tensor):
@@ -272,7 +304,7 @@ def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOption
         ),  # fmt: skip
         options=replace(options, temperature=temperature),
         reference=None,
-        chunk_rows=chunk or _default_chunk_rows(policy, vocab, dtype, CHUNK_BYTES.get(policy.device.type)),
+        chunk_rows=chunk or _default_chunk_rows(policy, widest, dtype, CHUNK_BYTES.get(policy.device.type)),
         dtype=dtype,
         use_triton=dtype == torch.float32 and uses_triton(policy),
         check_values=on_cpu if request.check_values is None else request.check_values,
@@ -281,10 +313,75 @@ def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOption
     mask = _scored_rows(mask, target_ids, call.check_values)
     if mask is not None and not (on_cpu and bool(mask.all())):
         call = call.select(mask.nonzero()[:, 0])
+    all_ids = vocab if share is None else share.vocab
     if call.check_values:
-        checks.check_values(vocab, call.rows.target_ids, call.options.temperature, call.rows.support)
+        checks.check_values(all_ids, call.rows.target_ids, call.options.temperature, call.rows.support)
+    else:
+        call = replace(call, rows=_with_targets_inside(call.rows, all_ids))
+    if share is None:
         return call
-    return replace(call, rows=_with_targets_inside(call.rows, vocab))
+    share, places = share.of_targets(call.rows.target_ids)
+    return replace(call, rows=replace(call.rows, target_ids=places), share=share)
+
+
+def _facts_of_logits(request: Request, policy_logits: Tensor, ref_logits: Tensor | None) -> Facts:
+    """Of the columns that this process has."""
+    check_logits(policy_logits, ref_logits)
+    num_ids = policy_logits.shape[1]
+    sizes = num_ids, 0 if ref_logits is None else num_ids
+    return _facts(request, policy_logits, LogitOptions(), sizes, 0, policy_logits)
+
+
+def _facts_of_heads(
+    request: Request,
+    policy_hidden: Tensor,
+    policy_head: Head,
+    ref_hidden: Tensor | None,
+    ref_head: Head | None,
+    dtypes: dict[str, str],
+) -> Facts:
+    """Of the rows of the heads that this process has."""
+    check_heads(policy_hidden, policy_head, ref_hidden, ref_head)
+    check_options(policy_head, **dtypes)
+    sizes = len(policy_head.weight), 0 if ref_head is None else len(ref_head.weight)
+    options = LogitOptions(softcap=policy_head.softcap, logit_scale=policy_head.logit_scale)
+    num_biases = sum(head is not None and head.bias is not None for head in (policy_head, ref_head))
+    return _facts(request, policy_hidden, options, sizes, num_biases, policy_head.weight)
+
+
+def _facts(
+    request: Request,
+    policy: Tensor,
+    options: LogitOptions,
+    sizes: tuple[int, int],
+    num_biases: int,
+    of_slice: Tensor,
+) -> Facts:
+    """policy: hidden states or logits [N, *]; sizes: how many ids policy and reference have here; of_slice: the weight
+    or the logits."""
+    target_ids, mask, temperature = request.target_ids, request.mask, request.temperature
+    check_rows(policy, target_ids, mask, temperature)
+    if request.support is not None:
+        raise UserError(
+            "support is given, but the ranks of vocab_group do not tell one another which ids a sampler allowed: leave "
+            "the support out, or gather the head and leave vocab_group out."
+        )
+    if request.valid_vocab is not None and request.valid_vocab < 1:
+        raise UserError(f"valid_vocab is {request.valid_vocab}, expected at least 1.")
+    scored = target_ids != IGNORED_ID if mask is None else mask & (target_ids != IGNORED_ID)
+    wanted = sum(1 << i for i, name in enumerate((*OUTPUTS, *DIVERGENCES)) if name in request.outputs)
+    with_gradient = torch.is_grad_enabled()
+    return Facts(
+        *sizes, len(policy), scored.sum(), (target_ids * scored).sum(),
+        0.0 if isinstance(temperature, Tensor) else temperature, options.softcap or 0.0, options.logit_scale,
+        request.valid_vocab or 0, request.chunk_tokens or 0, wanted, policy.element_size(),
+        num_biases, with_gradient and policy.requires_grad, with_gradient and of_slice.requires_grad,
+    )  # fmt: skip
+
+
+def _device_of(x: Any) -> torch.device:
+    """Where the ranks exchange what they say of x."""
+    return x.device if isinstance(x, Tensor) else torch.device("cpu")
 
 
 def _scored_rows(mask: Tensor | None, target_ids: Tensor, may_look: bool) -> Tensor | None:

@@ -39,16 +39,8 @@ def check_logits(policy_logits: Tensor, ref_logits: Tensor | None) -> None:
         check_tensor("ref_logits", ref_logits, tuple(policy_logits.shape), FLOATS, policy_logits)
 
 
-def check_heads(
-    policy_hidden: Tensor,
-    policy_head: Head,
-    ref_hidden: Tensor | None,
-    ref_head: Head | None,
-    valid_vocab: int | None = None,
-) -> None:
-    """Hidden states and heads fit together; the reference has both or neither. Its width is its own; and so is the
-    number of its ids, where valid_vocab says how many the two share.
-    """
+def check_heads(policy_hidden: Tensor, policy_head: Head, ref_hidden: Tensor | None, ref_head: Head | None) -> None:
+    """Hidden states and heads fit together; the reference has both or neither. Its width is its own."""
     check_tensor("policy_hidden", policy_hidden, (None, None), FLOATS, policy_hidden)
     num_rows, hidden_size = policy_hidden.shape
     check_tensor("policy_weight", policy_head.weight, (None, hidden_size), FLOATS, policy_hidden)
@@ -61,7 +53,16 @@ def check_heads(
         return
     check_tensor("ref_hidden", ref_hidden, (num_rows, None), FLOATS, policy_hidden)
     check_tensor("ref_weight", ref_head.weight, (None, ref_hidden.shape[1]), FLOATS, policy_hidden)
-    ref_vocab = len(ref_head.weight)
+    if ref_head.bias is not None:
+        check_tensor("ref_bias", ref_head.bias, (len(ref_head.weight),), FLOATS, policy_hidden)
+    for name in ("softcap", "logit_scale"):
+        ours, theirs = getattr(policy_head, name), getattr(ref_head, name)
+        if ours != theirs:
+            raise UserError(f"{name} is {ours} in policy_head and {theirs} in ref_head: the heads must share it.")
+
+
+def check_vocabs(vocab: int, ref_vocab: int, valid_vocab: int | None) -> None:
+    """Policy and reference have the same number of ids, or valid_vocab says how many the two share."""
     if ref_vocab != vocab and valid_vocab is None:
         raise UserError(
             f"ref_weight has {ref_vocab} ids and policy_weight {vocab}: give valid_vocab, the number of ids that both "
@@ -69,12 +70,6 @@ def check_heads(
         )
     if valid_vocab is not None and valid_vocab > ref_vocab:
         raise UserError(f"valid_vocab is {valid_vocab}, and the reference has only {ref_vocab} ids.")
-    if ref_head.bias is not None:
-        check_tensor("ref_bias", ref_head.bias, (ref_vocab,), FLOATS, policy_hidden)
-    for name in ("softcap", "logit_scale"):
-        ours, theirs = getattr(policy_head, name), getattr(ref_head, name)
-        if ours != theirs:
-            raise UserError(f"{name} is {ours} in policy_head and {theirs} in ref_head: the heads must share it.")
 
 
 def check_options(head: Head, **dtypes: str) -> None:

@@ -49,7 +49,7 @@ class LossFunction(torch.autograd.Function):
             loss, scores, passes = _with_function(call, coefficients, row_splits, inputs, needed)
         else:
             loss, scores, passes = _with_constants(call, coefficients, inputs, needed)
-        ctx.gradients = passes.source.gradients(inputs) if any(needed) else None
+        ctx.gradients = call.finished(passes.source.gradients(inputs)) if any(needed) else None
         ctx.use_triton = call.use_triton
         ctx.mark_non_differentiable(*(x for x in scores.values() if x is not None))
         ctx.set_materialize_grads(False)
@@ -165,6 +165,8 @@ def _held_rows(call: Call, inputs: Inputs) -> int:
     policy, *weights = inputs
     assert policy is not None
     vocab = policy.shape[-1] if not weights else len(weights[0])
+    if call.share is not None:
+        vocab = call.share.widest
     return max(call.chunk_rows, HELD_BYTES.get(policy.device.type, 0) // (2 * call.dtype.itemsize * vocab))
 
 

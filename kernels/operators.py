@@ -11,6 +11,7 @@ All agree with reference.py, which is their definition; TokenScores (types.py) s
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -21,6 +22,9 @@ from .compose import one_graph_break
 from .errors import UserError
 from .loss import LossFunction
 from .types import OUTPUTS, CoefficientsFunction, Head, Support, TokenCoefficients, TokenScores
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "Head", "Support", "TokenCoefficients", "TokenScores", "head_token_loss", "head_token_scores", "linear_token_loss",
@@ -41,6 +45,7 @@ def token_scores(
     outputs: Collection[str] = OUTPUTS,
     chunk_tokens: int | None = None,
     check_values: bool | None = None,
+    vocab_group: ProcessGroup | None = None,
     inplace_backward: bool = False,
 ) -> TokenScores:
     """Scores of the target tokens under policy and reference logits, from one pass over both.
@@ -61,8 +66,9 @@ def token_scores(
     inputs that do not fit together. Formulas: TokenScores; definition: reference.token_scores.
     """
     request = Request(
-        target_ids, mask, temperature, support, valid_vocab, "float32", "float32", outputs, chunk_tokens, check_values
-    )
+        target_ids, mask, temperature, support, valid_vocab, "float32", "float32", outputs, chunk_tokens,
+        check_values, vocab_group,
+    )  # fmt: skip
     call, policy_logits = logits_call(request, policy_logits, ref_logits, inplace_backward)
     return _checked(TokenScores(*ScoreFunction.apply(call, policy_logits)), call)
 
@@ -84,6 +90,7 @@ def head_token_scores(
     outputs: Collection[str] = OUTPUTS,
     chunk_tokens: int | None = None,
     check_values: bool | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> TokenScores:
     """token_scores of the logits of two language-model heads, without ever storing the logits of all rows.
 
@@ -107,7 +114,7 @@ def head_token_scores(
     """
     request = Request(
         target_ids, mask, temperature, support, valid_vocab, logits_dtype, gradient_dtype, outputs, chunk_tokens,
-        check_values,
+        check_values, vocab_group,
     )  # fmt: skip
     call, inputs = head_call(request, policy_hidden, policy_head, ref_hidden, ref_head, keeps_last_chunk=True)
     return _checked(TokenScores(*ScoreFunction.apply(call, *inputs)), call)
@@ -132,6 +139,7 @@ def head_token_loss(
     outputs: Collection[str] = OUTPUTS,
     chunk_tokens: int | None = None,
     check_values: bool | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, TokenScores]:
     """A loss that is linear in the token scores, with its gradient taken while the logits are at hand.
 
@@ -148,7 +156,7 @@ def head_token_loss(
     """
     request = Request(
         target_ids, mask, temperature, support, valid_vocab, logits_dtype, gradient_dtype, outputs, chunk_tokens,
-        check_values,
+        check_values, vocab_group,
     )  # fmt: skip
     call, inputs = head_call(request, policy_hidden, policy_head, ref_hidden, ref_head, keeps_last_chunk=False)
     num_rows = call.num_rows
@@ -180,6 +188,7 @@ def linear_token_scores(
     outputs: Collection[str] = OUTPUTS,
     chunk_tokens: int | None = None,
     check_values: bool | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> TokenScores:
     """head_token_scores for weights [V, H] and biases [V] that are not in a Head; differentiable towards the policy's.
 
@@ -190,6 +199,7 @@ def linear_token_scores(
         ref_hidden, None if ref_weight is None else Head(ref_weight, ref_bias, softcap, logit_scale), target_ids,
         mask=mask, temperature=temperature, support=support, valid_vocab=valid_vocab, logits_dtype=logits_dtype,
         gradient_dtype=gradient_dtype, outputs=outputs, chunk_tokens=chunk_tokens, check_values=check_values,
+        vocab_group=vocab_group,
     )  # fmt: skip
 
 
@@ -216,6 +226,7 @@ def linear_token_loss(
     outputs: Collection[str] = OUTPUTS,
     chunk_tokens: int | None = None,
     check_values: bool | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, TokenScores]:
     """head_token_loss for weights and biases that are not in a Head; see linear_token_scores."""
     return head_token_loss(
@@ -223,7 +234,7 @@ def linear_token_loss(
         ref_hidden, None if ref_weight is None else Head(ref_weight, ref_bias, softcap, logit_scale), target_ids,
         coefficients, row_splits=row_splits, mask=mask, temperature=temperature, support=support,
         valid_vocab=valid_vocab, logits_dtype=logits_dtype, gradient_dtype=gradient_dtype, outputs=outputs,
-        chunk_tokens=chunk_tokens, check_values=check_values,
+        chunk_tokens=chunk_tokens, check_values=check_values, vocab_group=vocab_group,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ NO_LOGIT = -1e20
 class Rows:
     """What belongs to the rows being scored, beside their logits."""
 
-    target_ids: Tensor  # i64 [n]; all of them in the vocabulary
+    target_ids: Tensor  # i64 [n]; all of them in the vocabulary (of a share of it: 0 where the target is elsewhere)
     support: Support | None
     entropy: bool  # whether the entropy or its gradient is wanted
     kl: bool  # whether a KL or its gradient is wanted
@@ -49,6 +49,11 @@ class Rows:
             support=None if self.support is None else self.support.select(rows),
             untargeted=None if self.untargeted is None else self.untargeted[rows],
         )
+
+
+def weighted(e: Tensor, gap: Tensor) -> Tensor:
+    """e * gap, with the gap to an id that only the reference excludes taken for infinite; zero where e is."""
+    return torch.where(e == 0, 0, e * gap.masked_fill(gap > -NO_LOGIT, torch.inf))
 
 
 def chunk_ranges(num_rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:

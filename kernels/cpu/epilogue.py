@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ..passes import EXCLUDED, NO_LOGIT, RowStats
+from ..passes import EXCLUDED, NO_LOGIT, RowStats, weighted
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,34 +107,37 @@ def _excluded_at_infinity(logit: Tensor) -> Tensor:
     return logit.masked_fill(logit < NO_LOGIT, -torch.inf)
 
 
-def weighted(e: Tensor, gap: Tensor) -> Tensor:
-    """e * gap, with the gap to an id that only the reference excludes taken for infinite; zero where e is."""
-    return torch.where(e == 0, 0, e * gap.masked_fill(gap > -NO_LOGIT, torch.inf))
-
-
 def _log_sum(others: Tensor, logit: Tensor) -> Tensor:
     """log(others + exp(logit)); a target at the maximum has logit 0, and log1p resolves the smallest sums of others."""
     return torch.where(logit == 0, others.log1p(), (others + logit.exp()).log())
 
 
 def row_sums_(
-    z: Tensor, r: Tensor | None, target_ids: Tensor, scratch: Tensor, entropy: bool, kl: bool, excluded: bool
+    z: Tensor,
+    r: Tensor | None,
+    target_ids: Tensor,
+    scratch: Tensor,
+    entropy: bool,
+    kl: bool,
+    excluded: bool,
+    foreign: Tensor | None = None,
 ) -> Sums:
     """Sums over all ids of the logits z and r [n, V].
 
     Afterwards z holds e = exp(z - max), 0 at the target, and r the gap (if kl); scratch [n, V] is overwritten. Without
-    entropy (kl) the weighted logit (gap) is zero. excluded: whether any of the logits is EXCLUDED.
+    entropy (kl) the weighted logit (gap) is zero. excluded: whether any of the logits is EXCLUDED. foreign bool [n]:
+    rows whose target is not among these ids; its logit is then EXCLUDED.
     """
     zero = torch.zeros(len(z), dtype=torch.float64, device=z.device)
     ref_top, ref_others, ref_logit = zero, zero, zero
     if r is not None:
         ref_top = _centre_(r)
-        ref_others, ref_logit = _exponentials(r, target_ids, scratch)
+        ref_others, ref_logit = _exponentials(r, target_ids, scratch, foreign)
     top = _centre_(z)
     with_gap = kl and r is not None
     if with_gap:
         torch.sub(z, r, out=r)
-    others, logit = _exponentials(z, target_ids, scratch)
+    others, logit = _exponentials(z, target_ids, scratch, foreign)
     weighted_logit = torch.mul(scratch, z, out=z).sum(1).double() if entropy else zero
     weighted_gap = torch.mul(scratch, r, out=z).sum(1).double() if with_gap else zero
     if with_gap and excluded:
@@ -150,16 +153,28 @@ def _centre_(x: Tensor) -> Tensor:
     return top.double()
 
 
-def _exponentials(x: Tensor, target_ids: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def _exponentials(x: Tensor, target_ids: Tensor, out: Tensor, foreign: Tensor | None) -> tuple[Tensor, Tensor]:
     """Leaves exp(x) of x [n, V] in `out`, 0 at the target. Returns its sums and the target's x, f64 [n]."""
     torch.exp(x, out=out)
-    out.scatter_(1, target_ids[:, None], 0)
-    return out.sum(1).double(), gather(x, target_ids).double()
+    logit = gather(x, target_ids).double()
+    if foreign is None:
+        out.scatter_(1, target_ids[:, None], 0)
+    else:
+        set_at_targets_(out, target_ids, torch.zeros_like(out[:, 0]), foreign)
+        logit.masked_fill_(foreign, EXCLUDED)
+    return out.sum(1).double(), logit
 
 
 def gather(x: Tensor, ids: Tensor) -> Tensor:
     """x[i, ids[i]] of x [n, V]."""
     return x.gather(1, ids[:, None])[:, 0]
+
+
+def set_at_targets_(x: Tensor, target_ids: Tensor, values: Tensor, foreign: Tensor | None) -> None:
+    """x[i, target_ids[i]] = values[i] of x [n, V], but in rows that are foreign, bool [n]."""
+    if foreign is not None:
+        values = torch.where(foreign, gather(x, target_ids), values)
+    x.scatter_(1, target_ids[:, None], values[:, None])
 
 
 def exponentials_again_(z: Tensor, r: Tensor | None, stats: RowStats) -> None:
@@ -249,7 +264,14 @@ class Slopes:
         return Slopes(*(None if x is None else x[rows] for x in values))
 
 
-def dlogits_(e: Tensor, gap: Tensor | None, target_ids: Tensor, slopes: Slopes, scratch: Tensor) -> None:
+def dlogits_(
+    e: Tensor,
+    gap: Tensor | None,
+    target_ids: Tensor,
+    slopes: Slopes,
+    scratch: Tensor,
+    foreign: Tensor | None = None,
+) -> None:
     """Overwrites e [n, V], which row_sums_ left, with dL/dz; uses gap up if the slopes need it."""
     slope = slopes.offset[:, None]
     if slopes.gap_factor is not None:
@@ -257,4 +279,4 @@ def dlogits_(e: Tensor, gap: Tensor | None, target_ids: Tensor, slopes: Slopes, 
     if slopes.logit_factor is not None:  # z = log e; where e is zero any finite z will do
         logits = torch.log(e, out=scratch).clamp_(min=-1000.0)
         slope = logits.mul_(slopes.logit_factor[:, None]).add_(slope)
-    e.mul_(slope).scatter_(1, target_ids[:, None], slopes.at_target[:, None])
+    set_at_targets_(e.mul_(slope), target_ids, slopes.at_target, foreign)

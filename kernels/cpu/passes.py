@@ -19,8 +19,9 @@ from torch import Tensor
 from ..active import ActiveRuns
 from ..passes import Rows, RowStats, chunk_ranges
 from ..types import TokenCoefficients
+from ..vocab_group import Share
 from .divergences import Compared, DivergenceFactors, sum_rows
-from .epilogue import Factors, Slopes, Sums, dlogits_, exponentials_again_, gather, row_sums_
+from .epilogue import Factors, Slopes, Sums, dlogits_, exponentials_again_, gather, row_sums_, set_at_targets_
 from .lists import Listed, concatenated, list_ids_, lists_banned_ids, store_stats
 from .sources import HeadSource, LogitsSource
 
@@ -37,9 +38,14 @@ class CpuPasses:
     which need more than these, are wanted, both hold the logits after temperature, the banned ones excluded."""
 
     def __init__(
-        self, source: HeadSource | LogitsSource, rows: Rows, stats: RowStats, support_stats: RowStats | None
+        self,
+        source: HeadSource | LogitsSource,
+        rows: Rows,
+        stats: RowStats,
+        support_stats: RowStats | None,
+        share: Share | None = None,
     ) -> None:
-        self.source, self.rows = source, rows
+        self.source, self.rows, self.share = source, rows, share
         self.stats, self.support_stats = stats, support_stats
         self.block_rows = max(2, min(512, BLOCK_NUMBERS // max(1, source.vocab)))
         self.bans = rows.support is not None and lists_banned_ids(rows.support)
@@ -59,15 +65,20 @@ class CpuPasses:
             target_ids, scratch = rows.target_ids[first:last], self._buffer("scratch", z_block)
             if rows.divergences:
                 z_block, r_block = self._copy("z", z_block), self._copy("r", r_block)
-            sums.append(row_sums_(z_block, r_block, target_ids, scratch, rows.entropy, rows.kl, excluded))
+            foreign = self._foreign(first, last)
+            sums.append(row_sums_(z_block, r_block, target_ids, scratch, rows.entropy, rows.kl, excluded, foreign))
         self.listed = concatenated(lists)
         if sums:
             support_stats = None if self.support_stats is None else self.support_stats[lo:hi]
             target_ids = self.rows.target_ids[lo:hi]
             listed = self._listed(lo, hi)
             store_stats(Sums.concatenated(sums), listed, self.bans, target_ids, self.stats[lo:hi], support_stats)
+        if self.share is not None and sums:
+            self._merge(self.share, lo, hi, z, r)
         if self.rows.divergences and r is not None:
             self._add_divergences(lo, hi, z, r)
+            if self.share is not None and sums:
+                self.share.add_(self.stats[lo:hi], self.rows.divergences)
         return z, r
 
     def reload(self, lo: int, hi: int, need_gap: bool) -> tuple[Tensor, Tensor | None]:
@@ -101,7 +112,8 @@ class CpuPasses:
                 exponentials_again_(e_block, gap_block, self.base[first:last])
             if parts:
                 scratch = self._buffer("scratch", e_block)
-                dlogits_(e_block, gap_block, target_ids, slopes[first - lo : last - lo], scratch)
+                foreign = self._foreign(first, last)
+                dlogits_(e_block, gap_block, target_ids, slopes[first - lo : last - lo], scratch, foreign)
             else:
                 e_block.zero_()
             if listed is not None and listed_part.given:
@@ -120,6 +132,22 @@ class CpuPasses:
     def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
         z, gap = self.score(lo, hi)
         self.gradient_(lo, hi, z, gap, coefficients)
+
+    def _foreign(self, first: int, last: int) -> Tensor | None:
+        """Whether another process holds the target, bool [last - first]; None where this one holds all ids."""
+        return None if self.share is None else self.share.foreign(first, last)
+
+    def _merge(self, share: Share, lo: int, hi: int, z: Tensor, r: Tensor | None) -> None:
+        """The statistics of rows lo..hi over the whole vocabulary, and what z and r hold centred at its maxima."""
+        stats = self.stats[lo:hi]
+        top, ref_top = stats.max.clone(), stats.ref_max.clone()
+        share.merge_(stats, lo, hi)
+        if self.rows.divergences:  # they hold the logits
+            return
+        lower = top - stats.max
+        z.mul_(lower.exp().to(z.dtype)[:, None])
+        if r is not None and self.rows.kl:
+            r.add_((lower - (ref_top - stats.ref_max)).to(r.dtype)[:, None])
 
     def _divided(self, full: T, on_support: T | None) -> tuple[list[T], T | None]:
         """Whose parts come from the passes, which run over all ids or over those of the support; and whose from what
@@ -206,7 +234,8 @@ class CpuPasses:
         else:
             torch.log(e, out=z).clamp_(min=-1000.0).add_(base.max.to(e.dtype)[:, None])
         target_logit = base.logprobs + base.log_sum + base.max
-        z.scatter_(1, self.rows.target_ids[first:last, None], target_logit.to(e.dtype)[:, None])
+        target_ids = self.rows.target_ids[first:last]
+        set_at_targets_(z, target_ids, target_logit.to(e.dtype), self._foreign(first, last))
         if listed is not None:
             z[listed.rows, listed.ids] = listed.z.to(e.dtype)
         factor = self.source.options.factor(first, last, e.device)
