@@ -61,6 +61,10 @@ def token_scores(
     where it costs nothing); without it, a target that is no id makes the scores of its row NaN, with no gradient.
     inplace_backward: the backward overwrites policy_logits with their gradient instead of allocating N * V numbers
     more; for logits that nothing else needs.
+    vocab_group: the processes that hold the logits in slices of the vocabulary, one each in the order of their ranks,
+    of any sizes: policy_logits and ref_logits are then [N, V_rank], their gradient too, and all else is the same on all
+    ranks: target_ids and valid_vocab mean ids of the whole vocabulary. Every rank gets the same scores, bit for bit,
+    and must come to the same loss. Without support.
 
     Returns TokenScores, f32 [N] (f64 for f64 logits), differentiable towards policy_logits. Raises UserError for
     inputs that do not fit together. Formulas: TokenScores; definition: reference.token_scores.
@@ -103,6 +107,12 @@ def head_token_scores(
     If both heads hold the same weight (and bias) tensor, one product serves both. softcap and logit_scale must be the
     same in both. Weights and biases may be DTensors (FSDP2): they are gathered, and their gradient is averaged and
     scattered. Other arguments: token_scores.
+
+    vocab_group: the processes over which the heads are split by ids (tensor parallelism). Weights [V_rank, H] and biases
+    [V_rank] are then plain tensors with this rank's rows; hidden states are whole and the same on all ranks, like the
+    rest (see token_scores). The gradient of policy_hidden is summed over the ranks, once per backward (head_token_loss:
+    once per call): what comes back is that of the whole vocabulary, not to be summed again. Those of weight and bias
+    are of the own rows.
 
     forward_kl and jsd need a chunk of logits at hand: on a GPU, too, heads are then multiplied by the BLAS, chunk by
     chunk.

@@ -12,7 +12,9 @@ verl looks its Triton head up when it is called (forward_with_triton_backend), s
 Formulas, with z = logits / temperature: log softmax(z)[label], and entropy -sum softmax(z) log softmax(z); all
 differentiable. What differs: arithmetic and results are float32 for every dtype and under autocast, where verl's
 PyTorch head rounds the logits and the entropy to bfloat16; temperatures may differ per token; a head sharded by FSDP2
-is gathered. Heads split over a tensor-parallel group (`dist_process_group`) are refused.
+is gathered. Heads split over a tensor-parallel group (`dist_process_group`) are refused: fastkl.linear_token_scores
+takes them as vocab_group and sums the gradient of the hidden states over the group, and whether verl's callers expect
+that has not been tried.
 
 verl passes the reference through a call of its own. Both models in one pass, with the exact KL that verl's
 kl_penalty="full" leaves out, and scores on the sampler's support: fastkl.linear_token_scores.
@@ -56,8 +58,8 @@ def linear_cross_entropy(
     """
     if dist_process_group is not None:
         raise UserError(
-            "dist_process_group: a head split over a tensor-parallel group is not supported; pass the whole head, or "
-            "leave use_fused_kernels to verl."
+            "dist_process_group: this function takes no head that is split over a tensor-parallel group; pass the "
+            "whole head, leave use_fused_kernels to verl, or call fastkl.linear_token_scores with vocab_group."
         )
     if reduction.lower() not in ("none", "sum", "mean"):
         raise UserError(f"reduction is {reduction!r}, expected 'none', 'sum' or 'mean'.")
