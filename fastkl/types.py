@@ -66,6 +66,10 @@ class RolloutBatch:
     policy_version: int  # weight version that sampled the completions
     settled: Settled = Settled()
 
+    def is_stale(self, step: int) -> bool:
+        """Whether the policy that trains on it in this step is no longer the one that sampled it."""
+        return self.policy_version < step - 1
+
 
 @dataclass(frozen=True, slots=True)
 class RewardNotes:
@@ -116,11 +120,11 @@ class PackedBatch:
 
 
 SAMPLE_SUMS = (
-    *("logprob", "ref_logprob", "entropy", "kl_exact", "kl_support", "kl_off_support"),
+    *("logprob", "ref_logprob", "entropy", "kl_exact", "kl_support", "kl_off_support", "kl_weighted"),
     *("kl_penalized", "reward_penalized"),
 )
 """What is summed over a completion's tokens, in nats; the last is its penalised reward R_i. Without a reference, what
-needs one is NaN."""
+needs one is NaN. kl_weighted: the estimate of the KL where the policy is not the one that sampled (weighted_k1)."""
 
 
 @dataclass(frozen=True, slots=True)

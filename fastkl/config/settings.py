@@ -21,10 +21,21 @@ from fastkl.objective.advantages import ADVANTAGES, Advantage, find_advantage, s
 from fastkl.objective.kl_estimators import ESTIMATORS, NO_REFERENCE, Penalty, check_penalty
 from fastkl.objective.loss_levels import LOSS_LEVELS
 from fastkl.objective.reuse import Reuse, check_reuse
+from fastkl.objective.stale import check_stale
 from fastkl.rollout.generator import GENERATORS
-from fastkl.sampling.params import AT_LEAST_0, AT_LEAST_1, SEEDS, SHARE, Heading, Sampling, SamplingSettings
+from fastkl.sampling.params import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    SEEDS,
+    SHARE,
+    Heading,
+    Range,
+    Sampling,
+    SamplingSettings,
+)
 
 NO_REWARD = ("none",)
+ZERO_OR_ONE = Range("0 or 1", lambda x: x in (0, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +146,9 @@ class TrainConfig(SamplingSettings):
     """B, prompts drawn for each step (a single prompt is repeated)."""
     num_samples: Annotated[int, AT_LEAST_1] = 16
     """K, completions per prompt."""
+    rollout_ahead: Annotated[int, ZERO_OR_ONE] = 0
+    """1: the completions of the next step are drawn while this one trains, so that those of every step but the first
+    come from the weights before its last update; importance must correct for that. 0: each step draws its own."""
     dynamic_sampling: Annotated[int, AT_LEAST_0] = 0
     """Times that a prompt whose samples all got the same reward is replaced by the next one; 0 never. The reward's part
     of the update grows longer; the KL of such prompts is no longer charged."""
@@ -248,6 +262,9 @@ def check_config(config: TrainConfig) -> None:
     check_penalty(penalty, advantage, config.loss_level)
     sampling = Sampling.of(config, ())
     check_reuse(reuse_of(config), penalty, advantage, config.importance, sampling, config.prompts_per_step)
+    if config.rollout_ahead:
+        check_ahead(config)
+        check_stale(penalty, config.importance, reuse_of(config), sampling)
 
 
 def check_combinations(config: TrainConfig) -> None:
@@ -329,6 +346,20 @@ def check_advantage(config: TrainConfig) -> None:
         raise UserError(
             f"reward_clip: {' '.join(f'{x:g}' for x in config.reward_clip)} is no range; give its lower and its upper "
             "end."
+        )
+
+
+def check_ahead(config: TrainConfig) -> None:
+    """UserError for what asks something of the generator while it draws ahead."""
+    if config.dynamic_sampling:
+        raise UserError(
+            f"dynamic_sampling: {config.dynamic_sampling} draws other prompts once the rewards are known, when the "
+            "generator is drawing the next step (rollout_ahead); leave one of them out."
+        )
+    if config.engine_sleep:
+        raise UserError(
+            "engine_sleep: with rollout_ahead the engine draws while the trainer works, and never sleeps; leave one of "
+            "them out."
         )
 
 

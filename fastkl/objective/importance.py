@@ -39,6 +39,18 @@ def importance_weights(
     return Weights(ratio.clamp(max=cap), int((ratio > cap).sum()))
 
 
+def weighted_k1(
+    engine_logprobs: torch.Tensor, policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor
+) -> torch.Tensor:
+    """w k1 of each token, nats, with w = pi(y) / e(y), uncut: f32 [N] each.
+
+    Its mean over what the engine e draws after a text is KL(pi, q) at that text, so that the sum over a completion has
+    a mean that is never below zero, whichever policy has drawn. That of k1 alone is KL(e, q) - KL(e, pi).
+    """
+    policy_logprobs = policy_logprobs.detach()
+    return (policy_logprobs - engine_logprobs).exp() * (policy_logprobs - ref_logprobs)
+
+
 def engine_kl_sum(engine_logprobs: torch.Tensor, policy_logprobs: torch.Tensor) -> float:
     """Sum over tokens of the k3 estimate of KL(engine, trainer), nats; each term is >= 0. Both f32 [N]."""
     log_ratio = policy_logprobs.detach() - engine_logprobs

@@ -101,7 +101,7 @@ def _check_importance(
             f"updates_per_rollout: after the first of {reuse.updates} updates the policy is not the one that sampled, "
             f"and importance {importance} leaves its gradient biased; give --clip LOW HIGH, or --importance sequence."
         )
-    if name := next((n for n in ("top_k", "top_p", "min_p") if getattr(sampling, n) not in (0, 1, 0.0, 1.0)), None):
+    if name := sampling.follows_logits:
         raise UserError(
             f"{name}: keeps other ids after an update than those that the completions were drawn from, so that no "
             "importance weight is unbiased; give --clip LOW HIGH, or leave it off."

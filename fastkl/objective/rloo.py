@@ -36,7 +36,7 @@ import torch
 
 from fastkl.kernels.types import TokenCoefficients, TokenScores
 from fastkl.objective.advantages import Advantage
-from fastkl.objective.importance import engine_kl_sum, importance_weights, logprob_gaps
+from fastkl.objective.importance import engine_kl_sum, importance_weights, logprob_gaps, weighted_k1
 from fastkl.objective.kl_estimators import (
     Penalty,
     off_support_kl,
@@ -229,10 +229,11 @@ class BatchObjective:
         batch, logprobs = self.batch, sampled_logprobs(scores)
         assert scores.entropy is not None
         absent = torch.full_like(logprobs, torch.nan)
-        ref_logprobs, *kls = (absent,) * 4
+        ref_logprobs, *kls = (absent,) * 5
         if scores.kl is not None:
             ref_logprobs = sampled_ref_logprobs(scores)
-            kls = [scores.kl, support_kl(scores), off_support_kl(scores)]
+            weighted = weighted_k1(batch.engine_logprobs, logprobs, ref_logprobs)
+            kls = [scores.kl, support_kl(scores), off_support_kl(scores), weighted]
         columns = [
             sequence_sums(column, batch.completion_cu_seqlens)
             for column in (logprobs, ref_logprobs, scores.entropy, *kls)

@@ -55,6 +55,16 @@ class StepReport:
     redraws: Redraws | None = None  # None without dynamic sampling
     has_reference: bool = True  # False: nothing about a KL is logged
     kl_direction: str = "reverse"  # what the penalty charges, as in --kl-direction
+    canary: Breakdown | None = None  # with --rollout-ahead: of what was drawn right after the push of this step
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the samples are those of an earlier policy than the step's."""
+        return self.batch.is_stale(self.step)
+
+    def kl_of(self, sums: Mapping[str, float]) -> float:
+        """The estimate of the KL from a row of SAMPLE_SUMS, or a mean of rows; of stale samples it is weighted."""
+        return sums["kl_weighted"] if self.is_stale else sums["logprob"] - sums["ref_logprob"]
 
     def samples(self) -> list[dict[str, Any]]:
         """One record per completion, for samples.jsonl; scores are null for a sample that left its group."""
@@ -73,7 +83,7 @@ class StepReport:
                         "reward": float(self.batch.rewards[b, k]) if valid else None,
                         "rewards": {name: values[place] for name, values in self.reward_notes.values.items()},
                         "penalized_reward": row["reward_penalized"],
-                        **({"kl": row["logprob"] - row["ref_logprob"]} if self.has_reference else {}),
+                        **({"kl": self.kl_of(row)} if self.has_reference else {}),
                         "lm_cross_entropy": -row["logprob"] / max(1, num_tokens),
                         **(
                             {"original_lm_cross_entropy": -row["ref_logprob"] / max(1, num_tokens)}
@@ -115,9 +125,23 @@ class FinishedStep:
         return self.report.outcome.total
 
     @property
+    def compared(self) -> Breakdown:
+        """What compares generator and trainer where both have the same weights: the canary, or the step's samples."""
+        return self.report.canary or self.total
+
+    @property
     def num_tokens(self) -> int:
         """Scored tokens, at least 1: what sums over them are divided by."""
         return max(1, self.total.num_tokens)
+
+    @cached_property
+    def effective_share(self) -> float:
+        """(sum W)^2 / (n sum W^2) over the n scored samples, W = pi(y) / e(y) of whole completions (Kish 1965)."""
+        batch = self.report.batch
+        engine = torch.tensor([[sum(c.logprobs) for c in g] for g in batch.completions], dtype=torch.float64)
+        log_weights = (self.total.column("logprob") - engine)[self.scored]
+        twice_the_sum, sum_of_squares = 2 * log_weights.logsumexp(0), (2 * log_weights).logsumexp(0)
+        return float((twice_the_sum - sum_of_squares).exp()) / max(1, len(log_weights))
 
     @cached_property
     def scored(self) -> torch.Tensor:

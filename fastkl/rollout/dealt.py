@@ -24,8 +24,14 @@ def generate(generator: Generator, requests: Sequence[Request], world: World) ->
         return generator.generate(requests)
     with world.together():
         drawn = generator.generate(world.dealt(requests))
-    parts = world.everybodys(Columns.of(drawn))
-    return world.collected([part.completions() for part in parts])
+    return collected(Columns.of(drawn), world) or []
+
+
+def collected(drawn: Columns | None, world: World) -> list[Completion] | None:
+    """All processes' completions, in the order of the requests; None where one of the processes has drawn none."""
+    parts = world.everybodys(drawn)
+    found = [part.completions() for part in parts if part is not None]
+    return world.collected(found) if len(found) == len(parts) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ weights, which weight_sync.py brings up to date; transformers.py decodes with th
 for models that vLLM cannot run. Another one is a file with two functions, `obstacle` and `start`, and a line in
 GENERATORS.
 
-Left out: continuous batching across steps, engines in other processes.
+A step's completions may be drawn while the step before it trains (ahead.py). Left out: continuous batching across
+steps, engines in other processes.
 """
 
 from __future__ import annotations
@@ -52,10 +53,12 @@ class Backend(NamedTuple):
 
     obstacle(model config, device) says why it cannot run the model here, or None if it can, and starts nothing;
     start(EngineOptions) gives the generator, running with the policy's weights. The module is imported when it is
-    asked: settings are checked against the names in GENERATORS before torch is loaded.
+    asked: settings are checked against the names in GENERATORS before torch is loaded. has_weights: whether it draws
+    with weights of its own, and may do so in a thread while those of the policy change.
     """
 
     module: str
+    has_weights: bool = False
 
     def obstacle(self, model_config: Any, device: torch.device) -> str | None:
         """Why it cannot run this model here; None: it can."""
@@ -67,7 +70,7 @@ class Backend(NamedTuple):
 
 
 GENERATORS: dict[str, Backend] = {
-    "vllm": Backend("fastkl.rollout.vllm"),
+    "vllm": Backend("fastkl.rollout.vllm", has_weights=True),
     "transformers": Backend("fastkl.rollout.transformers"),
 }
 """In the order in which "auto" tries them."""

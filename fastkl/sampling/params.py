@@ -103,6 +103,11 @@ class Sampling(SamplingSettings):
         return [v for v in range(vocab) if v not in allowed]
 
     @property
+    def follows_logits(self) -> str | None:
+        """The name of a setting by which the ids that can be drawn are others under another policy; None: the same."""
+        return next((name for name in ("top_k", "top_p", "min_p") if getattr(self, name) not in (0, 1)), None)
+
+    @property
     def truncates(self) -> bool:
         """Whether some ids cannot be drawn at some positions."""
         return any(getattr(self, name) != DEFAULTS[name] for name, rule in rules().items() if rule.kind == SUPPORT)

@@ -2,7 +2,8 @@
 
 checkpoints/step-N/ holds the policy and its tokenizer in Hugging Face format (from_pretrained loads it), the
 optimizer's moments and torch's random state as safetensors (trainer.safetensors), the reference where the run renews it
-(reference.safetensors), and checkpoint.json: step, prompt position, Python's and NumPy's random states, the run's
+(reference.safetensors), the next step's completions where they were drawn ahead (ahead.safetensors), and
+checkpoint.json: step, prompt position, Python's and NumPy's random states, the run's
 settings, and size and hash of every other file. Nothing is pickled. checkpoints/best/ is one of them by another name.
 
 It is written under another name, flushed to disk, and renamed last: a kill at any moment leaves the last good one.
@@ -38,6 +39,9 @@ TENSORS = "trainer.safetensors"
 REFERENCE = "reference.safetensors"
 
 
+AHEAD = "ahead.safetensors"
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint on disk whose files have been verified."""
@@ -62,13 +66,14 @@ def save_checkpoint(
     others: Sequence[RandomState] = (),
     state_of: WholeState | None = None,
     reference: nn.Module | None = None,
+    ahead: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Writes root/step-N atomically, then deletes all but the `keep` newest (0: none).
 
     random: the global generators at the end of the step; others: those of a run's other processes.
     state_of: the tensors, where policy, optimizer and reference have pieces of them only.
-    reference: only where it changes during the run; a frozen one is the model that the run started from. Raises what
-    the disk or the libraries raise, of whatever type.
+    reference: only where it changes during the run; a frozen one is the model that the run started from. ahead: the
+    next step's completions, where they have been drawn. Raises what the disk or the libraries raise, of whatever type.
     """
     final, scratch = root / f"step-{step}", root / f".step-{step}.partial"
     root.mkdir(parents=True, exist_ok=True)
@@ -80,7 +85,8 @@ def save_checkpoint(
         write_index(scratch)
         moments = state_of.moments if state_of else _optimizer_tensors(policy, optimizer)
         moving = state_of.reference if state_of and reference is not None else _parameters_of(reference)
-        _save_tensors(scratch, moments | tensors_of([random, *others]), moving)
+        files = {TENSORS: moments | tensors_of([random, *others]), REFERENCE: moving, AHEAD: ahead or {}}
+        _save_tensors(scratch, files)
         numbers = {"step": step, "state": dict(state), "config": dict(config), "random": random.states}
         if others:
             numbers["random_of_others"] = [other.states for other in others]
@@ -106,13 +112,13 @@ def _parameters_of(model: nn.Module | None) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().cpu().contiguous() for name, parameter in named}
 
 
-def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
-    """The trainer's tensors, and the reference's parameters if there are any."""
+def _save_tensors(folder: Path, files: Mapping[str, dict[str, torch.Tensor]]) -> None:
+    """The tensors of each file by its name; none where there is nothing to write."""
     from safetensors.torch import save_file
 
-    save_file(tensors, folder / TENSORS)
-    if reference:
-        save_file(reference, folder / REFERENCE)
+    for name, tensors in files.items():
+        if tensors:
+            save_file(tensors, folder / name)
 
 
 def _write_manifest(folder: Path, numbers: Mapping[str, Any]) -> None:

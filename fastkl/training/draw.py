@@ -1,6 +1,7 @@
 """Drawing a step's batch: prompts -> completions -> rewards; with --dynamic-sampling again where a group has no signal.
 
 In: a run, whose prompts it takes further. Out: the B groups that the update is made of, and what was drawn besides.
+With --rollout-ahead the completions are there already, and those of the next step are begun.
 
 A group whose rewards are all equal has no advantage: RLOO learns nothing from it but the KL. With dynamic sampling (Yu
 et al. 2025, DAPO, section 3.2) such a group is replaced by the next prompt's, at most M times in a place of the batch,
@@ -20,8 +21,9 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from fastkl.rewards.call import Rewards, compute_rewards, with_groups
+from fastkl.rollout.ahead import Rollout
 from fastkl.rollout.dealt import generate
-from fastkl.rollout.requests import grouped, requests_of
+from fastkl.rollout.requests import Request, grouped, requests_of
 from fastkl.scoring.pack import scorable
 from fastkl.training.state import Run
 from fastkl.training.stopwatch import Stopwatch
@@ -59,10 +61,11 @@ def draw_batch(run: Run, step: int, watch: Stopwatch) -> Drawn:
 def draw(run: Run, num_prompts: int, step: int, watch: Stopwatch, *, first: int = 0) -> Drawn:
     """The next prompts with their completions and rewards. first: how many the step has drawn before, for the seeds."""
     config = run.config
-    prompts = run.prompts.take(num_prompts)
-    requests = requests_of(prompts, config.num_samples, seed=config.seed, step=step, first=first)
     with watch("generate"):
-        completions = grouped(generate(run.generator, requests, run.world), config.num_samples)
+        rollout = (run.ahead.take(step) if run.ahead else None) or drawn_now(run, num_prompts, step, first)
+        if run.ahead and step < config.steps:
+            run.ahead.begin(*asked(run, num_prompts, step + 1))
+    prompts, completions = rollout.prompts, rollout.completions
     with watch("reward"):
         rewards = compute_rewards(
             run.rewards,
@@ -76,8 +79,22 @@ def draw(run: Run, num_prompts: int, step: int, watch: Stopwatch, *, first: int 
     valid = scorable(completions, rewards.valid, config.truncated)
     total = rewards.total.clamp(*config.reward_clip) if config.reward_clip else rewards.total
     total = total.masked_fill(~valid, 0.0)
-    batch = RolloutBatch(prompts, completions, total, valid, policy_version=step - 1)
+    batch = RolloutBatch(prompts, completions, total, valid, rollout.version)
     return Drawn(batch, rewards, sum(len(c.token_ids) for group in completions for c in group))
+
+
+def asked(run: Run, num_prompts: int, step: int, first: int = 0) -> tuple[Rollout, list[Request]]:
+    """The next prompts as a rollout of `step` by the weights of now, not drawn yet, and the requests that draw it."""
+    position, config = run.prompts.state(), run.config
+    prompts = run.prompts.take(num_prompts)
+    requests = requests_of(prompts, config.num_samples, seed=config.seed, step=step, first=first)
+    return Rollout(step, run.completed.step, prompts, position), requests
+
+
+def drawn_now(run: Run, num_prompts: int, step: int, first: int = 0) -> Rollout:
+    """The same, drawn."""
+    rollout, requests = asked(run, num_prompts, step, first)
+    return replace(rollout, completions=grouped(generate(run.generator, requests, run.world), run.config.num_samples))
 
 
 def without_signal(batch: RolloutBatch) -> list[int]:

@@ -19,7 +19,7 @@ from fastkl.report.loggers import EVALUATIONS, LOG_FILES
 from fastkl.training import checkpoint
 from fastkl.training.manifest import read_manifest
 from fastkl.training.resume import resume
-from fastkl.training.run_folder import has_checkpoint, unused_name
+from fastkl.training.run_folder import MAY_CHANGE_ON_RESUME, has_checkpoint, unused_name
 from fastkl.training.state import Run
 
 NOT_THE_RUNS = ("output", "resume", "fork")
@@ -86,6 +86,8 @@ def begin(run: Run, saved: checkpoint.Checkpoint) -> None:
         state["prompts"] = run.prompts.state()  # another data set, or another order: from its beginning
     if {"kl_coef", "kl_target"} & changed.keys():
         state["kl_coef"] = run.config.kl_coef
+    if changed.keys() - set(MAY_CHANGE_ON_RESUME):
+        state.pop("ahead", None)  # other settings draw other completions
     resume(run, replace(saved, manifest=saved.manifest | {"state": state}), own=False)
     told = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
     run.view.note(f"forked from {saved.folder}; " + (f"changed: {told}" if told else "all settings as they were"))

@@ -97,13 +97,15 @@ def run_steps(run: Run) -> TrainResult:
             with watch("generate"):
                 run.generator.rest()
             set_learning_rate(run.optimizer, learning_rate(step, config))
-            objective, limits = run.objective.at(run.controller.coef), run.limits_now
+            objective, limits = run.objective.at(run.controller.coef), run.limits_for(batch)
             outcome = learn(
                 run.policy, run.reference, run.optimizer, batch, objective, limits, watch, step=step, world=run.world
             )
-            run.commit(step, drawn.num_tokens, outcome)
+            with watch("generate"):
+                run.wait_for_rollout()
+            run.commit(step, batch, drawn.num_tokens, outcome)
             with watch("sync"):
-                run.generator.sync(run.policy.model, step)
+                run.sync(batch, step)
             run.evaluate(step)
             skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
             report = StepReport(
@@ -116,6 +118,7 @@ def run_steps(run: Run) -> TrainResult:
                 drawn.redraws,
                 run.reference is not None,
                 objective.penalty.direction,
+                run.canary,
             )
             run.record(report, watch)
             stop.release()

@@ -15,6 +15,7 @@ from fastkl.audit.json_lines import rows_of_steps
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
 from fastkl.evaluation.evaluate import Evaluator
+from fastkl.rollout.ahead import Ahead, Rollout
 from fastkl.scoring.unread import first_rows, is_unread
 from fastkl.training import checkpoint
 from fastkl.training.given import source_of
@@ -45,6 +46,8 @@ def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
         kl_coef=run.controller.coef,
         first_gaps=tuple(gaps["nats"]) if gaps.get("between") == run.both_sides else (),
     )
+    if run.ahead and "ahead" in state:
+        go_on_ahead(run, saved, run.ahead)
     if run.best and own:
         run.best.load_state(state.get("best", {}))
         is_lost = run.world.is_first and run.best.step == saved.step and not run.best.is_kept(saved.folder.parent)
@@ -64,6 +67,19 @@ def resume(run: Run, saved: checkpoint.Checkpoint, *, own: bool = True) -> None:
     for name, digest in run.log.digests().items():
         if claimed.get(name, digest) != digest and not (lost and name == "metrics.jsonl"):
             run.view.note(f"{name} has lost, damaged or edited lines; training itself goes on from where it was.")
+
+
+def go_on_ahead(run: Run, saved: checkpoint.Checkpoint, ahead: Ahead) -> None:
+    """Takes over the completions that had been drawn for the next step, with their prompts, if these are the same."""
+    from safetensors.torch import load_file
+
+    tensors, words = load_file(saved.folder / checkpoint.AHEAD), saved.manifest["state"]["ahead"]
+    position = run.prompts.state()
+    prompts = run.prompts.take(run.config.prompts_per_step)
+    ahead.rollout = Rollout.restored(words, tensors, prompts, position)
+    if ahead.rollout is None:
+        run.prompts.load_state(position)
+        run.view.note(f"the prompts of step {saved.step + 1} have changed: its completions are drawn again")
 
 
 def fingerprints(

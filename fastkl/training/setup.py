@@ -37,6 +37,7 @@ from fastkl.report.terminal import View
 from fastkl.rewards.call import check_columns
 from fastkl.rewards.load import RewardFunction, load_rewards, prepare_rewards
 from fastkl.rollout.agreement import AGREEMENT_NATS
+from fastkl.rollout.ahead import Ahead
 from fastkl.rollout.generator import GENERATORS, Generator, choose_generator
 from fastkl.rollout.requests import EngineOptions
 from fastkl.sampling.params import Sampling, check_ids
@@ -214,6 +215,7 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
         evaluator=inputs.evaluator,
         best=Best(best_by(config.best)) if config.best else None,
         callbacks=callbacks,
+        ahead=ahead_of(config, inputs, generator, view.note, world),
         world=world,
         lock=inputs.lock,
         inputs=hashes,
@@ -602,6 +604,21 @@ def start_generator(
             note=note,
         )
     )
+
+
+def ahead_of(
+    config: TrainConfig, inputs: Inputs, generator: Generator, note: Callable[[str], None], world: World
+) -> Ahead | None:
+    """What draws the next step's completions ahead, if that is asked for."""
+    if not config.rollout_ahead:
+        return None
+    has_weights = GENERATORS[inputs.generator].has_weights
+    if not has_weights:
+        note(
+            f"rollout_ahead: the generator {inputs.generator} draws with the policy's own weights, so that it draws "
+            "before each update and not beside it; the samples are as old as with an engine, but no time is won"
+        )
+    return Ahead(generator, config.num_samples, world, beside=has_weights, device=inputs.device)
 
 
 def max_sequence_tokens(inputs: Inputs, config: TrainConfig) -> int:

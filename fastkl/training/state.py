@@ -28,18 +28,20 @@ from fastkl.report.page.write import write_report
 from fastkl.report.step_metrics import FinishedStep, StepReport
 from fastkl.report.terminal import View
 from fastkl.rewards.load import RewardFunction
-from fastkl.rollout.agreement import CALIBRATION_STEPS, agreement_limit
+from fastkl.rollout.agreement import CALIBRATION_STEPS, agreement_limit, check_agreement
+from fastkl.rollout.ahead import Ahead, Rollout
 from fastkl.rollout.generator import Generator
 from fastkl.scoring import models
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training import checkpoint
 from fastkl.training.best import Best
 from fastkl.training.callbacks import notify
+from fastkl.training.canary import compare
 from fastkl.training.memory import peak_gpu_bytes, peak_rss_bytes
 from fastkl.training.run_folder import way_on
 from fastkl.training.stopwatch import Stopwatch
 from fastkl.training.whole_state import WholeState, put_together
-from fastkl.types import Breakdown, StepOutcome
+from fastkl.types import Breakdown, RolloutBatch, StepOutcome
 
 OFF_SUPPORT_NATS = 2.0
 """KL off the support, nats per completion, from which a run speaks of it."""
@@ -79,6 +81,7 @@ class Snapshot:
     tokens_generated: int = 0
     kl_coef: float = 0.0  # beta of the next step
     first_gaps: tuple[float, ...] = ()  # mean |engine - trainer| log-prob, nats, of the first steps that had any
+    ahead: Rollout | None = None  # the next step's, drawn while this one trained
     random: checkpoint.RandomState = field(default_factory=checkpoint.RandomState.now)
 
 
@@ -104,6 +107,8 @@ class Run:
     evaluator: Evaluator | None = None  # None: nothing is held out
     best: Best | None = None
     callbacks: tuple[object, ...] = ()
+    ahead: Ahead | None = None  # None: each step draws its own rollout
+    canary: Breakdown | None = None  # with `ahead`, what was compared after the last push
     world: World = ALONE
     lock: TextIO | None = None  # keeps other processes out of the folder while it is open
     inputs: dict[str, str] = field(default_factory=dict)  # hashes of what the run reads from outside
@@ -132,25 +137,60 @@ class Run:
         nats = agreement_limit(self.limits.agreement_nats, self.completed.first_gaps)
         return dataclasses.replace(self.limits, agreement_nats=nats)
 
-    def commit(self, step: int, num_tokens: int, outcome: StepOutcome) -> None:
+    def limits_for(self, batch: RolloutBatch) -> StepLimits:
+        """The same for a step on this batch: what earlier weights have drawn is not compared with those of now."""
+        limits = self.limits_now
+        return dataclasses.replace(limits, agreement_nats=math.inf) if self.is_stale(batch) else limits
+
+    def is_stale(self, batch: RolloutBatch) -> bool:
+        """Whether the batch of the next step was drawn by earlier weights than the policy's."""
+        return batch.is_stale(self.completed.step + 1)
+
+    def wait_for_rollout(self) -> None:
+        """Nothing is being drawn afterwards: the generator may get new weights."""
+        if self.ahead:
+            self.ahead.wait()
+
+    def sync(self, batch: RolloutBatch, step: int) -> None:
+        """The weights after this step into the generator. With rollouts ahead, whose samples are compared with later
+        weights, a few completions of the step's prompts are drawn at once and compared with these."""
+        self.generator.sync(self.policy.model, step)
+        if self.ahead is None:
+            return
+        tokens, limit = self.limits.micro_batch_tokens, self.limits_now.agreement_nats
+        self.canary = compare(
+            self.generator,
+            self.policy,
+            batch.prompts,
+            seed=self.config.seed,
+            step=step,
+            tokens=tokens,
+            world=self.world,
+        )
+        check_agreement(self.canary.mean_gap, self.canary.gap_max, limit, step + 1)
+        gaps = (*self.completed.first_gaps, self.canary.mean_gap)[:CALIBRATION_STEPS]
+        self.completed = dataclasses.replace(self.completed, first_gaps=gaps)
+
+    def commit(self, step: int, batch: RolloutBatch, num_tokens: int, outcome: StepOutcome) -> None:
         """The step is complete: beta follows the KL if it has a target, the reference is renewed if it is time, and
         the snapshot is taken that a checkpoint of this step will hold. num_tokens: of all completions drawn for it.
         """
-        before, config = self.completed, self.config
+        before, config, ahead = self.completed, self.config, self.ahead.wait() if self.ahead else None
         gaps = before.first_gaps
         if outcome.total.num_tokens:
-            gaps = (*gaps, outcome.total.mean_gap)[:CALIBRATION_STEPS]
+            gaps = gaps if self.is_stale(batch) else (*gaps, outcome.total.mean_gap)[:CALIBRATION_STEPS]
             over_all = self.objective.penalty.found.over_all
             self.controller.follow(outcome.total.mean("kl_exact" if over_all else "kl_support"))
         if self.reference and config.reference_every and step % config.reference_every == 0:
             renew_reference(self.reference.model, self.policy.model, config.reference_share)
         self.completed = Snapshot(
             step=step,
-            prompts=self.prompts.state(),
+            prompts=ahead.position if ahead else self.prompts.state(),
             skipped_steps=before.skipped_steps + (not outcome.applied),
             tokens_generated=before.tokens_generated + num_tokens,
             kl_coef=self.controller.coef,
             first_gaps=gaps,
+            ahead=ahead if ahead and ahead.completions else None,
         )
         self.between_steps = False
 
@@ -318,11 +358,13 @@ class Run:
                     "first_gaps": {"between": self.both_sides, "nats": list(done.first_gaps)},
                     "inputs": self.inputs,
                     "logs": self.log.digests(),
+                    **({"ahead": done.ahead.in_words()} if done.ahead else {}),
                     **({"best": self.best.state()} if self.best else {}),
                 },
                 random=random[0],
                 others=random[1:],
                 state_of=whole,
+                ahead=done.ahead.tensors() if done.ahead else None,
                 reference=self.reference.model if self.reference and self.config.reference_every else None,
                 config=dataclasses.asdict(self.config),
                 keep=self.config.keep_checkpoints,
@@ -336,7 +378,9 @@ class Run:
         return done.step
 
     def close(self) -> None:
-        """Lets other runs into the folder."""
+        """Lets other runs into the folder, once nothing is being drawn any more."""
+        if self.ahead:
+            self.ahead.close()
         if self.lock is not None:
             self.lock.close()
 

@@ -23,6 +23,7 @@ from fastkl.objective.advantages import leave_one_out
 from fastkl.rewards.load import RewardFunction
 from fastkl.training import loop
 from fastkl.training.draw import draw_batch
+from fastkl.training.state import Snapshot
 from fastkl.training.stopwatch import Stopwatch
 from fastkl.types import Completion, Prompt
 
@@ -52,7 +53,8 @@ def toy_run(tries: int, reward=is_zero) -> SimpleNamespace:
     config = TrainConfig(prompts_per_step=4, num_samples=K, dynamic_sampling=tries, reward_timeout=0.0)
     rewards = (RewardFunction("toy", reward),)
     source = PromptSource(prompts, seed=1)
-    return SimpleNamespace(config=config, prompts=source, generator=Dice(), rewards=rewards, world=World())
+    kept = {"world": World(), "ahead": None, "completed": Snapshot()}
+    return SimpleNamespace(config=config, prompts=source, generator=Dice(), rewards=rewards, **kept)
 
 
 def drawn(run, step: int):
