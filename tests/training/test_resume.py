@@ -6,13 +6,12 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import FASTKL, Running, run
 from safetensors.torch import load_file
 
 from fastkl.training.signals import StopRequest, stop_request
@@ -22,20 +21,19 @@ NOT_REPRODUCIBLE = ("time/", "throughput/", "memory/")
 
 
 def command(output: Path, generator: str, *more: str) -> list[str]:
-    return [
-        sys.executable, "-m", "fastkl", "train", *SMALL, "--generator", generator, "--output", str(output), *more,
-    ]  # fmt: skip
+    return ["train", *SMALL, "--generator", generator, "--output", str(output), *more]
 
 
 def finished(output: Path, generator: str, *more: str) -> str:
-    result = subprocess.run(command(output, generator, *more), capture_output=True, text=True, timeout=300)
+    result = run(*command(output, generator, *more))
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
 
-def wait_for(path: Path, child: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(path: Path, child: Running, seconds: float = 240) -> None:
+    """Waits until there is something in a file, or at least a folder of that name."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    while not path.exists() or not (path.is_dir() or path.stat().st_size):
         assert child.poll() is None, f"the run ended before {path.name} existed"
         assert time.monotonic() < deadline, f"no {path.name} after {seconds} s"
         time.sleep(0.02)
@@ -64,12 +62,11 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_pa
         whole = tmp_path / "whole"
         finished(whole, generator)
 
-    child = subprocess.Popen(command(killed, generator), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = Running(*command(killed, generator))
     wait_for(killed / "checkpoints" / "step-1", child)
     delay = random.random() * 0.5
     time.sleep(delay)
     child.kill()
-    child.wait()
     assert "continuing after step" in finished(killed, generator, "--resume"), f"killed {delay:.3f} s after step 1"
 
     assert metrics(killed) == metrics(whole)
@@ -96,15 +93,12 @@ def test_each_of_four_signals_asks_for_the_end_once_and_gets_its_own_handler_bac
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     output, number = tmp_path / "run", signal.SIGTERM
     options = ["--steps", "1000", "--save-every", "0", "--lr-decay", "constant"]
-    child = subprocess.Popen(
-        command(output, "transformers", *options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    child = Running(*command(output, "transformers", *options))
     wait_for(output / "metrics.jsonl", child)
-    while not (output / "metrics.jsonl").read_text().strip():
-        time.sleep(0.02)
     child.send_signal(number)
-    text, _ = child.communicate(timeout=60)
-    assert child.returncode == 130, text[-2000:]
+    result = child.done(timeout=60)
+    text = result.stdout + result.stderr
+    assert result.returncode == 130, text[-2000:]
     assert f"{number.name}: this step is finished and saved" in text
     assert "Traceback" not in text
     last = metrics(output)[-1]["step"]
@@ -118,12 +112,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
 def test_a_disk_that_is_full_at_the_end_ends_with_1_and_says_which_step_is_saved(tmp_path):
     """For real: no file of the run may grow beyond three megabytes, and the model is larger."""
     output = tmp_path / "run"
-    script = (
-        "import resource, sys; from fastkl.cli import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20)); sys.exit(main(sys.argv[1:]))"
-    )
-    arguments = command(output, "transformers", "--steps", "2")[3:]
-    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=300)
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20)); {FASTKL}"
+    result = run(*command(output, "transformers", "--steps", "2"), script=limited)
     assert result.returncode == 1, result.stderr[-2000:]
     assert "fastkl: step 2 is not saved; the newest checkpoint is none." in result.stderr
     assert "Traceback" not in result.stderr and "checkpoint of step 1 could not be written" in result.stdout
@@ -159,8 +149,8 @@ sys.exit(main(sys.argv[1:]))
 def test_two_signals_in_the_middle_of_an_update_leave_a_checkpoint_that_is_the_step_it_names(tmp_path, hook, whole):
     broken = tmp_path / "broken"
     script = INTERRUPTED.replace("{hook}", hook)
-    arguments = command(broken, "transformers", "--save-every", "0")[3:]  # the only save is that of the interruption
-    child = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=300)
+    # the only save is that of the interruption
+    child = run(*command(broken, "transformers", "--save-every", "0"), script=script)
     assert child.returncode == 130, child.stderr[-2000:]
     newest = max((broken / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
     said = finished(broken, "transformers", "--resume")
@@ -195,12 +185,9 @@ def test_a_second_signal_waits_for_the_end_of_a_step_and_a_third_one_does_not():
 def test_a_run_killed_before_its_first_checkpoint_starts_anew_on_resume(tmp_path, whole):
     killed = tmp_path / "killed"
     late = ("--save-every", "0")
-    child = subprocess.Popen(command(killed, "transformers", *late), stdout=subprocess.DEVNULL)
+    child = Running(*command(killed, "transformers", *late))
     wait_for(killed / "metrics.jsonl", child)
-    while not (killed / "metrics.jsonl").read_text().strip():
-        time.sleep(0.02)
     child.kill()
-    child.wait()
     assert "starts anew" in finished(killed, "transformers", "--resume")
     assert metrics(killed) == metrics(whole)
 
@@ -257,10 +244,7 @@ def test_resuming_a_finished_run_says_so_before_any_model_is_loaded(tmp_path, ca
 def test_an_output_that_cannot_be_written_costs_nothing(tmp_path):
     """Standard output on a full disk: every write to this device fails with "No space left on device"."""
     output = tmp_path / "run"
-    with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            command(output, "transformers", "--steps", "2"), stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
-        )
+    result = run(*command(output, "transformers", "--steps", "2"), stdout="/dev/full")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "Traceback" not in result.stderr
     assert [row["step"] for row in metrics(output)] == [1, 2]
