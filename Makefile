@@ -47,7 +47,7 @@ train: setup
 	@FASTKL_STARTED_BY=make exec "$(BIN)/fastkl" train $(ARGS)
 
 test: lint
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) --durations=30 --durations-min=5 $(ARGS)
 
 quick: lint
 	@$(PYTEST) -m "not slow and not vllm" $(ARGS)

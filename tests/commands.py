@@ -4,7 +4,6 @@ it begins in a tenth of a second, where `python -m fastkl` spends ten seconds of
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -51,11 +50,15 @@ class Running:
     def poll(self) -> int | None:
         return self.process.exitcode
 
+    def said(self) -> str:
+        """Its standard output and error so far."""
+        return "".join(Path(path).read_text() for path in self.outputs if Path(path).is_file())
+
     def send_signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
     def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        self.process.kill()
         self.process.join()
 
     def done(self, timeout: float = 300) -> Done:

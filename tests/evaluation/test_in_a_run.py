@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -216,7 +215,7 @@ def reward(prompts, completions, trainer_state, length):
 def command(output: Path, generator: str, reward: str, prompts: str, *more: str) -> list[str]:
     small = ["--steps", "4", "--save-every", "1", "--prompts-per-step", "2", "--num-samples", "4"]
     small += ["--max-new-tokens", "16", "--generator", generator, "--prompts", prompts, "--reward", reward]
-    return [sys.executable, "-m", "fastkl", "train", *small, "--output", str(output), *more]
+    return ["train", *small, "--output", str(output), *more]
 
 
 @pytest.mark.slow
@@ -229,9 +228,8 @@ def test_a_run_with_evaluation_is_the_run_without_and_resumes_from_the_middle_of
     evaluation = ["--eval-prompts", prompt_file(tmp_path, [f"{p} and" for p in PROMPTS[:5]]), "--eval-every", "1"]
     evaluation += ["--eval-text", str(tmp_path / "text.txt"), "--eval-temperature", "0.7", "--best", "eval/reward"]
 
-    def run(name: str, *more: str) -> subprocess.CompletedProcess[str]:
-        line = command(tmp_path / name, generator, reward, prompts, *more)
-        return subprocess.run(line, capture_output=True, text=True, timeout=290)
+    def run(name: str, *more: str) -> commands.Done:
+        return commands.run(*command(tmp_path / name, generator, reward, prompts, *more), timeout=290)
 
     for name, more in (("without", []), ("with", evaluation)):
         done = run(name, *more)

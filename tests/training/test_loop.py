@@ -6,14 +6,13 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
 import torch
 
@@ -337,18 +336,18 @@ def test_ctrl_c_is_heard_while_a_reward_hangs_and_the_second_one_ends_the_run(tm
     config = small(tmp_path, save_every=0)
     options = ["--generator", "transformers", "--steps", "3", "--prompts-per-step", "2", "--num-samples", "4"]
     options += ["--max-new-tokens", "8", "--report-to", "none", "--save-every", "0", "--reward-timeout", "0"]
-    command = [sys.executable, "-m", "fastkl", "train", "--output", config.output, "--reward", reward, *options]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = commands.Running("train", "--output", config.output, "--reward", reward, *options)
     try:
         while not (Path(config.output) / "metrics.jsonl").is_file() or not rows(config):
-            assert run.poll() is None, run.stdout.read()
+            assert run.poll() is None, run.said()
             time.sleep(0.2)
         time.sleep(1.0)  # step 2 has begun to hang
         run.send_signal(signal.SIGINT)
-        said = next(line for line in run.stdout if "SIGINT" in line)
-        assert "a second signal ends it at once" in said
+        while "SIGINT" not in run.said():
+            time.sleep(0.2)
+        assert "a second signal ends it at once" in run.said()
         run.send_signal(signal.SIGINT)
-        assert run.wait(60) == 130
+        assert run.done(60).returncode == 130
     finally:
         run.kill()
     assert checkpoint.newest_checkpoint(Path(config.output) / "checkpoints").step == 1
