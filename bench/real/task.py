@@ -32,6 +32,20 @@ def right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
     return [float(last_number(text) == expected) for text, expected in zip(texts, answer, strict=True)]
 
 
+def digits(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """1 where the last number is the answer; elsewhere half the share of its characters that are right, read from the
+    end, so that a sum that misses one digit teaches something, too. Completions are texts or lists of messages."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [_digits(last_number(text) or "", expected) for text, expected in zip(texts, answer, strict=True)]
+
+
+def _digits(number: str, expected: str) -> float:
+    if number == expected:
+        return 1.0
+    same = sum(a == b for a, b in zip(reversed(number), reversed(expected), strict=False))
+    return 0.5 * same / max(len(number), len(expected))
+
+
 def write_questions(path: Path, size: int, seed: int) -> None:
     """The rows as a JSONL file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in questions(size, seed)))

@@ -53,21 +53,15 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generator", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
-def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, generator, request):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, whole):
+    """evaluation/test_in_a_run.py has the same with vLLM, killed in the middle of an evaluation."""
     killed = tmp_path / "killed"
-    if generator == "transformers":
-        whole = request.getfixturevalue("whole")
-    else:
-        whole = tmp_path / "whole"
-        finished(whole, generator)
-
-    child = Running(*command(killed, generator))
+    child = Running(*command(killed, "transformers"))
     wait_for(killed / "checkpoints" / "step-1", child)
     delay = random.random() * 0.5
     time.sleep(delay)
     child.kill()
-    assert "continuing after step" in finished(killed, generator, "--resume"), f"killed {delay:.3f} s after step 1"
+    assert "continuing after step" in finished(killed, "transformers", "--resume"), f"killed {delay:.3f} s after step 1"
 
     assert metrics(killed) == metrics(whole)
     assert [row["step"] for row in metrics(whole)] == [1, 2, 3, 4]
