@@ -119,6 +119,7 @@ def train(
     from fastkl.distributed.launch import launch
     from fastkl.distributed.start import launched
     from fastkl.training.early import check_names
+    from fastkl.training.engines import check_engine_groups
 
     world = launched()
     with world.together():
@@ -126,6 +127,7 @@ def train(
         check_names(run)
         if nproc < 1 or (nproc > 1 and world.size > 1):
             raise UserError(f"nproc: {nproc} processes cannot be started here; use 1 or more, and not under torchrun.")
+        check_engine_groups(run, nproc * world.size)
     if finished := nothing_left(run):
         if world.is_first:
             print(printable(finished))

@@ -159,6 +159,9 @@ class TrainConfig(SamplingSettings):
     engine_sleep: bool = False
     """vLLM gives its GPU memory to the trainer between sampling and the next push of weights; its share may then be
     larger. With a GPU only."""
+    engine_tp: Annotated[int, AT_LEAST_1] = 1
+    """Of several processes (--nproc, torchrun): how many neighbours share one vLLM engine, each with a part of every
+    matrix (tensor parallelism), for a model that one GPU does not hold beside the training; 1: each has its own."""
 
     lora_rank: Annotated[int, Heading("Adapters"), AT_LEAST_0] = 0
     """Rank of LoRA adapters, which are then all that is trained; the reference is the same model with them off. 0

@@ -53,17 +53,6 @@ class World:
         first, end = (rank * len(items) // self.size for rank in (self.rank, self.rank + 1))
         return items[first:end]
 
-    def dealt(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of the items: every size-th one. `collected` puts the results in order again."""
-        return items[self.rank :: self.size]
-
-    def collected(self, parts: Sequence[Sequence[T]]) -> list[T]:
-        """All processes' results for what was `dealt`, [size][...], in the order of the items."""
-        items: list[T | None] = [None] * sum(map(len, parts))
-        for rank, part in enumerate(parts):
-            items[rank :: self.size] = part
-        return items  # type: ignore[return-value]  # every place has been filled
-
     def everybodys(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks. Every process must come here."""
         return [value]

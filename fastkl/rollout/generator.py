@@ -6,7 +6,7 @@ for models that vLLM cannot run. Another one is a file with two functions, `obst
 GENERATORS.
 
 A step's completions may be drawn while the step before it trains (ahead.py). Left out: continuous batching across
-steps, engines in other processes.
+steps, engines in processes that do not train.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 
 class Generator(Protocol):
-    """What the loop asks of a generator."""
+    """What the loop asks of a generator.
+
+    One whose engine several neighbouring processes share has an attribute `shared_by`, their number: they get the same
+    requests then, and each returns all completions (dealt.py).
+    """
 
     sampling: Sampling
 

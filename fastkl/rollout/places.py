@@ -2,12 +2,14 @@
 
 Engines store several tensors in one (query, key and value; gate and up; the experts), turn some round, cut others. No
 table of ours says which: the loader's copies are observed once, when the first weights are pushed, and every copy from
-a part of a sent tensor into a part of a parameter becomes a `Place`.
+a part of a sent tensor into a part of a parameter becomes a `Place`. Where processes share an engine, each has the
+places of its own part of the engine, and `covered` says whether all of them together have the whole tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,8 +41,53 @@ class Part:
 
     def within(self, whole: torch.Tensor) -> bool:
         """Whether a tensor has all of these elements; the engine may have left an empty one behind."""
-        last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-        return last < whole.numel()
+        return self.end <= whole.numel()
+
+    @property
+    def numel(self) -> int:
+        """How many elements these are."""
+        return math.prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        """One more than the place of the last element."""
+        return self.offset + 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+
+    def coalesced(self) -> Part:
+        """The same elements in as few dimensions as can be, whose last one has them side by side (stride 1)."""
+        dims: list[tuple[int, int]] = []
+        for step, n in sorted(((step, n) for n, step in zip(self.shape, self.stride, strict=True) if n != 1))[::-1]:
+            if dims and dims[-1][0] == n * step:
+                dims[-1] = step, n * dims[-1][1]
+            else:
+                dims.append((step, n))
+        if not dims or dims[-1][0] != 1:
+            dims.append((1, 1))
+        return Part(tuple(n for _, n in dims), tuple(step for step, _ in dims), self.offset)
+
+
+def covered(whole: Part, parts: Iterable[Part]) -> bool:
+    """Whether the parts together have every element of `whole`, from whose first element their offsets count.
+
+    They are marked in a mask of the storage, which has one number for as many elements as are always side by side: a
+    matrix that is cut into pieces takes a number per piece, or one per row and piece.
+    """
+    if 0 in whole.shape:
+        return True
+    found = [part.coalesced() for part in (whole, *parts) if 0 not in part.shape]
+    unit = math.gcd(*(x for part in found for x in (part.offset, part.shape[-1], *part.stride[:-1])))
+    found = [
+        Part(
+            (*part.shape[:-1], part.shape[-1] // unit),
+            (*(step // unit for step in part.stride[:-1]), 1),
+            part.offset // unit,
+        )
+        for part in found
+    ]
+    mask = torch.zeros(max(part.end for part in found), dtype=torch.bool)
+    for part in found[1:]:
+        part(mask).fill_(True)
+    return bool(found[0](mask).all())
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +109,7 @@ class Places:
     sent: dict[str, torch.Tensor] = field(default_factory=dict)  # while watching; then emptied
     shapes: dict[str, torch.Size] = field(default_factory=dict)  # of each parameter that something was copied to
     altered: set[str] = field(default_factory=set)  # parameters whose loader computes with what it has copied
+    shared_by: int = 1  # processes that share the engine: each has 1 / shared_by of the vocabulary's rows
 
     def add(self, place: Place, parameter: torch.Tensor) -> None:
         """Remembers a copy; the engine may make the same one twice, first to count and then to load."""
@@ -85,8 +133,8 @@ class Places:
             return False
         missing = self.shapes[name].numel() - sum(torch.Size(place.target.shape).numel() for place in places)
         rows = self.shapes[name][0] if self.shapes[name] else 1
-        padding = self.shapes[name].numel() // rows * PADDED_ROWS if len(places) == 1 and rows % PADDED_ROWS == 0 else 0
-        return missing <= 0 or missing < padding
+        is_padded = len(places) == 1 and rows * self.shared_by % PADDED_ROWS == 0
+        return missing <= 0 or (is_padded and missing < self.shapes[name].numel() // rows * PADDED_ROWS)
 
 
 class Watch(TorchDispatchMode):

@@ -8,6 +8,10 @@ Where the engine packs what it has loaded, tensors are compared in between, afte
 packed; the packed form has to be there still when the push is over, and what can be multiplied with it is (packed.py).
 That packing itself is right is the engine's part, and agreement.py's to see.
 
+Where several processes share an engine, each compares what its own part of the engine holds; which part of a tensor
+that is, the engine's loader has decided. So at the first push they also compare notes: together they must hold the
+whole of every tensor. What is wrong in one process is said by all of them, before anything is drawn.
+
 Where all parameters of an engine turn out to be copies of the policy's parts that can be read, as on a GPU, the pushes
 after the first one write them to their places directly (`place_all`), which spares the engine's loader its bookkeeping.
 
@@ -26,10 +30,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from fastkl.distributed.world import ALONE, World
 from fastkl.rollout.agreement import StaleEngineError
 from fastkl.rollout.fingerprint import fingerprint
 from fastkl.rollout.packed import Products
-from fastkl.rollout.places import Place, Places, Watch
+from fastkl.rollout.places import Part, Place, Places, Watch, covered
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -41,7 +46,7 @@ Key = TypeVar("Key")
 NAMED = 4
 """Tensors that an error names; it counts the others."""
 
-NOT_LOADED = "not loaded"
+NOT_LOADED, INCOMPLETE = "not loaded", "in part in no process of its engine"
 
 PACKING_DEVICES = ("cpu",)
 """Where engines may compute with other copies of a parameter than the one that can be read."""
@@ -79,14 +84,17 @@ class Push:
 
 
 class PushCheck:
-    """What is known of one engine: where its parameters come from, and which of them it packs.
+    """What is known of one engine, or of this process's part of it: where its parameters come from, and which of them
+    it packs.
 
-    dtype: the engine's. It may keep a parameter in float32 all the same.
+    dtype: the engine's. It may keep a parameter in float32 all the same. world: the processes that push at the same
+    time. shared_by: how many neighbours among them share an engine.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, world: World = ALONE, shared_by: int = 1) -> None:
         self.dtype = dtype
-        self.places = Places()
+        self.world, self.shared_by = world, shared_by
+        self.places = Places(shared_by=shared_by)
         self.packs: frozenset[str] | None = None  # parameters that cannot be read; None: nothing was pushed so far
         self.not_compared: list[str] = []  # the engine has no place for them, or computes with them as it loads
         self._before: Prints = {}  # the policy's, at the last push
@@ -130,22 +138,28 @@ class PushCheck:
     def verify(self, model: nn.Module, weights: Callable[[], Weights], push: Push, step: int) -> None:
         """Compares the engine with the policy's weights, under the names that they are sent by.
 
-        Raises StaleEngineError, naming tensors and step (0: before the first one).
+        Raises StaleEngineError in all processes, naming tensors and step (0: before the first one).
         """
         engine = dict(model.named_parameters(remove_duplicate=False))
         want, products = self._wanted(model, weights())
         loaded, have = _numbers(push.loaded), _numbers(_readable(want, engine, self.packs or ()))
         complaints = self._learn(weights(), engine, want, loaded, have) if self.packs is None else {}
+        held = {place: (loaded if place.parameter in (self.packs or ()) else have).get(place) for place in want}
+        differing: dict[str, list[Place]] = {}
         for place in want:
-            found = loaded.get(place) if place.parameter in (self.packs or ()) else have.get(place)
-            if found != want[place]:
-                complaints.setdefault(place.sent, self._reason(place, found, want, weights()))
-        for parameter in {*products.differing(), *self._packed_away(push, engine)}:
+            if held[place] != want[place]:
+                differing.setdefault(place.sent, []).append(place)
+        packed = {*products.differing(), *self._packed_away(push, engine)}
+        before, self._before = self._before, want
+        if not self.world.any(bool(complaints or differing or packed)):
+            return
+        for name, tensor in weights():  # in every process, since weights in pieces are gathered by all
+            for place in differing.get(name, ()):
+                complaints.setdefault(name, _reason(place, held[place], place.source(tensor), want, before))
+        for parameter in packed:
             for place in self.places.of_parameter[parameter]:
                 complaints.setdefault(place.sent, "packed from other weights")
-        self._before = want
-        if complaints:
-            raise StaleEngineError(_sentence(complaints, step))
+        raise StaleEngineError(next(filter(None, self.world.everybodys(self._sentence(complaints, step)))))
 
     def _wanted(self, model: nn.Module, weights: Weights) -> tuple[Prints, Products]:
         """What the engine should hold, and what its packed matrices should give."""
@@ -167,14 +181,28 @@ class PushCheck:
         unless it has a parameter that got nothing. Single numbers are not copied but filled in, which is not seen.
         """
         self.packs = frozenset(place.parameter for place in want if have.get(place) != want[place] == loaded.get(place))
-        sizes, placed = {name: tensor.numel() for name, tensor in weights}, {place.sent for place in want}
-        self.not_compared = [name for name in sizes if name not in placed]
-        homeless = [name for name in self.not_compared if name not in self.places.of_sent() and sizes[name] > 1]
+        sent, placed = {name: Part.of(tensor, tensor) for name, tensor in weights}, {place.sent for place in want}
+        self.not_compared = [name for name in sent if name not in placed]
+        homeless = [name for name in self.not_compared if name not in self.places.of_sent() and sent[name].numel > 1]
         filled = {id(engine[name]) for name in engine if name in self.places.altered or self.places.filled(name)}
         if all(id(parameter) in filled for parameter in engine.values() if parameter.numel() != 1):
             homeless = []
         kept = {p.sent: f"kept as {_name(p.dtype)}" for p in want if p.dtype not in (self.dtype, torch.float32)}
-        return dict.fromkeys(homeless, NOT_LOADED) | kept
+        return dict.fromkeys(homeless, NOT_LOADED) | kept | dict.fromkeys(self._incomplete(sent), INCOMPLETE)
+
+    def _incomplete(self, sent: Mapping[str, Part]) -> list[str]:
+        """Tensors of which the processes that share an engine do not hold all, taken together."""
+        if self.shared_by == 1:
+            return []
+        compared = {
+            name: [place.source for place in places]
+            for name, places in self.places.of_sent().items()
+            if not any(place.parameter in self.places.altered for place in places)
+        }
+        first = self.world.rank // self.shared_by * self.shared_by
+        group = self.world.everybodys(compared)[first : first + self.shared_by]
+        held = {name: [part for parts in group for part in parts.get(name, ())] for name in sent}
+        return [name for name, whole in sent.items() if held[name] and not covered(whole, held[name])]
 
     def _packed_away(self, push: Push, engine: Mapping[str, torch.Tensor]) -> list[str]:
         """Parameters that are not, when all is over, what the engine has packed them to."""
@@ -182,20 +210,32 @@ class PushCheck:
         now = _numbers({name: fingerprint(engine[name]) for name in packed})
         return [name for name, found in _numbers(packed).items() if found != now[name]]
 
-    def _reason(self, place: Place, found: list[int] | None, want: Prints, weights: Weights) -> str:
-        """What the engine has in a place instead of the policy's numbers."""
-        if found is None:
-            return NOT_LOADED
-        if found == self._before.get(place):
-            return "of an earlier push"
-        for other in want:
-            if other.sent != place.sent and want[other] == found:
-                return f"replaced by {other.sent}"
-        part = place.source(dict(weights)[place.sent])
-        for dtype in (torch.float16, torch.bfloat16):
-            if fingerprint(part.to(dtype).to(place.dtype)).tolist() == found:
-                return f"rounded to {_name(dtype)}"
-        return "unlike the policy's"
+    def _sentence(self, complaints: Mapping[str, str], step: int) -> str:
+        """The error's text: at most NAMED tensors, each with its reason; empty where nothing is wrong here."""
+        if not complaints:
+            return ""
+        named = ", ".join(f"{name} ({reason})" for name, reason in list(complaints.items())[:NAMED])
+        more = f" and {len(complaints) - NAMED} more" if len(complaints) > NAMED else ""
+        engine = f"the engine of process {self.world.rank}" if self.world.size > 1 else "the engine"
+        return (
+            f"step {step}: the weights that were pushed to {engine} did not all arrive: {named}{more}; no completion "
+            "was drawn with them, and --generator transformers avoids a second copy of the weights."
+        )
+
+
+def _reason(place: Place, found: list[int] | None, part: torch.Tensor, want: Prints, before: Prints) -> str:
+    """What the engine has in a place instead of the policy's numbers, which are `part`; before: the last push's."""
+    if found is None:
+        return NOT_LOADED
+    if found == before.get(place):
+        return "of an earlier push"
+    for other in want:
+        if other.sent != place.sent and want[other] == found:
+            return f"replaced by {other.sent}"
+    for dtype in (torch.float16, torch.bfloat16):
+        if fingerprint(part.to(dtype).to(place.dtype)).tolist() == found:
+            return f"rounded to {_name(dtype)}"
+    return "unlike the policy's"
 
 
 def _readable(
@@ -215,16 +255,6 @@ def _numbers(prints: Mapping[Key, torch.Tensor]) -> dict[Key, list[int]]:
     if not prints:
         return {}
     return dict(zip(prints, torch.stack(list(prints.values())).tolist(), strict=True))
-
-
-def _sentence(complaints: Mapping[str, str], step: int) -> str:
-    """The error's text: at most NAMED tensors, each with its reason."""
-    named = ", ".join(f"{name} ({reason})" for name, reason in list(complaints.items())[:NAMED])
-    more = f" and {len(complaints) - NAMED} more" if len(complaints) > NAMED else ""
-    return (
-        f"step {step}: the weights that were pushed to the engine did not all arrive: {named}{more}; no completion was "
-        "drawn with them, and --generator transformers avoids a second copy of the weights."
-    )
 
 
 def _name(dtype: torch.dtype) -> str:

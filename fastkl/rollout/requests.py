@@ -45,7 +45,8 @@ class EngineOptions:
     max_model_len: int  # tokens, of the longest prompt with its completion
     gpu_memory_utilization: float
     log: Path  # where an engine's own messages go
-    world: World = ALONE  # the processes of the run, each of which has its engine
+    world: World = ALONE  # the processes of the run
+    engine_tp: int = 1  # how many neighbours among them share an engine; 1: each has its own
     whole: Callable[[], AbstractContextManager[None]] = nullcontext  # in it, the policy has all of its weights here
     note: Callable[[str], None] = print  # says what a user should know about the engine
     sleep: bool = False  # whether an engine gives its GPU memory to the trainer between sampling and the next sync

@@ -37,11 +37,13 @@ prompt; with vLLM's own 128 most prompts have none, and each sample computes its
 
 
 class VllmGenerator:
-    """vLLM in this process.
+    """vLLM in this process, or this process's part of it.
 
-    model: folder or hub id; dtype: "float32" or "bfloat16"; max_model_len: prompt + completion, tokens. The engine's
-    start-up messages go to `log`. Its sockets listen on the loopback interface, unless GLOO_SOCKET_IFNAME and
-    VLLM_HOST_IP say otherwise. Raises UserError, naming the cause, when the engine does not start.
+    model: folder or hub id; dtype: "float32" or "bfloat16"; max_model_len: prompt + completion, tokens. shared_by: how
+    many neighbours of the `world` share an engine (tensor parallelism): each holds a part of every matrix, and they
+    compute each token together. The engine's start-up messages go to `log`. Its sockets listen on the loopback
+    interface, unless GLOO_SOCKET_IFNAME and VLLM_HOST_IP say otherwise. Raises UserError, naming the cause, when the
+    engine does not start.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class VllmGenerator:
         log: Path,
         sleep: bool = False,
         world: World = ALONE,
+        shared_by: int = 1,
     ) -> None:
         self.tokenizer = tokenizer
         self.sampling = sampling
+        self.shared_by = shared_by
         with output_to(log):
             try:
                 self.llm = _start_vllm(
@@ -69,6 +73,7 @@ class VllmGenerator:
                     reads_text=bool(sampling.stop),
                     sleep=sleep,
                     world=world,
+                    shared_by=shared_by,
                 )
             except Exception as failure:  # the engine raises many types; the log has the details
                 raise UserError(
@@ -77,7 +82,7 @@ class VllmGenerator:
                     "Use --generator transformers."
                 ) from failure
         check_parameters(vllm_parameters(self._params([0])[0]), VLLM)
-        self.weights = WeightSync(self.llm, getattr(torch, dtype))
+        self.weights = WeightSync(self.llm, getattr(torch, dtype), world, shared_by)
         self.memory = EngineMemory(self.llm, sleep)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -134,6 +139,7 @@ def start(options: EngineOptions) -> VllmGenerator:
         log=options.log,
         sleep=options.sleep,
         world=options.world,
+        shared_by=options.engine_tp,
     )
     generator.sync(options.policy)
     if unseen := generator.weights.check.not_compared:
@@ -163,6 +169,7 @@ def _start_vllm(
     reads_text: bool,
     sleep: bool = False,
     world: World = ALONE,
+    shared_by: int = 1,
 ) -> Any:
     """The engine, quiet, in this process. Its settings are read from the environment when vllm is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -170,8 +177,8 @@ def _start_vllm(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     options: dict[str, Any] = {}
-    if world.size > 1:  # an engine of its own for each process, on its own GPU, in the processes' own group
-        options |= {"distributed_executor_backend": "external_launcher", "seed": 0}
+    if world.size > 1:  # each process's engine, or its part of one, on its own GPU, in the processes' own group
+        options |= {"distributed_executor_backend": "external_launcher", "seed": 0, "tensor_parallel_size": shared_by}
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all of them take the same cores
     from vllm import LLM
 
@@ -183,7 +190,7 @@ def _start_vllm(
         options["block_size"] = CPU_KV_BLOCK
         # a prompt processed in two parts needs its seed rewound, which CPU generators cannot do
         options["enable_chunked_prefill"] = False
-    with _random_state_kept(), _sockets_on_loopback():
+    with _random_state_kept(), _sockets_on_loopback(), _exchanging_over_gloo(shared_by):
         return LLM(
             model,
             dtype=dtype,
@@ -219,6 +226,28 @@ def _sockets_on_loopback() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _exchanging_over_gloo(shared_by: int) -> Iterator[None]:
+    """Lets the processes that share an engine which starts inside exchange over gloo where they run on CPUs.
+
+    vLLM's own exchange there, shared memory, has the same name for all engines that are started from outside ("env://"):
+    a second run on the machine finds it taken, and so does the next one after a run that was killed. Besides, processes
+    that wait in it keep their core busy.
+    """
+    if shared_by == 1 or torch.cuda.is_available():
+        yield
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    name = "_all_group_ranks_share_shm_group_name"  # what vLLM makes the use of shared memory depend on
+    original = getattr(CpuCommunicator, name)
+    setattr(CpuCommunicator, name, lambda communicator: False)
+    try:
+        yield
+    finally:
+        setattr(CpuCommunicator, name, original)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkl.distributed.world import ALONE, World
 from fastkl.kernels.compose import is_sharded
 from fastkl.rollout.agreement import StaleEngineError
 from fastkl.rollout.push_check import PushCheck
@@ -24,11 +25,14 @@ from fastkl.scoring.adapters import is_adapter, merged
 
 
 class WeightSync:
-    """Brings one running engine up to the policy's weights, which are cast to the engine's dtype."""
+    """Brings one running engine up to the policy's weights, which are cast to the engine's dtype.
 
-    def __init__(self, llm: Any, dtype: torch.dtype) -> None:
+    Where processes share an engine, each gets all weights, and the engine's loader keeps this process's part of them.
+    """
+
+    def __init__(self, llm: Any, dtype: torch.dtype, world: World = ALONE, shared_by: int = 1) -> None:
         self.llm = llm
-        self.check = PushCheck(dtype)
+        self.check = PushCheck(dtype, world, shared_by)
 
     def push(self, policy: nn.Module, step: int) -> None:
         """Copies the weights after `step` (0: before the first) into the engine.

@@ -117,10 +117,11 @@ def plan_of(
 
 
 def _engine_bytes(config: TrainConfig, parameters: int, dtype: torch.dtype, gpu_bytes: float | None) -> float:
-    """vLLM's weights and cache: its share of a GPU, or on a CPU a copy of the weights and the cache's own space."""
+    """vLLM's weights and cache: its share of a GPU, or on a CPU a copy of the weights, or this process's part of one,
+    and the cache's own space."""
     if gpu_bytes is not None:
         return config.gpu_memory_utilization * gpu_bytes
-    return parameters * dtype.itemsize + float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 1) * 2**30
+    return parameters * dtype.itemsize / config.engine_tp + float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 1) * 2**30
 
 
 def _decoding_bytes(model_config: Any, rows: int, tokens: int, dtype: torch.dtype) -> float:

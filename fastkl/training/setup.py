@@ -54,6 +54,7 @@ from fastkl.scoring.unread import META, fill, is_unread
 from fastkl.training import checkpoint
 from fastkl.training.best import Best
 from fastkl.training.callbacks import check_callbacks, speaking
+from fastkl.training.engines import check_engine_groups, check_engine_tp
 from fastkl.training.environment import record_environment
 from fastkl.training.fork import begin, copy_lines, forked
 from fastkl.training.given import Given
@@ -110,6 +111,7 @@ def check_inputs(
     """
     given = given or Given()
     check_config(config)
+    check_engine_groups(config, world.size)
     check_report_to(config.report_to)
     check_adapters(config.lora_rank, config.lora_targets)
     device = choose_device(config.device, world)
@@ -133,6 +135,7 @@ def check_inputs(
     evaluator = evaluator_of(config, held, prompts, rewards_of_held, sampling, text)
     generator, reason = choose_generator(config.generator, model_config, device)
     check_sleep(config, generator, device)
+    check_engine_tp(config.engine_tp, generator, models.text_config(model_config))
     lock = lock_run_folder(config) if world.is_first else None
     with closed_on_failure(lock):
         folder, resumed, is_fork = world.once(lambda: folder_of(config))
@@ -600,6 +603,7 @@ def start_generator(
             sleep=config.engine_sleep,
             log=inputs.folder / ("engine.log" if world.is_first else f"engine-{world.rank}.log"),
             world=world,
+            engine_tp=config.engine_tp,
             whole=partial(gathered, policy),
             note=note,
         )

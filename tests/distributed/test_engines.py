@@ -1,20 +1,105 @@
-"""One vLLM engine in each process, in the processes' own group."""
+"""vLLM engines in the processes' own group: one in each process, and one that two processes share."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from several_processes import run_in
 from test_processes import assert_alike, lines, story, trained
 
+from fastkl.config.settings import TrainConfig
+
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 
-def test_two_engines_draw_the_samples_of_one_and_hold_the_policys_weights(tmp_path):
-    """Every push, whose tensors are put together from the processes' pieces, is compared tensor by tensor, and every
-    log-prob with the trainer's, in each process."""
-    for name, size, shard in (("one", 1, "none"), ("two", 2, "full")):
-        run_in(size, tmp_path / name, trained, story(tmp_path / name / "run", shard=shard, generator="vllm", steps=2))
-    assert_alike(tmp_path / "one" / "run", tmp_path / "two" / "run")
-    gaps = [step["mismatch/mean_abs_logprob"] for step in lines(tmp_path / "two" / "run")]
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    run_in(1, folder / "processes", trained, story(folder / "run", generator="vllm", steps=2))
+    return folder / "run"
+
+
+def assert_agreed(run: Path) -> None:
+    """Every log-prob of the engines was compared with the trainer's, in each process."""
+    gaps = [step["mismatch/mean_abs_logprob"] for step in lines(run)]
     assert len(gaps) == 2 and max(gaps) < 1e-4
-    assert (tmp_path / "two" / "run" / "engine-1.log").is_file()
+    assert (run / "engine-1.log").is_file()
+
+
+def test_two_engines_draw_the_samples_of_one_and_hold_the_policys_weights(one, tmp_path):
+    """Every push, whose tensors are put together from the processes' pieces, is compared tensor by tensor."""
+    config = story(tmp_path / "run", shard="full", generator="vllm", steps=2)
+    run_in(2, tmp_path / "processes", trained, config)
+    assert_alike(one, tmp_path / "run")
+    assert_agreed(tmp_path / "run")
+
+
+class Spoiled:
+    """vLLM, but one tensor of what is pushed is another on its way."""
+
+    def __init__(self, llm, name: str) -> None:
+        self.llm, self.name = llm, name
+
+    def __getattr__(self, name: str):
+        return getattr(self.llm, name)
+
+    def collective_rpc(self, method: str, kwargs: dict) -> None:
+        weights = ((n, 1.01 * w if n == self.name else w) for n, w in kwargs["weights_iterator"])
+        self.llm.collective_rpc(method, kwargs={"weights_iterator": weights})
+
+
+def sharing(config: TrainConfig, spoiled: str) -> tuple[float, list[str], str, str]:
+    """A run whose two processes share an engine, and what becomes of it after the last step.
+
+    Returns the share of the policy's numbers that are in this process's part of the engine; tensors that were not
+    compared, and shared memory by which the engine would be in the way of another run's; what is said when the second
+    process's next push is spoiled; and when it gets other requests.
+    """
+    from fastkl.rollout.agreement import StaleEngineError
+    from fastkl.rollout.dealt import generate
+    from fastkl.rollout.requests import requests_of
+    from fastkl.training.loop import run_steps
+    from fastkl.training.setup import set_up
+
+    run = set_up(config)
+    generator = run.generator
+    generator.close, close = lambda: None, generator.close
+    run_steps(run)
+
+    def said(function) -> str:
+        try:
+            function()
+        except StaleEngineError as complaint:
+            return str(complaint)
+        return ""
+
+    held = sum(shape.numel() for shape in generator.weights.check.places.shapes.values())
+    share = held / sum(parameter.numel() for parameter in run.policy.model.parameters())
+    in_the_way = [path.name for path in Path("/dev/shm").iterdir() if "cpushm" in path.name]
+    llm, is_second = generator.llm, run.world.rank == 1
+    generator.weights.llm = Spoiled(llm, spoiled) if is_second else llm
+    pushed = said(lambda: generator.sync(run.policy.model, 3))
+    generator.weights.llm = llm
+    generator.sync(run.policy.model, 4)
+    requests = requests_of(run.prompts.take(1), 4, seed=0, step=9)
+    drawn = said(lambda: generate(generator, requests[::-1] if is_second else requests, run.world))
+    close()
+    return share, [*generator.weights.check.not_compared, *in_the_way], pushed, drawn
+
+
+def test_an_engine_that_two_processes_share_draws_the_samples_of_one_and_what_is_wrong_in_one_is_said_by_both(
+    one, tmp_path
+):
+    """With weights in pieces, so that the push is a collective call, and so is naming what did not arrive."""
+    config = story(tmp_path / "run", shard="full", generator="vllm", steps=2, engine_tp=2)
+    spoiled = "model.layers.1.self_attn.k_proj.weight"
+    found = run_in(2, tmp_path / "processes", sharing, config, spoiled)
+    assert_alike(one, tmp_path / "run")
+    assert_agreed(tmp_path / "run")
+    for share, nothing, pushed, drawn in found:
+        assert 0.5 < share < 0.51 and nothing == []
+        assert pushed.startswith("step 3: the weights that were pushed to the engine of process 1 did not all arrive: ")
+        assert f"{spoiled} (unlike the policy's); no completion" in pushed
+        assert drawn.startswith("processes 0 to 1, which share an engine, were to draw different completions; ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from fastkl.evaluation.evaluate import Evaluator, exact_kl
 from fastkl.evaluation.text_loss import text_loss
 from fastkl.rewards.call import compute_rewards
 from fastkl.rewards.load import RewardFunction
-from fastkl.rollout.dealt import Columns, generate
+from fastkl.rollout.agreement import StaleEngineError
+from fastkl.rollout.dealt import Columns, Engines, generate
 from fastkl.rollout.requests import requests_of
 from fastkl.sampling.params import Sampling
 from fastkl.scoring import backbone
@@ -41,13 +43,22 @@ def test_shares_and_deals_hold_every_item_once_and_come_back_in_order(items, siz
     assert [item for world in worlds for item in world.share(items)] == items
     lengths = [len(world.share(items)) for world in worlds]
     assert max(lengths) - min(lengths) <= 1
-    assert worlds[0].collected([world.dealt(items) for world in worlds]) == items
+
+
+@given(st.lists(st.integers()), st.integers(1, 4), st.integers(1, 4))
+def test_neighbours_get_the_same_items_and_hand_on_each_result_once_in_order(items, num_engines, shared_by):
+    of = [Engines(World(rank, num_engines * shared_by), shared_by) for rank in range(num_engines * shared_by)]
+    for rank, engines in enumerate(of):
+        assert engines.dealt(items) == of[rank // shared_by * shared_by].dealt(items)
+    assert sorted(x for e in of[::shared_by] for x in e.dealt(items)) == sorted(items)
+    parts = [engines.own(engines.dealt(items)) for engines in of]
+    assert sum(map(len, parts)) == len(items) and of[0].collected(parts) == items
 
 
 @given(st.lists(st.integers()), st.booleans())
 def test_a_process_alone_gets_back_what_it_gives(items, flag):
     assert ALONE.is_first and ALONE.remaining() is ALONE
-    assert ALONE.share(items) == ALONE.dealt(items) == ALONE.gathered(items) == items
+    assert ALONE.share(items) == ALONE.gathered(items) == items
     assert ALONE.everybodys(items) == [items] and ALONE.any(flag) is flag
     assert ALONE.once(lambda: items) is items
     tensor = torch.ones(3)
@@ -184,8 +195,10 @@ def test_columns_that_a_function_logs_in_some_shares_only_have_gaps_elsewhere():
 class Echo:
     """A generator whose completion is its request's place and seed."""
 
-    def __init__(self, asked):
-        self.asked = asked
+    sampling = Sampling(1.0, 4)
+
+    def __init__(self, asked, shared_by=1):
+        self.asked, self.shared_by = asked, shared_by
 
     def generate(self, requests):
         self.asked += requests
@@ -200,6 +213,59 @@ def test_every_request_is_drawn_once_with_its_own_seed_and_all_processes_get_all
     assert in_threads(size, lambda world: generate(Echo(asked), requests, world)) == [one] * size
     assert len(asked) == 6 and {r.seed for r in asked} == {r.seed for r in requests}
     assert len({c.text for c in one}) == 6  # no two samples share a seed
+
+
+@pytest.mark.parametrize(("size", "shared_by"), [(2, 2), (4, 2), (6, 3), (4, 4)])
+def test_processes_that_share_an_engine_get_its_requests_and_all_processes_get_all(size, shared_by):
+    prompts = [Prompt((1,), "p", "p", b) for b in range(3)]
+    requests, asked = requests_of(prompts, 2, seed=3, step=5), []
+    one = Echo([]).generate(requests)
+    assert in_threads(size, lambda world: generate(Echo(asked, shared_by), requests, world)) == [one] * size
+    assert sorted(r.seed for r in asked) == sorted(r.seed for r in requests for _ in range(shared_by))
+
+
+REQUESTS = requests_of([Prompt((1,), "p", "p", b) for b in range(4)], 2, seed=3, step=5)
+IN_ANOTHER_ORDER = [*REQUESTS[4:], *REQUESTS[:4]]
+OTHER_SEEDS = requests_of([Prompt((1,), "p", "p", b) for b in range(4)], 2, seed=4, step=5)
+OTHER_PROMPT = requests_of([Prompt((2,), "p", "p", b) for b in range(4)], 2, seed=3, step=5)
+
+
+def refusals(generators, requests) -> list[str]:
+    """What each of four processes says, of which two share an engine; empty where it draws."""
+
+    def said(world):
+        try:
+            generate(generators[world.rank], requests[world.rank], world)
+        except StaleEngineError as complaint:
+            return str(complaint)
+        return ""
+
+    return in_threads(4, said)
+
+
+@pytest.mark.parametrize("others", [IN_ANOTHER_ORDER, OTHER_SEEDS, OTHER_PROMPT, REQUESTS[:4]])
+def test_other_requests_in_a_process_of_an_engine_are_refused_by_all_before_any_is_drawn(others):
+    asked = []
+    said = refusals([Echo(asked, 2)] * 4, [REQUESTS, REQUESTS, REQUESTS, others])
+    assert len(set(said)) == 1 and said[0].startswith(
+        "processes 2 to 3, which share an engine, were to draw different completions; nothing was trained"
+    )
+    assert asked == []
+
+
+def test_other_sampling_in_a_process_of_an_engine_is_refused_by_all():
+    cold = Echo([], 2)
+    cold.sampling = Sampling(0.5, 4)
+    assert refusals([Echo([], 2), cold, Echo([], 2), Echo([], 2)], [REQUESTS] * 4)[3].startswith("processes 0 to 1, ")
+
+
+def test_completions_that_processes_of_an_engine_have_drawn_differently_are_refused_by_all():
+    class Other(Echo):
+        def generate(self, requests):
+            return [replace(c, token_ids=(7, *c.token_ids[1:])) for c in super().generate(requests)]
+
+    said = refusals([Echo([], 2), Echo([], 2), Other([], 2), Echo([], 2)], [REQUESTS] * 4)
+    assert len(set(said)) == 1 and "processes 2 to 3, which share an engine, drew different completions;" in said[0]
 
 
 def test_completions_come_out_of_their_columns_as_they_went_in():
