@@ -233,8 +233,8 @@ def _exchanging_over_gloo(shared_by: int) -> Iterator[None]:
     """Lets the processes that share an engine which starts inside exchange over gloo where they run on CPUs.
 
     vLLM's own exchange there, shared memory, has the same name for all engines that are started from outside ("env://")
-    and stays behind when the processes end: the next run on the machine, or one beside this one, finds it taken and does
-    not start. Besides, processes that wait in it keep their cores busy.
+    and stays behind when the processes end: the next run on the machine, or one beside this one, finds it taken and
+    does not start. Besides, processes that wait in it keep their cores busy.
     """
     if shared_by == 1 or torch.cuda.is_available():
         yield

@@ -100,6 +100,8 @@ def test_of_a_tensor_with_gaps_its_own_elements_have_to_be_covered():
     whole = Part.of(gappy, gappy)
     assert covered(whole, [Part.of(gappy[:20], gappy), Part.of(gappy[20:], gappy)])
     assert not covered(whole, [Part.of(gappy[:20], gappy), Part.of(gappy[21:], gappy)])
+    fives = WHOLE.flatten()[:20].view(4, 5)  # runs of four, in rows that are no multiple of it
+    assert not covered(Part.of(fives, fives), [Part.of(fives[:, :4], fives), Part.of(fives[3:, 1:], fives)])
     assert covered(Part.of(WHOLE[:0], WHOLE), [])
     assert covered(Part.of(torch.tensor(1.0), torch.tensor(1.0)), [Part.of(torch.tensor(1.0), torch.tensor(1.0))])
 
