@@ -364,6 +364,11 @@ def check_ahead(config: TrainConfig) -> None:
             "engine_sleep: with rollout_ahead the engine draws while the trainer works, and never sleeps; leave one of "
             "them out."
         )
+    if config.engine_tp > 1:
+        raise UserError(
+            f"engine_tp: with rollout_ahead the {config.engine_tp} processes of an engine would exchange while the "
+            "trainer does, in an order that may differ between them, and wait for ever; leave one of them out."
+        )
 
 
 def reuse_of(config: TrainConfig) -> Reuse:

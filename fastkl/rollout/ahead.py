@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fastkl.distributed.world import ALONE, World
-from fastkl.rollout.dealt import Columns, collected
+from fastkl.rollout.dealt import Columns, Engines, collected
 from fastkl.rollout.generator import Generator
 from fastkl.rollout.requests import Request, grouped
 from fastkl.types import Completion, Prompt
@@ -94,7 +94,7 @@ class Ahead:
     def begin(self, rollout: Rollout, requests: Sequence[Request]) -> None:
         """Starts to draw it. The generator is not to be used, nor given weights, until `wait`."""
         assert self.rollout is None, "the rollout before it has not been taken"
-        mine = self.world.dealt(requests)
+        mine = Engines(self.world).dealt(requests)
         self.rollout = rollout
         if self._thread:
             self._drawing = self._thread.submit(self.generator.generate, mine)

@@ -94,6 +94,7 @@ def test_without_weights_k1_in_the_reward_has_the_gradient_of_a_variance():
     ({"epochs": 3, "clip": (0.2, 0.2)}, "epochs: 3 updates a rollout"),
     ({"dynamic_sampling": 1}, "dynamic_sampling: 1 draws other prompts"),
     ({"engine_sleep": True}, "engine_sleep: with rollout_ahead the engine draws"),
+    ({"engine_tp": 2}, "engine_tp: with rollout_ahead the 2 processes of an engine"),
     ({"rollout_ahead": 2}, "rollout_ahead: 2 is out of range; it must be 0 or 1"),
 ])  # fmt: skip
 def test_what_is_biased_or_cannot_be_with_stale_samples_is_refused_by_name(settings, words):
