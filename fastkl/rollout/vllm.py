@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ CPU_EXPERTS_BLOCK = 32
 """Columns that vLLM's matrix products of experts take at a time on a CPU; it pads the other side itself."""
 
 CPU_KV_BLOCK = 32
-"""Tokens of a block of vLLM's KV cache on a CPU, the smallest it runs well with. Samples share the whole blocks of their
-prompt; with vLLM's own 128 most prompts have none, and each sample computes its prompt anew."""
+"""Tokens of a block of vLLM's KV cache on a CPU, the smallest it runs well with. Samples share the whole blocks of
+their prompt; with vLLM's own 128 most prompts have none, and each sample computes its prompt anew."""
 
 
 class VllmGenerator:
@@ -241,6 +242,8 @@ def _exchanging_over_gloo(shared_by: int) -> Iterator[None]:
         return
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
+    # vLLM's own, which torch would warn of in the middle of a run, in every process
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     name = "_all_group_ranks_share_shm_group_name"  # what vLLM makes the use of shared memory depend on
     original = getattr(CpuCommunicator, name)
     setattr(CpuCommunicator, name, lambda communicator: False)

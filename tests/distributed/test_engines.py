@@ -103,3 +103,4 @@ def test_an_engine_that_two_processes_share_draws_the_samples_of_one_and_what_is
         assert pushed.startswith("step 3: the weights that were pushed to the engine of process 1 did not all arrive: ")
         assert f"{spoiled} (unlike the policy's)" in pushed
         assert drawn.startswith("processes 0 to 1, which share an engine, were to draw different completions; ")
+    assert "Warning" not in "".join(path.read_text() for path in (tmp_path / "processes").glob("output-*.txt"))
