@@ -108,11 +108,11 @@ def head_token_scores(
     same in both. Weights and biases may be DTensors (FSDP2): they are gathered, and their gradient is averaged and
     scattered. Other arguments: token_scores.
 
-    vocab_group: the processes over which the heads are split by ids (tensor parallelism). Weights [V_rank, H] and biases
-    [V_rank] are then plain tensors with this rank's rows; hidden states are whole and the same on all ranks, like the
-    rest (see token_scores). The gradient of policy_hidden is summed over the ranks, once per backward (head_token_loss:
-    once per call): what comes back is that of the whole vocabulary, not to be summed again. Those of weight and bias
-    are of the own rows.
+    vocab_group: the processes over which the heads are split by ids (tensor parallelism). Weights [V_rank, H] and
+    biases [V_rank] are then plain tensors with this rank's rows; hidden states are whole and the same on all ranks,
+    like the rest (see token_scores). The gradient of policy_hidden is summed over the ranks, once per backward
+    (head_token_loss: once per call): what comes back is that of the whole vocabulary, not to be summed again. Those of
+    weight and bias are of the own rows.
 
     forward_kl and jsd need a chunk of logits at hand: on a GPU, too, heads are then multiplied by the BLAS, chunk by
     chunk.
