@@ -12,6 +12,7 @@ from .compose import is_sharded
 from .errors import UserError
 from .types import Head, Support
 
+TIES = ("torch", "lowest_ids")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -105,6 +106,8 @@ def check_rows(policy: Tensor, target_ids: Tensor, mask: Tensor | None, temperat
 def check_support(support: Support, policy: Tensor) -> None:
     """One form of the support only, with one entry per row."""
     num_rows = len(policy)
+    if support.ties not in TIES:
+        raise UserError(f"support.ties is {support.ties!r}, expected one of {list(TIES)}.")
     if (support.kept_ids is None) != (support.kept_offsets is None):
         raise UserError("support.kept_ids and support.kept_offsets belong together: pass both or neither.")
     if support.kept_ids is not None:

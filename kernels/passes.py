@@ -149,7 +149,7 @@ class RowStats:
     """Per row, [n]: all that the scores and the backward need, so that the logits need not be kept.
 
     The maxima are of the logits after temperature. `outside` is 1 where the support would not have kept the target,
-    else 0. threshold and first_id say what a support recomputed on a GPU keeps (gpu/supports.py). These three have no
+    else 0. threshold and edge_id say what a support recomputed on a GPU keeps (gpu/supports.py). These three have no
     meaning in the statistics over the full vocabulary. forward_kl and jsd are the scores, kl_to_mixture is KL(p, m)
     with m = (p + q) / 2; they are filled where a divergence is wanted.
     """
@@ -164,7 +164,7 @@ class RowStats:
     mean_gap: Tensor
     outside: Tensor
     threshold: Tensor
-    first_id: Tensor
+    edge_id: Tensor
     forward_kl: Tensor
     jsd: Tensor
     kl_to_mixture: Tensor

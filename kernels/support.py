@@ -2,8 +2,8 @@
 
 `keep_mask` is the definition, a mask over the vocabulary; cpu/supports.py finds the same ids as lists, gpu/supports.py
 as one threshold per row. Limits are applied in the order of vLLM's sampler (vllm/v1/sample: banned ids, temperature,
-min_p, top_k, top_p). Equal logits at a cut are treated as its PyTorch sampler treats them, which runs on CPUs; on CUDA
-vLLM keeps exactly k of them, the lowest ids first (see Support).
+min_p, top_k, top_p). Equal logits at a cut are treated as its PyTorch sampler treats them, which runs on CPUs, or, with
+ties="lowest_ids", as its Triton sampler does, which runs on GPUs (see Support).
 Left out: settings that change the distribution in other ways (penalties, guided decoding); they cannot be replayed.
 """
 
@@ -73,8 +73,9 @@ def _recompute(support: Support, logits: Tensor) -> Tensor:
         probs = logits.softmax(1)
         threshold = probs.amax(1, keepdim=True) * column(support.min_p, logits.device, logits.dtype)
         logits.masked_fill_(probs < threshold, -torch.inf)
-    if support.top_p is not None:
-        _apply_top_k_top_p(logits, support.top_k, column(support.top_p, logits.device, logits.dtype))
+    if support.top_p is not None or (support.top_k is not None and support.lowest_ids):
+        top_p = column(1.0 if support.top_p is None else support.top_p, logits.device, logits.dtype)
+        _apply_top_k_top_p(logits, support.top_k, top_p, support.lowest_ids)
     elif support.top_k is not None:
         k = ranks(support.top_k, logits)
         largest = logits.topk(int(k.max()) if len(k) else 1, dim=1).values
@@ -88,15 +89,23 @@ def ranks(top_k: int | Tensor, logits: Tensor, device: torch.device | None = Non
     return torch.where((k <= 0) | (k > logits.shape[1]), logits.shape[1], k)
 
 
-def _apply_top_k_top_p(logits: Tensor, top_k: int | Tensor | None, top_p: Tensor) -> None:
-    """Keeps every logit >= the k-th largest of its row, then the fewest best ones whose probability reaches top_p.
+def _apply_top_k_top_p(logits: Tensor, top_k: int | Tensor | None, top_p: Tensor, lowest_ids: bool) -> None:
+    """Keeps every logit >= the k-th largest of its row (lowest_ids: the k largest), then the fewest best ones whose
+    probability reaches top_p.
 
-    The sort is the very call that vLLM makes, so that equal logits fall on the same side of the top_p threshold.
+    The sort is the very call that vLLM makes, so that equal logits fall on the same side of the top_p threshold;
+    lowest_ids: it sorts from the last id to the first, and leaves equal logits in this order.
     """
-    ordered, ids = logits.sort(dim=1, descending=False)
+    vocab = logits.shape[1]
+    if lowest_ids:
+        ordered, places = logits.flip(1).sort(dim=1, stable=True)
+        ids = vocab - 1 - places
+    else:
+        ordered, ids = logits.sort(dim=1, descending=False)
     below = torch.zeros_like(ordered, dtype=torch.bool)
     if top_k is not None:
-        below = ordered < ordered.gather(1, logits.shape[1] - ranks(top_k, logits))
+        first = vocab - ranks(top_k, logits)
+        below = torch.arange(vocab, device=ids.device) < first if lowest_ids else ordered < ordered.gather(1, first)
         ordered.masked_fill_(below, -torch.inf)
     outside = ordered.softmax(1).cumsum_(1) <= 1 - top_p
     outside[:, -1] = False

@@ -139,9 +139,11 @@ class Support:
     [num_banned] from the rows where `banned_rows` bool [N] is true (from all rows if None): min_tokens bans the
     end-of-sequence ids in the first tokens.
     top_k, top_p and min_p are numbers or tensors [N]; top_k <= 0, top_p >= 1 and min_p <= 0 mean "off".
-    Ties at the top_k threshold are all kept; ties at the top_p threshold fall as torch.sort orders them, as in vLLM's
-    PyTorch sampler. Its CUDA sampler cuts ties by id, the lowest first: with bfloat16 logits one or two ids of a row,
-    which together weigh 5e-5 (peaked rows) to 1e-3 (flat ones).
+    ties says which of equal logits are kept where top_k or top_p cuts between them. "torch": at the top_k threshold
+    all, at that of top_p as torch.sort orders them, as vLLM's PyTorch sampler does (CPUs) and transformers.
+    "lowest_ids": exactly so many as are needed, the lowest ids first, as vLLM's Triton sampler does (GPUs, requests
+    with seeds) but for its own rounding. With bfloat16 logits the two differ in one or two ids of a row, which together
+    weigh 5e-5 (peaked rows) to 1e-3 (flat ones).
 
     The target of a row is kept in either form, whatever the rest says: it was sampled. TokenScores.outside_support
     marks the rows where nothing else would have kept it.
@@ -155,6 +157,12 @@ class Support:
     top_p: float | Tensor | None = None
     min_p: float | Tensor | None = None
     excluded_ids: Tensor | None = None
+    ties: str = "torch"
+
+    @property
+    def lowest_ids(self) -> bool:
+        """Whether equal logits at a cut go to the lowest ids."""
+        return self.ties == "lowest_ids"
 
     @property
     def is_recomputed(self) -> bool:

@@ -98,6 +98,8 @@ def _largest_pairs(support: Support, z: Tensor) -> tuple[Tensor, Tensor]:
             pending = pending[is_unclear]
             break
         values, columns = largest(logits, count)
+        if support.lowest_ids:
+            values, columns = lowest_first(values, columns)
         keep, complete, is_unclear = _decide(support.select(pending), values, logits)
         kept_rows, kept = (keep & (complete & ~is_unclear)[:, None]).nonzero().unbind(1)
         rows.append(pending[kept_rows])
@@ -136,6 +138,13 @@ def largest(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
         columns = torch.cat([columns, tail], dim=1)
     values, places = z.gather(1, columns).topk(count, dim=1)
     return values, columns.gather(1, places)
+
+
+def lowest_first(values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [n, M] in descending order, of equal ones the lowest column first; and their columns."""
+    columns, order = columns.sort(1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
 
 
 def _above_threshold(support: Support, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,7 +192,8 @@ def _between(lowest: Tensor, highest: Tensor, z: Tensor, e: Tensor) -> tuple[Ten
 
 def _decide(support: Support, values: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From the largest `values` [n, M] of the logits [n, V]: which of them are kept, bool [n, M]; the rows where no
-    others are kept; and the rows where only the definition can tell.
+    others are kept; and the rows where only the definition can tell. With lowest_ids, equal values must come in the
+    order of their ids, and a row is complete only if all that equal the least kept one are among the values.
     """
     dtype, device = torch.float64, values.device
     distance = values.to(dtype) - values[:, :1].to(dtype)
@@ -197,6 +207,8 @@ def _decide(support: Support, values: Tensor, logits: Tensor) -> tuple[Tensor, T
         k = ranks(support.top_k, logits).clamp(max=values.shape[1])
         keep &= values >= values.masked_fill(~keep, -torch.inf).gather(1, k - 1)
     complete = ~keep[:, -1]
+    if support.top_k is not None and support.lowest_ids:
+        keep &= keep.cumsum(1) <= k
     if support.top_p is not None:
         p = column(support.top_p, device, dtype)
         e = distance.exp().masked_fill_(~keep, 0)
@@ -206,8 +218,12 @@ def _decide(support: Support, values: Tensor, logits: Tensor) -> tuple[Tensor, T
         inside = (before < p) | (p >= 1)
         inside[:, 0] = True
         last = keep[:, 1:] & inside[:, :-1] & ~inside[:, 1:]
-        unclear |= (last & (values[:, 1:] == values[:, :-1])).any(1)
+        if not support.lowest_ids:
+            unclear |= (last & (values[:, 1:] == values[:, :-1])).any(1)
         unclear |= (keep & (p < 1) & ((before - p).abs() < MARGIN)).any(1)
         keep &= inside
-        complete = ~keep[:, -1] if alone else complete
+        if alone:
+            complete = ~keep[:, -1]
+        if alone and support.lowest_ids:
+            complete &= values.masked_fill(~keep, torch.inf).amin(1) > values[:, -1]
     return keep, complete, unclear

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .rows import (
-    FIRST_ID,
+    EDGE_ID,
     FORWARD_KL,
     JSD,
     KL_TO_MIXTURE,
@@ -29,7 +29,7 @@ from .rows import (
 
 @triton.jit
 def divergence_block(
-    row, keep_ptr, start, block, target, numbers, normalisers, threshold, first_id, bans, num_bans, sums,
+    row, keep_ptr, start, block, target, numbers, normalisers, threshold, edge_id, bans, num_bans, sums,
     FLAGS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds columns start.. of a row to the lanes' sums: of the forward KL, the jsd and KL(p, m)."""
@@ -41,7 +41,9 @@ def divergence_block(
         if FLAGS.has_keep:
             keep = tl.load(keep_ptr + cols, mask=cols < numbers[0], other=0) != 0
         else:
-            keep = is_kept(z, cols, threshold, first_id, start, BLOCK, bans, num_bans) | (cols == target)
+            keep = is_kept(z, cols, threshold, edge_id, start, BLOCK, bans, num_bans, FLAGS.lowest_ids) | (
+                cols == target
+            )
         p = tl.where(keep, p, 0.0)
         q = tl.where(keep, q, 0.0)
     if FLAGS.forward_kl:
@@ -68,19 +70,19 @@ def divergence_row(
     keep_ptr = inputs.keep + i * vocab
     block = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     whole = vocab // BLOCK * BLOCK
-    first_id = 0
+    edge_id = 0
     num_bans = 0
     if FLAGS.has_threshold:
-        first_id = tl.load(stats.support + FIRST_ID * stats.stride + i).to(tl.int32)
+        edge_id = tl.load(stats.support + EDGE_ID * stats.stride + i).to(tl.int32)
         num_bans = tl.load(inputs.num_bans + i).to(tl.int32)
     normalisers = load_normalisers(of_stats, stats.stride, i)
     zero = tl.zeros([LANES], tl.float32)
     sums = (zero, zero, zero)
     for start in range(0, whole, BLOCK):
-        sums = divergence_block(row, keep_ptr, start, block, target, numbers, normalisers, threshold, first_id,
+        sums = divergence_block(row, keep_ptr, start, block, target, numbers, normalisers, threshold, edge_id,
                                 inputs.bans, num_bans, sums, FLAGS, BLOCK, False)  # fmt: skip
     if whole < vocab:
-        sums = divergence_block(row, keep_ptr, whole, block, target, numbers, normalisers, threshold, first_id,
+        sums = divergence_block(row, keep_ptr, whole, block, target, numbers, normalisers, threshold, edge_id,
                                 inputs.bans, num_bans, sums, FLAGS, BLOCK, True)  # fmt: skip
     forward, jsd, to_mixture = sums
     tl.store(of_stats + FORWARD_KL * stats.stride + i, tl.sum(forward, 0))

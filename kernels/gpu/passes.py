@@ -314,6 +314,7 @@ class GpuPasses:
             has_keep=keep is not None,
             has_row_ids=self.source.picked is not None,
             has_inf=flags.has_inf or self.source.has_inf,
+            lowest_ids=self.thresholds is not None and self.thresholds.lowest_ids,
         )
 
     def _keep(self, lo: int, rows: slice | Tensor, z: Tensor) -> Tensor:

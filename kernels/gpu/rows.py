@@ -34,7 +34,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST_BITS = tl.constexpr(-1e25)
 """A maximum over nothing, in bits: far above what is EXCLUDED, which therefore adds exactly nothing to any sum."""
-OUTSIDE, THRESHOLD, FIRST_ID = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)  # places in RowStats
+OUTSIDE, THRESHOLD, EDGE_ID = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)  # places in RowStats
 FORWARD_KL, JSD, KL_TO_MIXTURE = tl.constexpr(11), tl.constexpr(12), tl.constexpr(13)
 VECTOR = tl.constexpr(4)
 """How many logits a thread of score_kernel loads at once, the same for every dtype: otherwise narrower ones would have
@@ -109,6 +109,7 @@ class Flags(NamedTuple):
     jsd: bool = False  # the Jensen-Shannon divergence, or a factor of it
     forward_kl_support: bool = False  # factors on the support
     jsd_support: bool = False
+    lowest_ids: bool = False  # of equal logits at a threshold the lowest ids are kept, not the highest
 
     @classmethod
     def of(cls, options: LogitOptions, bias: Tensor | None, ref_bias: Tensor | None) -> Flags:
@@ -445,9 +446,12 @@ def reached_by(maxima, rank, LANES: tl.constexpr):
 
 
 @triton.jit
-def is_kept(z, cols, threshold, first_id, start, block, bans, num_bans):
+def is_kept(z, cols, threshold, edge_id, start, block, bans, num_bans, LOWEST_IDS: tl.constexpr):
     """Which logits of columns start..start + block a threshold keeps (gpu/supports.py), the target aside."""
-    keep = (z > threshold) | ((z == threshold) & (cols >= first_id))
+    if LOWEST_IDS:
+        keep = (z > threshold) | ((z == threshold) & (cols <= edge_id))
+    else:
+        keep = (z > threshold) | ((z == threshold) & (cols >= edge_id))
     for b in range(0, num_bans):
         banned = tl.load(bans + b).to(tl.int32)
         if (banned >= start) & (banned < start + block):
@@ -552,9 +556,11 @@ def gradient_of_block(
         if FLAGS.has_keep:
             keep = tl.load(inputs.keep + i * vocab + cols, mask=cols < vocab, other=0) != 0
         else:
-            first_id = tl.load(stats.support + FIRST_ID * stats.stride + i).to(tl.int32)
+            edge_id = tl.load(stats.support + EDGE_ID * stats.stride + i).to(tl.int32)
             num_bans = tl.load(inputs.num_bans + i).to(tl.int32)
-            keep = is_kept(z, cols, threshold, first_id, start, BLOCK, inputs.bans, num_bans) | (cols == target)
+            keep = is_kept(z, cols, threshold, edge_id, start, BLOCK, inputs.bans, num_bans, FLAGS.lowest_ids) | (
+                cols == target
+            )
         known = load_stats(stats.support, stats.stride, i)
         factors = (load_factor(gradient, 3, i, True), 0.0, load_factor(gradient, 4, i, FLAGS.has_c_support))
         on_support = gradient_block(z, r, cols, target, holds_target, known, factors, False, FLAGS.has_c_support)

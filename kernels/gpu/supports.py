@@ -1,9 +1,11 @@
 """Recomputed supports on a GPU, without a mask over the vocabulary.
 
 What min_p, top_k and top_p leave of a row is a prefix of its logits in descending order, of equal ones the highest id
-first. So one logit and one id per row say it all, and every kernel that reads logits can tell what is kept:
+first (with Support.lowest_ids the lowest). So one logit and one id per row say it all, and every kernel that reads
+logits can tell what is kept:
 
-    keep = z > threshold or (z == threshold and id >= first_id), and the target, but no banned id
+    keep = z > threshold or (z == threshold and id >= edge_id), and the target, but no banned id
+    (with lowest_ids: id <= edge_id)
 
 `support_kernel` finds them, one program per row, from the statistics of score_kernel:
 
@@ -30,8 +32,8 @@ from torch import Tensor
 from ..support import ranks
 from ..types import Support
 from .rows import (
+    EDGE_ID,
     EXCLUDED,
-    FIRST_ID,
     LOG2E,
     NO_LOGIT,
     OUTSIDE,
@@ -154,7 +156,8 @@ def list_block(
         slot = tl.atomic_add(limits.counts + i + tl.zeros_like(cols), 1, mask=hit, sem="relaxed")
         bits = z.to(tl.int32, bitcast=True)
         bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # in the order of the numbers
-        tl.store(limits.keys + i * WHICH.list + slot, (bits.to(tl.int64) << 32) | cols.to(tl.int64), mask=hit)
+        place = 0x7FFFFFFF - cols if FLAGS.lowest_ids else cols
+        tl.store(limits.keys + i * WHICH.list + slot, (bits.to(tl.int64) << 32) | place.to(tl.int64), mask=hit)
     return n
 
 
@@ -193,6 +196,8 @@ def decide(
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     z = bits.to(tl.float32, bitcast=True)
     ids = key.to(tl.int32)
+    if FLAGS.lowest_ids:
+        ids = 0x7FFFFFFF - ids
     keep = place < n
     for b in range(0, num_bans):
         keep = keep & (ids != tl.load(limits.bans + b).to(tl.int32))
@@ -208,7 +213,10 @@ def decide(
     if WHICH.top_k:
         rank = tl.cumsum(keep.to(tl.int32), 0)
         last = tl.minimum(tl.max(rank, 0), k)
-        keep = keep & (z >= tl.max(tl.where(keep & (rank >= last), z, EXCLUDED), 0))
+        if FLAGS.lowest_ids:
+            keep = keep & (rank <= last)
+        else:
+            keep = keep & (z >= tl.max(tl.where(keep & (rank >= last), z, EXCLUDED), 0))
     if WHICH.top_p:
         p = tl.load(limits.top_p + i)
         if p < 1.0:
@@ -226,12 +234,16 @@ def decide(
                 unclear += tl.sum((heavy & (inside == 0) & (z == least)).to(tl.int32), 0)
             keep = inside
     threshold = tl.min(tl.where(keep, z, float("inf")), 0)
-    first_id = tl.min(tl.where(keep & (z == threshold), ids, 0x7FFFFFFF), 0)
-    if WHICH.top_k and not WHICH.top_p:
-        first_id = first_id * 0
+    at_edge = keep & (z == threshold)
+    if FLAGS.lowest_ids:
+        edge_id = tl.max(tl.where(at_edge, ids, -1), 0)
+    else:
+        edge_id = tl.min(tl.where(at_edge, ids, 0x7FFFFFFF), 0)
+        if WHICH.top_k and not WHICH.top_p:
+            edge_id = edge_id * 0
     unclear += (threshold == float("inf")).to(tl.int32)
     tl.store(stats.support + THRESHOLD * stats.stride + i, tl.where(unclear > 0, float("nan"), threshold))
-    tl.store(stats.support + FIRST_ID * stats.stride + i, first_id.to(tl.float32))
+    tl.store(stats.support + EDGE_ID * stats.stride + i, edge_id.to(tl.float32))
     tl.store(limits.unsettled + i, ((unclear == 0) & (whole == 0)).to(tl.int32))
     if (unclear == 0) & (whole > 0):
         sums = sums_of_list(row, z, ids, keep & (ids != target), r_t, numbers, FLAGS)
@@ -326,7 +338,7 @@ def support_kernel(
 
     if (p >= 1.0) & (alone > 0):  # no limit in this row
         tl.store(stats.support + THRESHOLD * stats.stride + i, NO_LOGIT)
-        tl.store(stats.support + FIRST_ID * stats.stride + i, 0.0)
+        tl.store(stats.support + EDGE_ID * stats.stride + i, 0.0)
         tl.store(limits.unsettled + i, 1)
     else:
         n = k * 0
@@ -360,8 +372,8 @@ def support_sums_kernel(
     z_t, r_t = load_pair(row, target, numbers, FLAGS.has_ref, FLAGS, False, True)
     num_bans = tl.load(limits.num_bans + i).to(tl.int32)
     threshold = tl.load(stats.support + THRESHOLD * stats.stride + i)
-    first_id = tl.load(stats.support + FIRST_ID * stats.stride + i).to(tl.int32)
-    inside = is_kept(z_t, target, threshold, first_id, target, 1, limits.bans, num_bans)
+    edge_id = tl.load(stats.support + EDGE_ID * stats.stride + i).to(tl.int32)
+    inside = is_kept(z_t, target, threshold, edge_id, target, 1, limits.bans, num_bans, FLAGS.lowest_ids)
     tl.store(stats.support + OUTSIDE * stats.stride + i, (inside == 0).to(tl.float32))
     if tl.load(limits.unsettled + i) != 0:
         block = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
@@ -369,7 +381,7 @@ def support_sums_kernel(
         for start in range(0, vocab, BLOCK):
             cols = tl.max_contiguous(start + block, [1, VECTOR])
             z, r = load_pair(row, cols, numbers, FLAGS.has_ref, FLAGS, True, True)
-            keep = is_kept(z, cols, threshold, first_id, start, BLOCK, limits.bans, num_bans)
+            keep = is_kept(z, cols, threshold, edge_id, start, BLOCK, limits.bans, num_bans, FLAGS.lowest_ids)
             r = tl.where(keep | (cols == target), r, -float("inf"))
             z = tl.where(keep & (cols != target), z, EXCLUDED)
             sums = fold_bits(z, r, sums, FLAGS.has_ref, True, 0)
@@ -386,8 +398,9 @@ class Thresholds:
 
         self.which = Which(
             support.top_k is not None, support.top_p is not None, support.min_p is not None,
-            device.type != "cuda", LIST, SHORT_LIST,
+            device.type != "cuda" and not support.lowest_ids, LIST, SHORT_LIST,
         )  # fmt: skip
+        self.lowest_ids = support.lowest_ids
         like = torch.empty(num_rows, vocab, device="meta")
         self.top_k = None if support.top_k is None else ranks(support.top_k, like, device)[:, 0].contiguous()
         self.top_p = None if support.top_p is None else numbers(support.top_p)

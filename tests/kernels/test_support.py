@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastkl.errors import UserError
 from fastkl.kernels import operators
 from fastkl.kernels.cpu import supports
 from fastkl.kernels.cpu.supports import allowed_pairs, banned_pairs, largest
@@ -14,9 +15,9 @@ from fastkl.kernels.support import keep_mask
 from fastkl.kernels.types import Support
 
 
-def by_hand(logits, *, banned=(), top_k=0, top_p=1.0, min_p=0.0):
-    """One row, float64, in words: ban, keep what is at least min_p of the best, keep the k best and their ties, keep
-    the fewest of the best that reach top_p."""
+def by_hand(logits, *, banned=(), top_k=0, top_p=1.0, min_p=0.0, ties="torch"):
+    """One row, float64, in words: ban, keep what is at least min_p of the best, keep the k best and their ties
+    (lowest_ids: no ties, but the lowest ids), keep the fewest of the best that reach top_p."""
     alive = {i: float(x) for i, x in enumerate(logits) if i not in banned}
     if min_p > 0:
         best = max(alive.values())
@@ -24,8 +25,10 @@ def by_hand(logits, *, banned=(), top_k=0, top_p=1.0, min_p=0.0):
     if 0 < top_k < len(alive):
         threshold = sorted(alive.values())[-top_k]
         alive = {i: x for i, x in alive.items() if x >= threshold}
+        if ties == "lowest_ids":
+            alive = {i: alive[i] for i in sorted(alive, key=lambda i: (-alive[i], i))[:top_k]}
     if top_p < 1:
-        ids = sorted(alive, key=lambda i: (alive[i], i), reverse=True)
+        ids = sorted(alive, key=lambda i: (-alive[i], i))
         probs = torch.tensor([alive[i] for i in ids], dtype=torch.float64).softmax(0)
         before = probs.cumsum(0) - probs
         alive = {i: alive[i] for i, b in zip(ids, before.tolist(), strict=True) if b < top_p}
@@ -40,20 +43,24 @@ def by_hand(logits, *, banned=(), top_k=0, top_p=1.0, min_p=0.0):
     top_k=st.integers(0, 45),
     top_p=st.sampled_from([1.0, 0.93, 0.51, 0.07]),
     min_p=st.sampled_from([0.0, 0.03, 0.41]),
+    ties=st.sampled_from(["torch", "lowest_ids"]),
 )
-def test_support_is_what_a_loop_over_sorted_ids_keeps(seed, vocab, levels, top_k, top_p, min_p):
+def test_support_is_what_a_loop_over_sorted_ids_keeps(seed, vocab, levels, top_k, top_p, min_p, ties):
     """With few levels of logits, ties are everywhere."""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, levels, (5, vocab), generator=g).double() * (6.0 / levels)
     targets = torch.randint(0, vocab, (5,), generator=g)
     banned = torch.tensor([0])
     banned_rows = torch.tensor([True, False, True, False, False])
-    support = Support(banned_ids=banned, banned_rows=banned_rows, top_k=top_k, top_p=top_p, min_p=min_p)
+    limits = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "ties": ties}
+    support = Support(banned_ids=banned, banned_rows=banned_rows, **limits)
     keep = keep_mask(support, logits)
     for i in range(5):
-        expected = by_hand(logits[i], banned=[0] if banned_rows[i] else [], top_k=top_k, top_p=top_p, min_p=min_p)
+        expected = by_hand(logits[i], banned=[0] if banned_rows[i] else [], **limits)
         kept = keep[i].nonzero()[:, 0].tolist()
-        if top_p < 1:  # which of several equal logits top_p keeps is the sort's choice, how many is not
+        if (
+            top_p < 1 and ties == "torch"
+        ):  # which of several equal logits top_p keeps is the sort's choice, how many is not
             assert sorted(logits[i, kept].tolist()) == sorted(logits[i, expected].tolist())
         else:
             assert kept == expected
@@ -71,8 +78,11 @@ def test_support_is_what_a_loop_over_sorted_ids_keeps(seed, vocab, levels, top_k
     top_p=st.sampled_from([None, 0.95, 0.3, "rows"]),
     min_p=st.sampled_from([None, 0.05, 0.5]),
     banned=st.booleans(),
+    ties=st.sampled_from(["torch", "lowest_ids"]),
 )
-def test_the_list_of_allowed_ids_is_the_mask_of_the_definition(seed, vocab, levels, scale, top_k, top_p, min_p, banned):
+def test_the_list_of_allowed_ids_is_the_mask_of_the_definition(
+    seed, vocab, levels, scale, top_k, top_p, min_p, banned, ties
+):
     """Ties, thresholds beyond the first few ids, limits that differ from row to row, and z left as it was."""
     g = torch.Generator().manual_seed(seed)
     z = torch.randint(0, levels, (6, vocab), generator=g).float() * (scale / levels)
@@ -84,6 +94,7 @@ def test_the_list_of_allowed_ids_is_the_mask_of_the_definition(seed, vocab, leve
         top_k=torch.randint(-1, vocab + 3, (6,), generator=g) if top_k == "rows" else top_k,
         top_p=torch.rand(6, generator=g) + 0.1 if top_p == "rows" else top_p,
         min_p=min_p,
+        ties=ties,
     )
     before = z.clone()
     expected = keep_mask(support, z, targets).nonzero()
@@ -124,6 +135,37 @@ def test_flat_rows_are_settled_without_sorting_them(monkeypatch):
     monkeypatch.setattr(supports, "keep_mask", lambda s, x, *_: sorted_rows.append(len(x)) or keep_mask(s, x))
     assert torch.equal(torch.stack(allowed_pairs(support, z, targets)[:2], 1), expected)
     assert sum(sorted_rows) <= 10
+
+
+@pytest.mark.parametrize("limits", [{"top_k": 50}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.8, "min_p": 0.001}])
+def test_rows_of_bfloat16_logits_whose_ties_go_to_the_lowest_ids_are_settled_without_sorting_them(limits, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    z = (torch.randn(200, 8000, generator=g) * 3).bfloat16().float()
+    support, targets = Support(**limits, ties="lowest_ids"), z.argmax(1)
+    expected = keep_mask(support, z, targets)
+    tied = keep_mask(Support(**limits), z, targets) != expected
+    assert int(tied.any(1).sum()) > 20
+    sorted_rows = []
+    monkeypatch.setattr(supports, "keep_mask", lambda s, x, *_: sorted_rows.append(len(x)) or keep_mask(s, x))
+    assert torch.equal(torch.stack(allowed_pairs(support, z, targets)[:2], 1), expected.nonzero())
+    assert "top_k" not in limits or sum(sorted_rows) <= 10
+
+
+def test_scores_on_a_support_whose_ties_go_to_the_lowest_ids_are_those_of_its_ids():
+    """Six logits, three of them equal where top_k and top_p cut."""
+    z = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]], dtype=torch.float64)
+    for limits in ({"top_k": 3}, {"top_p": 0.68}):
+        support = Support(**limits, ties="lowest_ids")
+        for target, kept in ((1, [1, 2, 3]), (4, [1, 2, 3, 4])):
+            scores = operators.token_scores(z, None, torch.tensor([target]), support=support)
+            exact = z[0, target] - z[0, kept].logsumexp(0)
+            torch.testing.assert_close(scores.policy_logprobs_support, exact[None])
+            assert scores.outside_support.tolist() == [float(target == 4)]
+
+
+def test_another_rule_for_ties_is_refused():
+    with pytest.raises(UserError, match=r"support.ties is 'first', expected one of \['torch', 'lowest_ids'\]"):
+        operators.token_scores(torch.zeros(1, 3), None, torch.tensor([0]), support=Support(top_k=1, ties="first"))
 
 
 @pytest.mark.parametrize("vocab", [64, 1000, 1007])
