@@ -151,6 +151,20 @@ def test_rows_of_bfloat16_logits_whose_ties_go_to_the_lowest_ids_are_settled_wit
     assert "top_k" not in limits or sum(sorted_rows) <= 10
 
 
+def test_equal_logits_beyond_the_largest_few_are_seen_before_the_lowest_ids_are_taken():
+    """20 ids stand out, 200 are equal, and top_p takes five of these: more than 32 have to be looked at."""
+    g = torch.Generator().manual_seed(0)
+    levels = torch.cat([torch.full((20,), 5.0), torch.zeros(200), torch.full((180,), -20.0)])
+    z = torch.stack([levels[torch.randperm(400, generator=g)] for _ in range(30)])
+    mass = levels.double().exp()
+    support = Support(top_p=float((mass[:20].sum() + 4.5) / mass.sum()), ties="lowest_ids")
+    targets = z.argmax(1)
+    rows, ids, _ = allowed_pairs(support, z, targets)
+    for i in range(30):
+        expected = [*(z[i] == 5).nonzero()[:, 0].tolist(), *(z[i] == 0).nonzero()[:5, 0].tolist()]
+        assert ids[rows == i].tolist() == sorted(expected)
+
+
 def test_scores_on_a_support_whose_ties_go_to_the_lowest_ids_are_those_of_its_ids():
     """Six logits, three of them equal where top_k and top_p cut."""
     z = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]], dtype=torch.float64)
