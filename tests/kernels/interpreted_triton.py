@@ -191,6 +191,10 @@ BANS = {"banned_ids": torch.tensor([7, 299]), "banned_rows": torch.tensor([1, 1,
         pytest.param(tied_logits, {"top_k": 5}, 0, marks=REST),
         pytest.param(tied_logits, {"top_p": 0.5}, None, marks=REST),  # equal logits are cut where the definition's are
         (tied_logits, {"min_p": 0.05, "top_k": 4, "top_p": 0.7}, None),
+        pytest.param(tied_logits, {"top_k": 5, "ties": "lowest_ids"}, 0, marks=REST),
+        pytest.param(tied_logits, {"top_p": 0.5, "ties": "lowest_ids"}, 0, marks=REST),
+        pytest.param(flat_logits, {"top_p": 0.9, "ties": "lowest_ids", **BANS}, 0, marks=REST),
+        pytest.param(tied_logits, {"min_p": 0.05, "top_k": 4, "top_p": 0.7, "ties": "lowest_ids"}, 0, marks=REST),
         pytest.param(equal_logits, {"top_p": 0.4983}, 6, marks=REST),
         pytest.param(equal_logits, {"top_k": 5}, 6, marks=REST),
         # nothing is left of a difference of sums
@@ -211,11 +215,13 @@ def test_a_threshold_keeps_what_the_definition_keeps(logits, limits, by_mask, mo
     z, r = logits(g), torch.randn(6, 300, generator=g)
     targets = torch.tensor([299, 0, 7, 5, 16, 63])
     support = reference.Support(**limits)
+    outputs = ("entropy", "kl", "jsd") if support.lowest_ids else ("entropy", "kl")
     leaf, exact = z.clone().requires_grad_(), z.double().requires_grad_()
-    got = operators.token_scores(leaf, r, targets, support=support)
+    got = operators.token_scores(leaf, r, targets, support=support, outputs=outputs)
     assert by_mask is None or sum(masked) == by_mask
-    truth = reference.token_scores(exact, r.double(), targets, support=support)
-    for name in ("policy_logprobs_support", "ref_logprobs_support", "kl_support", "outside_support"):
+    truth = reference.token_scores(exact, r.double(), targets, support=support, outputs=outputs)
+    names = ("policy_logprobs_support", "ref_logprobs_support", "kl_support", "outside_support")
+    for name in (*names, "jsd_support") if support.lowest_ids else names:
         torch.testing.assert_close(getattr(got, name).double(), getattr(truth, name), rtol=1e-5, atol=1e-5)
     (got.kl_support + got.policy_logprobs_support).sum().backward()
     (truth.kl_support + truth.policy_logprobs_support).sum().backward()
