@@ -60,7 +60,7 @@ models: setup
 
 kernels: setup
 	@TRITON_INTERPRET=1 $(PYTEST) $(if $(filter 0 1,$(WORKERS)),,--dist load) -m "" tests/kernels/interpreted_triton.py $(ARGS)
-	$(PYTEST) -m kernels tests/kernels/test_triton.py $(ARGS)
+	$(PYTEST) -m kernels tests/kernels/test_triton.py tests/kernels/test_vocab_group.py $(ARGS)
 
 lint: setup
 	@"$(BIN)/ruff" check .
