@@ -338,6 +338,41 @@ def export(
     return 0
 
 
+@command("MODEL [OPTION ...]", "fastkl serve storyteller --port 8001")
+def serve(
+    model: Annotated[str, about(None, "The model that is to be trained.", name="MODEL")],
+    /,
+    *,
+    port: Annotated[int, about("N", "Where it listens. [8001]")] = 8001,
+    host: Annotated[str, about("HOST", "The interface. [127.0.0.1]")] = "127.0.0.1",
+    dtype: Annotated[str, about("TYPE", "float32, bfloat16; the training's own. [auto]")] = "auto",
+    max_model_len: Annotated[int, about("N", "Tokens of a prompt with its completion. [the model's own]")] = 0,
+    gpu_memory_utilization: Annotated[float, about("X", "Share of the GPU's memory. [0.9]")] = 0.9,
+) -> int:
+    """Start a vLLM server that draws the completions of a training.
+
+    The training is started with --engines and the addresses of such servers, and
+    gives them its weights. Whoever reaches the port can replace the model: keep
+    it on the loopback interface, or on a private network.
+    """
+    settings()["dtype"].check(dtype)
+    from fastkl.rollout.serve import serve
+    from fastkl.training.setup import choose_device, compute_dtype
+
+    device = choose_device("auto")
+    name = str(compute_dtype(dtype, device)).removeprefix("torch.")
+    serve(
+        model,
+        host=host,
+        port=port,
+        dtype=name,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+        on_cpu=device.type == "cpu",
+    )
+    return 0
+
+
 @command("[OPTION ...]", "fastkl bench --budget 60")
 def bench(
     *,

@@ -153,7 +153,10 @@ class TrainConfig(SamplingSettings):
     """Times that a prompt whose samples all got the same reward is replaced by the next one; 0 never. The reward's part
     of the update grows longer; the KL of such prompts is no longer charged."""
     generator: Annotated[str, Registry(GENERATORS, besides=("auto",))] = "auto"
-    """"vllm", "transformers", or "auto": vLLM where it can run the model."""
+    """"vllm", "transformers", or "auto": vLLM where it can run the model. "server": the engines, if there are any."""
+    engines: tuple[str, ...] = ()
+    """Addresses of servers that `fastkl serve` has started, such as http://127.0.0.1:8001; they draw the completions.
+    They read the weights from a folder in `output`, which they must see. None: the engine is in this process."""
     gpu_memory_utilization: Annotated[float, SHARE] = 0.3
     """Share of the GPU's memory that vLLM may take; ignored without a GPU."""
     engine_sleep: bool = False
@@ -291,6 +294,7 @@ def check_combinations(config: TrainConfig) -> None:
             "one for each."
         )
     check_advantage(config)
+    check_engines(config)
     if config.min_tokens > config.max_new_tokens:
         raise UserError(
             f"min_tokens: {config.min_tokens} is more than max_new_tokens ({config.max_new_tokens}); lower it."
@@ -350,6 +354,21 @@ def check_advantage(config: TrainConfig) -> None:
             f"reward_clip: {' '.join(f'{x:g}' for x in config.reward_clip)} is no range; give its lower and its upper "
             "end."
         )
+
+
+def check_engines(config: TrainConfig) -> None:
+    """UserError for addresses that are none, and where servers and another generator are asked for."""
+    if config.engines and config.generator not in ("auto", "server"):
+        raise UserError(
+            f"engines: servers draw the completions, and generator {config.generator} does not; leave one out."
+        )
+    if config.generator == "server" and not config.engines:
+        raise UserError("generator: server needs the addresses of servers; give --engines http://127.0.0.1:8001 ...")
+    for url in config.engines:
+        if not re.fullmatch(r"https?://[^/@\s?#]+/?", url):
+            raise UserError(f"engines: {url!r} is no address of a server; write http://HOST:PORT.")
+    if len({url.rstrip("/") for url in config.engines}) < len(config.engines):
+        raise UserError("engines: a server is named twice; name each once.")
 
 
 def check_ahead(config: TrainConfig) -> None:

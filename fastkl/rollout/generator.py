@@ -1,12 +1,12 @@
 """Rollout: requests in, completions out, with the log-probs of the very distribution that was sampled from.
 
-One protocol, two generators behind it: vllm.py runs vLLM in this process, on a GPU or a CPU, with its own copy of the
+One protocol, three generators behind it: vllm.py runs vLLM in this process, on a GPU or a CPU, with its own copy of the
 weights, which weight_sync.py brings up to date; transformers.py decodes with the policy itself and a key-value cache,
-for models that vLLM cannot run. Another one is a file with two functions, `obstacle` and `start`, and a line in
-GENERATORS.
+for models that vLLM cannot run; server.py asks vLLM's servers, which serve.py starts. Another one is a file with two
+functions, `obstacle` and `start`, and a line in GENERATORS.
 
 A step's completions may be drawn while the step before it trains (ahead.py). Left out: continuous batching across
-steps, engines in processes that do not train.
+steps.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ class Backend(NamedTuple):
 GENERATORS: dict[str, Backend] = {
     "vllm": Backend("fastkl.rollout.vllm", has_weights=True),
     "transformers": Backend("fastkl.rollout.transformers"),
+    "server": Backend("fastkl.rollout.server", has_weights=True),
 }
-"""In the order in which "auto" tries them."""
+"""In the order in which "auto" tries them; the last one is chosen where there are --engines."""
 
 
 def choose_generator(wanted: str, model_config: Any, device: torch.device) -> tuple[str, str]:

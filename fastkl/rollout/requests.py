@@ -49,6 +49,7 @@ class EngineOptions:
     engine_tp: int = 1  # how many neighbours among them share an engine; 1: each has its own
     whole: Callable[[], AbstractContextManager[None]] = nullcontext  # in it, the policy has all of its weights here
     note: Callable[[str], None] = print  # says what a user should know about the engine
+    engines: tuple[str, ...] = ()  # addresses of servers
     sleep: bool = False  # whether an engine gives its GPU memory to the trainer between sampling and the next sync
 
 

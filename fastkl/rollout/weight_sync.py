@@ -20,7 +20,7 @@ from torch import nn
 from fastkl.distributed.world import ALONE, World
 from fastkl.kernels.compose import is_sharded
 from fastkl.rollout.agreement import StaleEngineError
-from fastkl.rollout.push_check import PushCheck
+from fastkl.rollout.push_check import PushCheck, Weights
 from fastkl.scoring.adapters import is_adapter, merged
 
 
@@ -39,17 +39,22 @@ class WeightSync:
 
         Raises StaleEngineError, naming tensors, where the engine does not hold them then.
         """
+        self.load(lambda: checkpoint_weights(policy), step, tied=getattr(policy.config, "tie_word_embeddings", False))
+
+    def load(self, weights: Callable[[], Weights], step: int, *, tied: bool) -> None:
+        """The same of weights under the names of checkpoints, which can be gone through several times. tied: whether
+        the output head is the embedding."""
         (model,) = self.llm.apply_model(_itself)
         if self.check.knows_all(model):
-            push = self.check.place_all(model, checkpoint_weights(policy))
+            push = self.check.place_all(model, weights())
         else:
             with self.check.watching(model) as push, packing(model, push.pack):
-                weights = push.through(checkpoint_weights(policy))
-                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            if getattr(policy.config, "tie_word_embeddings", False):
+                passing = push.through(weights())
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": passing})
+            if tied:
                 _repack_tied_head(model)
         empty_cache(self.llm)
-        self.check.verify(model, lambda: checkpoint_weights(policy), push, step)
+        self.check.verify(model, weights, push, step)
 
 
 def empty_cache(llm: Any) -> None:

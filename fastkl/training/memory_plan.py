@@ -91,11 +91,11 @@ def plan_of(
         reference = (2.0 if dtype == torch.bfloat16 else 4.0) * teacher
     trained, moments, halved, reference = (part / pieces for part in (trained, moments, halved, reference))
     most = torch.cuda.get_device_properties(device).total_memory if on_gpu else memory_total()
-    engine = (
-        _engine_bytes(config, parameters, dtype, most if on_gpu else None)
-        if generator == "vllm"
-        else _decoding_bytes(model_config, min(sequences, MAX_ROWS), max_tokens, dtype)
-    )
+    engine = 0.0  # a server's is its own
+    if generator == "vllm":
+        engine = _engine_bytes(config, parameters, dtype, most if on_gpu else None)
+    elif generator != "server":
+        engine = _decoding_bytes(model_config, min(sequences, MAX_ROWS), max_tokens, dtype)
     kept = _activation_bytes(model_config) * sequences * max_tokens
     about_reference = "reference while it scores" if "reference" in config.offload else "reference"
     if ref_head:

@@ -133,7 +133,7 @@ def check_inputs(
     sampling = Sampling.of(config, models.stop_token_ids(model_config, source, tokenizer))
     check_vocabulary(models.vocabulary(model_config), [*prompts, *held], sampling)
     evaluator = evaluator_of(config, held, prompts, rewards_of_held, sampling, text)
-    generator, reason = choose_generator(config.generator, model_config, device)
+    generator, reason = choose_generator("server" if config.engines else config.generator, model_config, device)
     check_sleep(config, generator, device)
     check_engine_tp(config.engine_tp, generator, models.text_config(model_config))
     lock = lock_run_folder(config) if world.is_first else None
@@ -601,6 +601,7 @@ def start_generator(
             max_model_len=max_sequence_tokens(inputs, config),
             gpu_memory_utilization=config.gpu_memory_utilization,
             sleep=config.engine_sleep,
+            engines=config.engines,
             log=inputs.folder / ("engine.log" if world.is_first else f"engine-{world.rank}.log"),
             world=world,
             engine_tp=config.engine_tp,

@@ -56,7 +56,7 @@ def model_folder(tmp_path_factory) -> Path:
 # ------------------------------------------------------------------------------------------------ help and exit codes
 
 
-COMMANDS = ("train", "sweep", "eval", "score", "report", "doctor", "export", "bench", "storyteller")
+COMMANDS = ("train", "sweep", "eval", "score", "report", "doctor", "export", "serve", "bench", "storyteller")
 
 
 @pytest.mark.parametrize("arguments", ["[]", "['train', '--help']", "['train', '--kl-coef', '-1']"])

@@ -260,6 +260,7 @@ WORK = {
     "report": "fastkl.report.page.write.write_report",
     "doctor": "fastkl.audit.doctor.diagnose",
     "export": "fastkl.training.export.export",
+    "serve": "fastkl.rollout.serve.serve",
     "bench": "fastkl.microbench.run.run_bench",
     "storyteller": "tools.storyteller.make.make_storyteller",
 }

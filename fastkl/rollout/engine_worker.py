@@ -1,0 +1,91 @@
+"""What `fastkl serve` adds to vLLM's worker: it says what it is, and takes the policy's weights from a file.
+
+The weights go through the same loader, repacking and comparison as in one process (weight_sync.py): a push is over when
+what the engine holds is what the file holds, tensor by tensor and bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import nn
+
+from fastkl.rollout.agreement import StaleEngineError
+from fastkl.rollout.weight_sync import WeightSync
+from fastkl.version import __version__
+
+
+class FastklWorker:
+    """Mixed into vLLM's worker, whose methods these become; they are called over HTTP, with texts."""
+
+    def fastkl_describe(self) -> dict[str, Any]:
+        """What a trainer has to know before it trusts this engine. `instance` is another one after every start."""
+        return self._fastkl_engine().describe()
+
+    def fastkl_load(self, path: str, version: str, step: str, tied: str) -> dict[str, str]:
+        """Takes the weights of this file, which are called `version` from then on. tied: "True" or "False"."""
+        return self._fastkl_engine().load(path, version, int(step), tied == "True")
+
+    def _fastkl_engine(self) -> Engine:
+        if "fastkl_engine" not in self.__dict__:
+            self.fastkl_engine = Engine(self)
+        return self.fastkl_engine
+
+
+class Engine:
+    """One worker's engine, seen as weight_sync.py sees one in its own process."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker, self.instance, self.version = worker, uuid4().hex, ""
+        self.sync = WeightSync(self, worker.model_config.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """See FastklWorker."""
+        import vllm
+
+        config = self.worker.model_config
+        return {
+            "instance": self.instance,
+            "version": self.version,
+            "fastkl": __version__,
+            "vllm": vllm.__version__,
+            "vocab": config.get_vocab_size(),
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "max_model_len": config.max_model_len,
+            "workers": self.worker.parallel_config.world_size,
+            "logprobs": str(getattr(config.logprobs_mode, "value", config.logprobs_mode)),
+        }
+
+    def load(self, path: str, version: str, step: int, tied: bool) -> dict[str, str]:
+        """See FastklWorker."""
+        self.version = ""  # until all of it is there
+        try:
+            self.sync.load(lambda: tensors_in(path), step, tied=tied)
+        except (StaleEngineError, OSError) as failure:
+            return {"version": "", "error": str(failure)}
+        self.version = version
+        return {"version": version, "error": ""}
+
+    def apply_model(self, function: Callable[[nn.Module], Any]) -> list[Any]:
+        """As vllm.LLM has it."""
+        return [function(self.worker.model_runner.get_model())]
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        """As vllm.LLM has it, for this worker alone."""
+        getattr(self.worker, method)(**kwargs)
+
+    def reset_prefix_cache(self) -> bool:
+        """As vllm.LLM has it: the server has no such cache."""
+        return True
+
+
+def tensors_in(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a file, one at a time."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  # not a mapping
+            yield name, file.get_tensor(name)

@@ -1,0 +1,353 @@
+"""Rollout by servers: requests go over HTTP to engines that `fastkl serve` has started, on this machine or others.
+
+A push writes the weights to a file that the servers read (a folder that all of them see), compare with what they then
+hold, and name by a version. Completions count only if their server had this version, in the same process, before and
+after it drew them. So a server may die at any moment: its requests go to the others, with their seeds, and one that is
+started again gets the weights before it is asked for anything.
+
+Left out: engines over several GPUs, several trainer processes, weights by network instead of a file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import torch
+from torch import nn
+
+from fastkl.errors import UserError
+from fastkl.rollout.agreement import StaleEngineError
+from fastkl.rollout.requests import EngineOptions, Request, completion
+from fastkl.rollout.serve import LOOPBACK, NAME
+from fastkl.rollout.weight_sync import checkpoint_weights
+from fastkl.sampling.params import Sampling, vllm_arguments
+from fastkl.scoring.models import text_config
+from fastkl.types import Completion
+
+if TYPE_CHECKING:
+    import httpx
+
+CONCURRENCY = 256
+"""Requests that one server has at a time; what it cannot draw at once waits in its own queue."""
+
+CONNECT_SECONDS, DRAW_SECONDS, LOAD_SECONDS = 5.0, 3600.0, 600.0
+
+PATIENCE_SECONDS = 300.0
+"""How long a step waits for a server where none is left: one that is started again is there after a minute or more."""
+
+ROUNDS = 4
+"""How often in a row all servers may fail to draw anything although they answer."""
+
+
+class NoAnswer(Exception):
+    """A server that cannot be reached, or has failed."""
+
+
+@dataclass(slots=True)
+class Server:
+    """One server, as it was when the weights reached it."""
+
+    url: str
+    instance: str = ""  # of its process; empty: no weights have reached it
+    is_lost: bool = False  # has been said to be
+    reason: str = ""  # why it was lost, the last time
+
+    @property
+    def trust_env(self) -> bool:
+        """Whether a proxy may lead there."""
+        return urlsplit(self.url).hostname not in LOOPBACK
+
+
+class ServerGenerator:
+    """Draws with servers. vocab: ids that the policy knows. folder: for the weights; the servers read it, too."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        tokenizer: Any,
+        sampling: Sampling,
+        *,
+        vocab: int,
+        dtype: str,
+        max_model_len: int,
+        folder: Path,
+        note: Callable[[str], None] = print,
+    ) -> None:
+        self.servers = [Server(url.rstrip("/")) for url in urls]
+        self.tokenizer, self.sampling, self.note = tokenizer, sampling, note
+        self.wanted: dict[str, Any] = {"vocab": vocab, "dtype": dtype, "workers": 1, "logprobs": "processed_logprobs"}
+        self.max_model_len, self.folder, self.name = max_model_len, folder.resolve(), uuid4().hex[:8]
+        self.step, self.version, self.tied = 0, "", False
+        self.certificates = certificates()
+        abouts = [self.describe_or_refuse(server) for server in self.servers]
+        if len({about["vllm"] for about in abouts}) > 1:
+            versions = ", ".join(f"{s.url} has {a['vllm']}" for s, a in zip(self.servers, abouts, strict=True))
+            raise UserError(f"engines: servers of one run have one version of vLLM, and {versions}.")
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See Generator. Each request has its own seed, so that it is the same whichever server draws it."""
+        found: dict[int, Completion] = {}
+        in_vain = 0
+        while left := [place for place in range(len(requests)) if place not in found]:
+            ready = self.ready()
+            drawn = in_thread(self.draw, {place: requests[place] for place in left}, ready)
+            for server, completions in zip(ready, drawn, strict=True):
+                if completions and self.holds(server):
+                    found |= completions
+            in_vain = 0 if any(place in found for place in left) else in_vain + 1
+            if in_vain == ROUNDS:
+                reasons = "; ".join(f"{server.url}: {server.reason}" for server in ready)
+                raise UserError(
+                    f"engines: the servers answer, but draw nothing ({reasons}); see what they have printed."
+                )
+        return [found[place] for place in range(len(requests))]
+
+    def sync(self, policy: nn.Module, step: int = 0) -> None:
+        """See Generator: the weights go to a file, from there to every server, and are compared there."""
+        before, self.step, self.version = self.version, step, f"{self.name}-{step}"
+        self.tied = bool(getattr(policy.config, "tie_word_embeddings", False))
+        self.write(policy)
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            list(pool.map(self.fill_or_lose, self.servers))
+        self.ready()  # one of them has to have it
+        if before and before != self.version:
+            self.path_of(before).unlink(missing_ok=True)
+
+    def rest(self) -> None:
+        """See Generator: the servers' memory is their own."""
+
+    def close(self) -> None:
+        """See Generator. The servers go on; the weights' file is needed no more."""
+        if self.version:
+            self.path_of(self.version).unlink(missing_ok=True)
+
+    def path_of(self, version: str) -> Path:
+        """The file of these weights."""
+        return self.folder / f"weights-{version}.safetensors"
+
+    def write(self, policy: nn.Module) -> None:
+        """The policy's weights into their file, whole or not at all."""
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path_of(self.version)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint_weights(policy)}
+        save_file(unshared(tensors), path.with_suffix(".partial"))
+        path.with_suffix(".partial").rename(path)
+
+    def ready(self) -> list[Server]:
+        """The servers that hold the weights of now; those that have come back are given them. UserError where there
+        is none for PATIENCE_SECONDS."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            for server in self.servers:
+                if not self.holds(server):
+                    self.fill_or_lose(server)
+            found = [server for server in self.servers if server.instance]
+            if found:
+                return found
+            if time.monotonic() > deadline:
+                urls = ", ".join(server.url for server in self.servers)
+                raise UserError(f"engines: none of {urls} answers; start one again with `fastkl serve`, then --resume.")
+            time.sleep(1.0)
+
+    def holds(self, server: Server) -> bool:
+        """Whether the server's process is the one that the weights of now have reached."""
+        try:
+            about = self.describe(server)
+        except NoAnswer as failure:
+            self.lose(server, str(failure))
+            return False
+        return bool(server.instance) and (about["instance"], about["version"]) == (server.instance, self.version)
+
+    def fill_or_lose(self, server: Server) -> None:
+        """Gives a server the weights, unless it cannot be reached."""
+        try:
+            about = self.describe(server)
+            self.check(server, about)
+            asked = {"path": str(self.path_of(self.version)), "version": self.version, "step": str(self.step)}
+            answer = self.call(server, "fastkl_load", asked | {"tied": str(self.tied)})
+        except NoAnswer as failure:
+            return self.lose(server, str(failure))
+        if answer["error"]:
+            raise StaleEngineError(f"{server.url}: {answer['error']}")
+        server.instance = about["instance"]
+        if server.is_lost:
+            self.note(f"engines: {server.url} is back, and has the weights after step {self.step}")
+            server.is_lost = False
+
+    def lose(self, server: Server, reason: str) -> None:
+        """The others draw what it was asked for."""
+        server.instance, server.reason = "", reason
+        if not server.is_lost:
+            self.note(f"engines: {server.url} is lost ({reason}); the others draw what it was asked for")
+            server.is_lost = True
+
+    def check(self, server: Server, about: Mapping[str, Any]) -> None:
+        """UserError where the server cannot draw for this run, or draws for another one."""
+        for name, wanted in self.wanted.items():
+            if about[name] != wanted:
+                raise UserError(
+                    f"engines: {server.url} has {name} {about[name]}, and this run needs {wanted}; start it with "
+                    f"`fastkl serve` for the same model{f' and --dtype {wanted}' if name == 'dtype' else ''}."
+                )
+        if about["max_model_len"] < self.max_model_len:
+            raise UserError(
+                f"engines: {server.url} takes {about['max_model_len']} tokens, and the longest prompt with its "
+                f"completion has {self.max_model_len}; start it with --max-model-len {self.max_model_len}."
+            )
+        if server.instance and about["instance"] == server.instance and not about["version"].startswith(self.name):
+            raise UserError(f"engines: another run has given {server.url} its weights; let each run have its servers.")
+
+    def describe_or_refuse(self, server: Server) -> dict[str, Any]:
+        """What a server is, at the start. UserError where nothing answers, or it does not fit."""
+        try:
+            about = self.describe(server)
+        except NoAnswer as failure:
+            raise UserError(
+                f"engines: {server.url} does not answer ({failure}); start it with `fastkl serve MODEL --port "
+                f"{urlsplit(server.url).port or 80}`."
+            ) from None
+        self.check(server, about)
+        return about
+
+    def describe(self, server: Server) -> dict[str, Any]:
+        """What FastklWorker says of itself."""
+        return self.call(server, "fastkl_describe", {})
+
+    def call(self, server: Server, method: str, arguments: Mapping[str, str]) -> dict[str, Any]:
+        """A method of the server's worker. NoAnswer where it cannot be reached, UserError where it is none of ours."""
+        import httpx
+
+        body = {"method": method, "kwargs": dict(arguments)}
+        timeout = httpx.Timeout(LOAD_SECONDS, connect=CONNECT_SECONDS)
+        try:
+            with httpx.Client(timeout=timeout, trust_env=server.trust_env, verify=self.certificates) as client:
+                answer = client.post(f"{server.url}/collective_rpc", json=body)
+        except httpx.RequestError as failure:
+            raise NoAnswer(f"{type(failure).__name__}: {str(failure).rstrip('.')}") from None
+        if answer.status_code in (502, 503, 504):
+            raise NoAnswer(f"status {answer.status_code}")
+        try:
+            (found, *_) = answer.json()["results"]
+            return dict(found)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"engines: {server.url} is no server that `fastkl serve` has started (status {answer.status_code})."
+            ) from None
+
+    async def draw(self, requests: Mapping[int, Request], servers: Sequence[Server]) -> list[dict[int, Completion]]:
+        """What each server has drawn of its part of the requests, by place; what is missing has to be drawn again."""
+        places = list(requests)
+        parts = [{place: requests[place] for place in places[i :: len(servers)]} for i in range(len(servers))]
+        return list(await asyncio.gather(*map(self.draw_with, servers, parts)))
+
+    async def draw_with(self, server: Server, requests: Mapping[int, Request]) -> dict[int, Completion]:
+        """What one server has drawn. Its first failure ends the rest."""
+        import httpx
+
+        free, found = asyncio.Semaphore(CONCURRENCY), dict[int, Completion]()
+        limits = httpx.Limits(max_connections=None)
+        timeout = httpx.Timeout(DRAW_SECONDS, connect=CONNECT_SECONDS, pool=None)
+
+        async def one(place: int, request: Request) -> None:
+            async with free:
+                found[place] = self.completed(request, await self.post(client, server, request))
+
+        options: dict[str, Any] = {"trust_env": server.trust_env, "verify": self.certificates}
+        async with httpx.AsyncClient(timeout=timeout, limits=limits, **options) as client:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for place, request in requests.items():
+                        group.create_task(one(place, request))
+            except* NoAnswer as failures:
+                self.lose(server, str(failures.exceptions[0]))
+            except* UserError as failures:
+                raise failures.exceptions[0] from None
+        return found
+
+    async def post(self, client: httpx.AsyncClient, server: Server, request: Request) -> dict[str, Any]:
+        """The answer to one request. NoAnswer where another server may do better."""
+        import httpx
+
+        arguments = vllm_arguments(self.sampling, self.wanted["vocab"])
+        arguments |= {"logprobs": 0, "detokenize": False, "seed": request.seed}
+        if self.sampling.stop:
+            arguments |= {"detokenize": True, "include_stop_str_in_output": True}
+        body = {"model": NAME, "token_ids": list(request.prompt.token_ids), "sampling_params": arguments}
+        try:
+            answer = await client.post(f"{server.url}/inference/v1/generate", json=body)
+        except httpx.RequestError as failure:
+            raise NoAnswer(f"{type(failure).__name__}: {str(failure).rstrip('.')}") from None
+        if answer.status_code >= 500:
+            raise NoAnswer(f"status {answer.status_code}")
+        if answer.status_code != 200:
+            said = " ".join(answer.text.split())[:160]
+            raise UserError(f"engines: {server.url} refuses a request with status {answer.status_code}: {said}")
+        return dict(answer.json())
+
+    def completed(self, request: Request, answer: Mapping[str, Any]) -> Completion:
+        """The completion of an answer. NoAnswer for one that was cut off."""
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise NoAnswer(f"a completion ended with {choice['finish_reason']!r}")
+        logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+        if len(logprobs) != len(choice["token_ids"]):
+            raise UserError(f"engines: {len(logprobs)} log-probs came with {len(choice['token_ids'])} tokens.")
+        return completion(request, choice["token_ids"], logprobs, self.sampling, self.tokenizer)
+
+
+def certificates() -> ssl.SSLContext:
+    """What https addresses are trusted by; read once, since that takes longer than a request."""
+    import httpx
+
+    return httpx.create_ssl_context()
+
+
+def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of an async function, whether or not this thread runs an event loop already."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(function(*arguments))).result()
+
+
+def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, none of which shares its memory with another one: a file holds each once."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return found
+
+
+def obstacle(model_config: Any, device: torch.device) -> str | None:
+    """Why servers cannot be asked, or None if they can; whether they can run the model is theirs to say."""
+    return None if find_spec("httpx") else "httpx is not installed (pip install httpx)"
+
+
+def start(options: EngineOptions) -> ServerGenerator:
+    """Servers that have the policy's weights."""
+    if options.world.size > 1:
+        raise UserError("engines: several processes cannot share servers; train with one process, or without engines.")
+    generator = ServerGenerator(
+        options.engines,
+        options.tokenizer,
+        options.sampling,
+        vocab=text_config(options.policy.config).vocab_size,
+        dtype=str(options.dtype).removeprefix("torch."),
+        max_model_len=options.max_model_len,
+        folder=options.log.parent / "engines",
+        note=options.note,
+    )
+    generator.sync(options.policy)
+    return generator

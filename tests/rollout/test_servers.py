@@ -1,0 +1,359 @@
+"""Rollout by servers: real HTTP servers that draw with weights from the file, die, come back, or are none of ours."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from uuid import uuid4
+
+import pytest
+import torch
+from toy import STOP, VOCAB, ToyTokenizer, prompt, toy_model
+
+from fastkl.config.settings import TrainConfig, check_config
+from fastkl.errors import UserError
+from fastkl.rollout import serve, server
+from fastkl.rollout.agreement import StaleEngineError
+from fastkl.rollout.engine_worker import tensors_in
+from fastkl.rollout.requests import Request, requests_of
+from fastkl.rollout.server import ServerGenerator
+from fastkl.rollout.transformers import TransformersGenerator
+from fastkl.sampling.params import Sampling
+from fastkl.scoring import models
+from fastkl.storyteller import model_path
+
+SAMPLING = Sampling(temperature=0.8, max_new_tokens=6, stop_token_ids=(STOP,))
+PROMPTS = (prompt(1, 2, 3), prompt(4), prompt(5, 6, 7, 8, 9))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The protocol of a server that `fastkl serve` has started, over the library's own decoder."""
+
+    def do_POST(self):
+        fake = self.server.fake
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        try:
+            status, what = fake.rpc(asked) if self.path == "/collective_rpc" else fake.drawn(asked)
+        except ConnectionError:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        body = json.dumps(what).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+class Fake:
+    """A server with weights of its own. `dies_at`: the request that it dies at."""
+
+    def __init__(self, model, sampling=SAMPLING, tokenizer=None, dies_at: int | None = None, **about):
+        self.base, self.about, self.dies_at, self.lock = model, about, dies_at, threading.Lock()
+        self.sampling, self.tokenizer, self.port, self.asked = sampling, tokenizer or ToyTokenizer(), 0, []
+        self.loads: list[str] = []
+        self.replaced_at = 0
+        self.start()
+
+    def start(self):
+        """With the weights that it began with, as a new process."""
+        self.replace_process()
+        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.http.fake, self.http.daemon_threads, self.port = self, True, self.http.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def replace_process(self):
+        """What a new process has: the weights of the start, and another name."""
+        self.model, self.instance, self.version = copy.deepcopy(self.base), uuid4().hex, ""
+        self.decoder = TransformersGenerator(self.model, self.tokenizer, self.sampling)
+
+    def stop(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+    def rpc(self, asked):
+        usual = {
+            "instance": self.instance, "version": self.version, "fastkl": "1", "vllm": "0.32.0", "vocab": VOCAB,
+            "dtype": "float32", "max_model_len": 64, "workers": 1, "logprobs": "processed_logprobs",
+        }  # fmt: skip
+        if asked["method"] == "fastkl_describe":
+            return 200, {"results": [usual | self.about]}
+        given = asked["kwargs"]
+        self.loads.append(given["version"])
+        if self.about.get("error"):
+            return 200, {"results": [{"version": "", "error": self.about["error"]}]}
+        self.model.load_state_dict(dict(tensors_in(given["path"])), strict=False)
+        self.version = given["version"]
+        return 200, {"results": [{"version": self.version, "error": ""}]}
+
+    def drawn(self, asked):
+        with self.lock:
+            self.asked.append(asked["sampling_params"]["seed"])
+            if self.about.get("status"):
+                return self.about["status"], {"error": "out of memory"}
+            if len(self.asked) == self.replaced_at:
+                self.replace_process()
+            if self.dies_at is not None and len(self.asked) > self.dies_at:
+                threading.Thread(target=self.stop).start()
+                self.dies_at = None
+                raise ConnectionError
+            p = asked["sampling_params"]
+            given = {"max_new_tokens": p["max_tokens"], "temperature": p["temperature"]}
+            self.decoder.sampling = replace(self.sampling, **given)
+            (found,) = self.decoder.generate([Request(prompt(*asked["token_ids"]), 0, 0, p["seed"])])
+        pairs = zip(found.token_ids, found.logprobs, strict=True)
+        logprobs = {"content": [{"token": str(t), "logprob": x} for t, x in pairs]}
+        choice = {"finish_reason": found.finish_reason, "token_ids": list(found.token_ids), "logprobs": logprobs}
+        return 200, {"choices": [choice | ({"finish_reason": "abort"} if self.about.get("aborts") else {})]}
+
+
+@pytest.fixture
+def fakes():
+    """Makes servers, and stops them at the end."""
+    made: list[Fake] = []
+
+    def make(*arguments, **options) -> Fake:
+        made.append(Fake(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for fake in made:
+        fake.stop()
+
+
+def asking(folder, *servers: Fake, notes=None) -> ServerGenerator:
+    return ServerGenerator(
+        [fake.url for fake in servers], ToyTokenizer(), SAMPLING, vocab=VOCAB, dtype="float32", max_model_len=32,
+        folder=folder, note=(notes if notes is not None else []).append,
+    )  # fmt: skip
+
+
+def models_and_expected():
+    """Weights that the servers begin with, the policy's, and what the policy draws."""
+    base, policy = toy_model(0, torch.float32), toy_model(1, torch.float32)
+    requests = requests_of(PROMPTS, 4, seed=3, step=1)
+    return base, policy, requests, TransformersGenerator(policy, ToyTokenizer(), SAMPLING).generate(requests)
+
+
+def test_servers_draw_with_the_weights_that_were_pushed_what_one_process_draws(tmp_path, fakes):
+    base, policy, requests, expected = models_and_expected()
+    one, two = fakes(base), fakes(base)
+    generator = asking(tmp_path, one, two)
+    generator.sync(policy, 7)
+    drawn = generator.generate(requests)
+    assert [c.token_ids for c in drawn] == [c.token_ids for c in expected]
+    for ours, theirs in zip(drawn, expected, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+        assert (ours.finish_reason, ours.text) == (theirs.finish_reason, theirs.text)
+    assert len(one.asked) == len(two.asked) == 6 and {*one.asked, *two.asked} == {r.seed for r in requests}
+    generator.sync(base, 8)
+    assert [f.name for f in tmp_path.iterdir()] == [f"weights-{generator.version}.safetensors"], "of now, and no others"
+    generator.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_requests_of_a_server_that_dies_go_to_the_others_with_their_seeds(tmp_path, fakes):
+    base, policy, requests, expected = models_and_expected()
+    dying, notes = fakes(base, dies_at=2), []
+    generator = asking(tmp_path, fakes(base), dying, notes=notes)
+    generator.sync(policy)
+    assert [c.token_ids for c in generator.generate(requests)] == [c.token_ids for c in expected]
+    assert [note for note in notes if f"{dying.url} is lost" in note] and len(notes) == 1
+    assert [c.token_ids for c in generator.generate(requests)] == [c.token_ids for c in expected]
+
+
+def test_a_server_that_is_started_again_gets_the_weights_before_it_is_asked(tmp_path, fakes):
+    """Both in turn; the one that is back has the weights of the start, which would draw something else."""
+    base, policy, requests, expected = models_and_expected()
+    one, two, notes = fakes(base), fakes(base), []
+    generator = asking(tmp_path, one, two, notes=notes)
+    generator.sync(policy)
+    for fake in (one, two):
+        fake.stop()
+        fake.start()
+        assert [c.token_ids for c in generator.generate(requests)] == [c.token_ids for c in expected]
+        assert fake.loads == [generator.version] * 2
+    one.stop()
+    generator.generate(requests)
+    one.start()
+    generator.generate(requests)
+    assert [n.partition(" (")[0] for n in notes] == [
+        f"engines: {one.url} is lost", f"engines: {one.url} is back, and has the weights after step 0"
+    ]  # fmt: skip
+
+
+def test_what_a_server_has_drawn_while_it_was_replaced_does_not_count(tmp_path, fakes):
+    """It dies and is there again, with other weights, within one call: nothing tells but its instance."""
+    base, policy, requests, expected = models_and_expected()
+    fake = fakes(base)
+    generator = asking(tmp_path, fake)
+    generator.sync(policy)
+    fake.replaced_at = 4
+    assert [c.token_ids for c in generator.generate(requests)] == [c.token_ids for c in expected]
+    assert len(fake.asked) == 2 * len(requests)
+
+
+def test_where_no_server_is_left_the_run_ends_with_a_sentence(tmp_path, fakes, monkeypatch):
+    monkeypatch.setattr(server, "PATIENCE_SECONDS", 0.0)
+    base, policy, requests, _ = models_and_expected()
+    fake = fakes(base)
+    generator = asking(tmp_path, fake)
+    generator.sync(policy)
+    fake.stop()
+    with pytest.raises(UserError, match="engines: none of .* answers; start one again with `fastkl serve`"):
+        generator.generate(requests)
+    fake.start()
+
+
+@pytest.mark.parametrize(("about", "words"), [
+    ({"status": 500}, "the servers answer, but draw nothing .*status 500"),
+    ({"status": 400}, "refuses a request with status 400: .*out of memory"),
+    ({"aborts": True}, "draw nothing .*ended with 'abort'"),
+])  # fmt: skip
+def test_a_server_that_answers_and_draws_nothing_ends_the_run(tmp_path, fakes, about, words):
+    base, policy, requests, _ = models_and_expected()
+    generator = asking(tmp_path, fakes(base, **about))
+    generator.sync(policy)
+    with pytest.raises(UserError, match=words):
+        generator.generate(requests)
+
+
+@pytest.mark.parametrize(("about", "words"), [
+    ({"vocab": 99}, "has vocab 99, and this run needs 23"),
+    ({"dtype": "bfloat16"}, "has dtype bfloat16, and this run needs float32; .* --dtype float32"),
+    ({"logprobs": "raw_logprobs"}, "has logprobs raw_logprobs"),
+    ({"workers": 2}, "has workers 2"),
+    ({"max_model_len": 16}, "takes 16 tokens, .* start it with --max-model-len 32"),
+    ({"vllm": "0.26.0"}, "servers of one run have one version of vLLM"),
+])  # fmt: skip
+def test_a_server_that_does_not_fit_is_refused_before_anything_is_sent(tmp_path, fakes, about, words):
+    base = toy_model(0, torch.float32)
+    with pytest.raises(UserError, match=words):
+        asking(tmp_path, fakes(base), fakes(base, **about))
+
+
+def test_what_is_no_server_of_ours_is_refused(tmp_path, fakes):
+    fake = fakes(toy_model(0, torch.float32))
+    fake.rpc = lambda asked: (404, {"detail": "Not Found"})
+    with pytest.raises(UserError, match=r"is no server that `fastkl serve` has started \(status 404\)"):
+        asking(tmp_path, fake)
+    fake.stop()
+    with pytest.raises(UserError, match="does not answer .* start it with `fastkl serve MODEL --port"):
+        asking(tmp_path, fake)
+    fake.start()
+
+
+def test_weights_that_did_not_arrive_stop_the_run_and_those_of_another_run_too(tmp_path, fakes):
+    base, policy, requests, _ = models_and_expected()
+    with pytest.raises(StaleEngineError, match="did not all arrive"):
+        asking(tmp_path, fakes(base, error="step 3: the weights did not all arrive: a")).sync(policy, 3)
+    shared = fakes(base)
+    first, second = asking(tmp_path, shared), asking(tmp_path, shared)
+    first.sync(policy)
+    second.sync(policy)
+    with pytest.raises(UserError, match="another run has given .* its weights"):
+        first.generate(requests)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"engines": ("127.0.0.1:8001",)}, "engines: '127.0.0.1:8001' is no address of a server"),
+    ({"engines": ("http://a:1", "http://a:1/")}, "engines: a server is named twice"),
+    ({"engines": ("http://a:1",), "generator": "vllm"}, "engines: servers draw the completions, and generator vllm"),
+    ({"generator": "server"}, "generator: server needs the addresses of servers"),
+])  # fmt: skip
+def test_addresses_that_are_none_are_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        check_config(TrainConfig(**settings))
+
+
+def test_the_server_listens_on_the_loopback_interface_and_its_log_probs_are_of_what_is_drawn():
+    words = serve.command("m", "127.0.0.1", 8001, "float32", 0, 0.9, True)
+    pairs = dict(zip(words, words[1:], strict=False))
+    assert pairs["--host"] == "127.0.0.1" and pairs["--logprobs-mode"] == "processed_logprobs"
+    assert pairs["--generation-config"] == "vllm" and "--no-enable-prefix-caching" in words
+    given = serve.environment({"VLLM_CPU_KVCACHE_SPACE": "7"})
+    assert given["VLLM_SERVER_DEV_MODE"] == "1" and given["VLLM_CPU_KVCACHE_SPACE"] == "7"
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_dies_and_comes_back_has_the_samples_of_one_process(tmp_path, fakes):
+    """The one dies in step 2, and is there again, as it began, from step 3 on."""
+    import fastkl
+
+    shared = {
+        "steps": 4, "prompts_per_step": 2, "num_samples": 4, "max_new_tokens": 10, "report_to": (), "dtype": "float32",
+        "rollout_ahead": 1, "importance": "sequence", "lr": 2e-3, "save_every": 0,
+    }  # fmt: skip
+    alone = TrainConfig(output=str(tmp_path / "alone"), generator="transformers", **shared)
+    fastkl.train(alone)
+    model = models.load_model(str(model_path()), torch.device("cpu")).requires_grad_(False)
+    tokenizer = models.load_tokenizer(str(model_path()))
+    sampling = Sampling.of(alone, models.stop_token_ids(model.config, str(model_path()), tokenizer))
+    about = {"vocab": model.config.vocab_size, "max_model_len": 128}
+    one, dying = (fakes(model, sampling, tokenizer, at, **about) for at in (None, 10))
+
+    class Back:
+        def on_step_end(self, metrics, samples):
+            if metrics["step"] == 2:
+                dying.start()
+
+    config = TrainConfig(output=str(tmp_path / "served"), engines=(one.url, dying.url), **shared)
+    fastkl.train(config, callbacks=[Back()])
+    ours, theirs = (
+        [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+        for name in ("served", "alone")
+    )
+    assert [(s["step"], s["completion"]) for s in ours] == [(s["step"], s["completion"]) for s in theirs]
+    assert len(dying.loads) >= 3 and len(dying.asked) > 11, "it has drawn again"
+    assert not list((tmp_path / "served" / "engines").iterdir())
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_run_with_a_server_of_vllm_trains_on_what_the_pushed_weights_draw(tmp_path):
+    """The canary after each push compares; what the server holds is compared with the file bit by bit."""
+    import fastkl
+
+    port = free_port()
+    words = [sys.executable, "-m", "fastkl", "serve", "storyteller", "--port", str(port), "--dtype", "float32"]
+    with open(tmp_path / "server.log", "wb") as log:
+        child = subprocess.Popen([*words, "--max-model-len", "128"], stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 400
+        while True:
+            assert child.poll() is None and time.monotonic() < deadline, (tmp_path / "server.log").read_text()[-3000:]
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.5)
+        config = TrainConfig(
+            output=str(tmp_path / "run"), engines=(f"http://127.0.0.1:{port}",), steps=3, prompts_per_step=2,
+            num_samples=4, max_new_tokens=12, report_to=(), dtype="float32", rollout_ahead=1, importance="sequence",
+            lr=2e-3,
+        )  # fmt: skip
+        result = fastkl.train(config)
+        rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert result.step == 3 and [row["policy_version"] for row in rows] == [0, 0, 1]
+        assert all(row["mismatch/mean_abs_logprob"] < 1e-4 for row in rows), rows
+        assert rows[2]["stale/drift"] > 1e-6
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
