@@ -15,7 +15,7 @@ from fastkl.rollout import vllm
 ENGINE = """
 import contextlib, ctypes, json, os, socket, sys
 from pathlib import Path
-folder, address, guarded = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "guarded"
+folder, address = Path(sys.argv[1]), sys.argv[2]
 clone_newuts = 0x04000000
 if ctypes.CDLL(None).unshare(clone_newuts):
     sys.exit(77)
@@ -23,17 +23,22 @@ socket.sethostname(address)  # a host name that resolves to the network's addres
 import psutil
 from fastkl.rollout import vllm
 from test_generators import STOP, Sampling, ToyTokenizer, tied_model
-if not guarded:
-    vllm._sockets_on_loopback = contextlib.nullcontext
 before = dict(os.environ)
 tied_model().save_pretrained(folder)
-generator = vllm.VllmGenerator(
-    str(folder), ToyTokenizer(), Sampling(1.0, 4, stop_token_ids=(STOP,)), dtype="float32", max_model_len=32,
-    gpu_memory_utilization=0.2, log=folder / "engine.log",
-)
-listening = [c.laddr.ip for c in psutil.Process().net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+
+def listening():
+    generator = vllm.VllmGenerator(
+        str(folder), ToyTokenizer(), Sampling(1.0, 4, stop_token_ids=(STOP,)), dtype="float32", max_model_len=32,
+        gpu_memory_utilization=0.2, log=folder / "engine.log",
+    )
+    found = [c.laddr.ip for c in psutil.Process().net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+    generator.close()
+    return found
+
+guarded = listening()
 left = [name for name in ("GLOO_SOCKET_IFNAME", "VLLM_HOST_IP") if os.environ.get(name) != before.get(name)]
-print(json.dumps([listening, left]))
+vllm._sockets_on_loopback = contextlib.nullcontext
+print(json.dumps([guarded, listening(), left]))
 """
 
 
@@ -47,37 +52,37 @@ def network_address() -> str:
     pytest.skip("this machine has no network interface besides the loopback")
 
 
-def listening_addresses(folder: Path, address: str, mode: str) -> set[str]:
-    """Where an engine's process listens on a host whose name resolves to `address`."""
-    tests = Path(__file__).resolve().parents[1]
+@pytest.fixture(scope="module")
+def listening(tmp_path_factory) -> tuple[str, set[str], set[str]]:
+    """The address that the host's name resolves to, and where an engine's process listens there: with the guard, and
+    without it."""
+    tests, address = Path(__file__).resolve().parents[1], network_address()
     path = os.pathsep.join([str(tests.parent), str(tests), str(tests / "rollout")])
     own = {name: value for name, value in os.environ.items() if name not in ("GLOO_SOCKET_IFNAME", "VLLM_HOST_IP")}
     done = subprocess.run(
-        [sys.executable, "-c", ENGINE, str(folder), address, mode],
+        [sys.executable, "-c", ENGINE, str(tmp_path_factory.mktemp("sockets")), address],
         env=own | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     if done.returncode == 77:
         pytest.skip("giving a process a host name of its own needs more rights")
     assert done.returncode == 0, done.stderr
-    listening, left = json.loads(done.stdout.splitlines()[-1])
+    guarded, unguarded, left = json.loads(done.stdout.splitlines()[-1])
     assert not left, "the environment is as it was before the engine started"
-    assert listening, "the engine has sockets"
-    return set(listening)
+    return address, set(guarded), set(unguarded)
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_the_engine_listens_on_the_loopback_alone_where_the_host_name_is_the_networks(tmp_path):
-    address = network_address()
-    assert listening_addresses(tmp_path, address, "guarded") == {"127.0.0.1"}
+def test_the_engine_listens_on_the_loopback_alone_where_the_host_name_is_the_networks(listening):
+    assert listening[1] == {"127.0.0.1"}
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_without_the_guard_it_would_listen_on_the_network(tmp_path):
+def test_without_the_guard_it_would_listen_on_the_network(listening):
     """The control."""
-    address = network_address()
-    assert address in listening_addresses(tmp_path, address, "unguarded")
+    address, _, unguarded = listening
+    assert address in unguarded
 
 
 def test_an_interface_that_the_user_names_is_left_alone_and_the_environment_is_as_before(monkeypatch):
