@@ -7,11 +7,10 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
 from odd_yaml import ODD_YAML
 
@@ -436,11 +435,7 @@ def test_the_checkpoints_own_settings_decide_whatever_has_become_of_config_yaml(
 def test_a_second_process_in_the_same_folder_is_told_who_has_it(tmp_path):
     config = changed(output=str(tmp_path / "run"))
     lock = lock_run_folder(config)
-    code = (
-        "import sys; from fastkl.cli import main; "
-        f"sys.exit(main(['train', '--output', {config.output!r}, '--generator', 'transformers']))"
-    )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    other = commands.run("train", "--output", config.output, "--generator", "transformers", timeout=120)
     assert other.returncode == 2
     assert f"output: process {os.getpid()} is training in" in other.stderr and "Traceback" not in other.stderr
     assert not (tmp_path / "run" / "config.yaml").exists()
