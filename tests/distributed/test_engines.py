@@ -54,9 +54,12 @@ def sharing(config: TrainConfig, spoiled: str) -> tuple[float, list[str], str, s
     """A run whose two processes share an engine, and what becomes of it after the last step.
 
     Returns the share of the policy's numbers that are in this process's part of the engine; tensors that were not
-    compared, and shared memory by which the engine would be in the way of another run's; what is said when the second
+    compared, and what its processes exchange by if not by gloo, such as shared memory, which outlives the run and is in
+    the way of the next; what is said when the second
     process's next push is spoiled; and when it gets other requests.
     """
+    from vllm.distributed.parallel_state import get_tp_group
+
     from fastkl.rollout.agreement import StaleEngineError
     from fastkl.rollout.dealt import generate
     from fastkl.rollout.requests import requests_of
@@ -77,7 +80,8 @@ def sharing(config: TrainConfig, spoiled: str) -> tuple[float, list[str], str, s
 
     held = sum(shape.numel() for shape in generator.weights.check.places.shapes.values())
     share = held / sum(parameter.numel() for parameter in run.policy.model.parameters())
-    in_the_way = [path.name for path in Path("/dev/shm").iterdir() if "cpushm" in path.name]
+    over = type(get_tp_group().device_communicator.dist_module).__name__  # a module: torch.distributed, so gloo
+    in_the_way = [] if over == "module" else [over]
     llm, is_second = generator.llm, run.world.rank == 1
     generator.weights.llm = Spoiled(llm, spoiled) if is_second else llm
     pushed = said(lambda: generator.sync(run.policy.model, 3))
