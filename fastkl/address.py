@@ -1,4 +1,5 @@
-"""Addresses: NAME?KEY=VALUE&KEY=VALUE, the way in which one setting says where something is and which part is meant."""
+"""Addresses: NAME?KEY=VALUE&KEY=VALUE, the way in which one setting says where something is and which part is meant;
+and which hosts are this machine itself."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ from collections.abc import Iterable
 from urllib.parse import unquote
 
 from fastkl.errors import UserError, nearest
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Hosts that nobody else reaches, and to which no proxy leads."""
 
 
 def name_and_options(setting: str, address: str) -> tuple[str, dict[str, str]]:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from fastkl.address import check_options, name_and_options
+from fastkl.address import LOOPBACK, check_options, name_and_options
 from fastkl.errors import UserError
 from fastkl.rewards.prepared import PreparedReward
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import httpx
     import torch
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MAX_PAUSE_SECONDS = 8.0
 
 

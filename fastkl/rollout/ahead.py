@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
 from typing import Any
 
 import torch
 
 from fastkl.distributed.world import ALONE, World
-from fastkl.rollout.dealt import Columns, Engines, collected
+from fastkl.rollout.dealt import Columns, Engines, collected, digest
 from fastkl.rollout.generator import Generator
 from fastkl.rollout.requests import Request, grouped
 from fastkl.types import Completion, Prompt
@@ -50,7 +49,7 @@ class Rollout:
     def in_words(self) -> dict[str, Any]:
         """The rest, as JSON holds it; of the prompts a hash, since they are taken again."""
         words = [[c.finish_reason, c.text] for group in self.completions for c in group]
-        return {"step": self.step, "version": self.version, "prompts": digest(self.prompts), "words": words}
+        return {"step": self.step, "version": self.version, "prompts": of_prompts(self.prompts), "words": words}
 
     @classmethod
     def restored(
@@ -61,7 +60,7 @@ class Rollout:
         position: dict[str, int],
     ) -> Rollout | None:
         """What `in_words` and `tensors` have kept; None where these prompts, taken at `position`, are other ones."""
-        if words["prompts"] != digest(prompts):
+        if words["prompts"] != of_prompts(prompts):
             return None
         ids, values = tensors["token_ids"].numpy(), tensors["logprobs"].numpy()
         kept = Columns(ids, values, tensors["lengths"].tolist(), [(reason, text) for reason, text in words["words"]])
@@ -69,9 +68,9 @@ class Rollout:
         return cls(words["step"], words["version"], prompts, position, completions)
 
 
-def digest(prompts: Sequence[Prompt]) -> str:
+def of_prompts(prompts: Sequence[Prompt]) -> str:
     """A hash of the prompts' token ids."""
-    return blake2b(repr([prompt.token_ids for prompt in prompts]).encode(), digest_size=16).hexdigest()
+    return digest(prompt.token_ids for prompt in prompts)
 
 
 class Ahead:

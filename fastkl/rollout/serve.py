@@ -13,13 +13,12 @@ import importlib.util
 import os
 import sys
 
+from fastkl.address import LOOPBACK
 from fastkl.errors import UserError
 from fastkl.scoring.source import resolve_model
 
 NAME = "fastkl"
 """What the model is called in requests."""
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(

@@ -25,10 +25,11 @@ from uuid import uuid4
 import torch
 from torch import nn
 
+from fastkl.address import LOOPBACK
 from fastkl.errors import UserError
 from fastkl.rollout.agreement import StaleEngineError
 from fastkl.rollout.requests import EngineOptions, Request, completion
-from fastkl.rollout.serve import LOOPBACK, NAME
+from fastkl.rollout.serve import NAME
 from fastkl.rollout.weight_sync import checkpoint_weights
 from fastkl.sampling.params import Sampling, vllm_arguments
 from fastkl.scoring.models import text_config

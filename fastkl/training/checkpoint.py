@@ -3,8 +3,8 @@
 checkpoints/step-N/ holds the policy and its tokenizer in Hugging Face format (from_pretrained loads it), the
 optimizer's moments and torch's random state as safetensors (trainer.safetensors), the reference where the run renews it
 (reference.safetensors), the next step's completions where they were drawn ahead (ahead.safetensors), and
-checkpoint.json: step, prompt position, Python's and NumPy's random states, the run's
-settings, and size and hash of every other file. Nothing is pickled. checkpoints/best/ is one of them by another name.
+checkpoint.json: step, prompt position, Python's and NumPy's random states, the run's settings, and size and hash of
+every other file. Nothing is pickled. checkpoints/best/ is one of them by another name.
 
 It is written under another name, flushed to disk, and renamed last: a kill at any moment leaves the last good one.
 """
@@ -37,8 +37,6 @@ TENSORS = "trainer.safetensors"
 
 
 REFERENCE = "reference.safetensors"
-
-
 AHEAD = "ahead.safetensors"
 
 

@@ -55,8 +55,7 @@ def sharing(config: TrainConfig, spoiled: str) -> tuple[float, list[str], str, s
 
     Returns the share of the policy's numbers that are in this process's part of the engine; tensors that were not
     compared, and what its processes exchange by if not by gloo, such as shared memory, which outlives the run and is in
-    the way of the next; what is said when the second
-    process's next push is spoiled; and when it gets other requests.
+    the way of the next; what is said when the second process's next push is spoiled; and when it gets other requests.
     """
     from vllm.distributed.parallel_state import get_tp_group
 
