@@ -369,11 +369,13 @@ def _facts(
     if request.valid_vocab is not None and request.valid_vocab < 1:
         raise UserError(f"valid_vocab is {request.valid_vocab}, expected at least 1.")
     scored = target_ids != IGNORED_ID if mask is None else mask & (target_ids != IGNORED_ID)
+    if isinstance(temperature, Tensor):
+        temperature = torch.where(scored, temperature, 0.0).double().nan_to_num().sum()
     wanted = sum(1 << i for i, name in enumerate((*OUTPUTS, *DIVERGENCES)) if name in request.outputs)
     with_gradient = torch.is_grad_enabled()
     return Facts(
         *sizes, len(policy), scored.sum(), (target_ids * scored).sum(),
-        0.0 if isinstance(temperature, Tensor) else temperature, options.softcap or 0.0, options.logit_scale,
+        temperature, options.softcap or 0.0, options.logit_scale,
         request.valid_vocab or 0, request.chunk_tokens or 0, wanted, policy.element_size(),
         num_biases, with_gradient and policy.requires_grad, with_gradient and of_slice.requires_grad,
     )  # fmt: skip

@@ -46,7 +46,7 @@ class Facts(NamedTuple):
     num_rows: int
     num_scored_rows: int | Tensor
     sum_of_target_ids: int | Tensor
-    temperature: float | Tensor  # the sum of those of the rows
+    temperature: float | Tensor  # of rows that have their own: the sum over those that are scored
     softcap: float
     logit_scale: float
     valid_vocab: int

@@ -377,6 +377,7 @@ def refusals(ranks: Ranks) -> dict[str, list[str]]:
         "one rank alone": lambda case: scores(case, weight=case.policy_weight[:5, :3] if on_rank_1 else None),
         "targets": lambda case: scores(case, target_ids=case.target_ids.flip(0) + int(on_rank_1)),
         "temperature": lambda case: scores(case, temperature=0.5 if on_rank_1 else 1.0),
+        "temperatures": lambda case: scores(case, temperature=torch.full((9,), 0.5 if on_rank_1 else 1.0)),
         "no ids left": lambda case: scores(case, valid_vocab=22),
         "too many ids": lambda case: scores(case, valid_vocab=38),
         "cut apart": lambda case: scores(case, ref_weight=case.ref_weight[:7]),

@@ -19,6 +19,8 @@ REFUSED = {
     "call, each with its own slice of the vocabulary.",
     "temperature": "temperature is 1 on rank 0 of vocab_group and 0.5 on rank 1: all ranks must make the same call, "
     "each with its own slice of the vocabulary.",
+    "temperatures": "temperature is 9 on rank 0 of vocab_group and 4.5 on rank 1: all ranks must make the same "
+    "call, each with its own slice of the vocabulary.",
     "no ids left": "Rank 2 of vocab_group holds none of the 22 ids: make the group of those ranks that do.",
     "too many ids": "valid_vocab is 38, expected 1 to 37, the number of logits per row.",
     "cut apart": "The ranks of vocab_group hold [20, 5, 12] ids of the policy and [7, 7, 7] of the reference: cut both "
