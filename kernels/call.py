@@ -16,7 +16,8 @@ from .cpu import sources as cpu
 from .cpu.passes import CpuPasses
 from .dispatch import uses_triton
 from .errors import UserError
-from .passes import LogitOptions, Passes, Rows, RowStats, Side, Source, chunk_ranges
+from .passes import LogitOptions, Passes, Rows, Side, Source, chunk_ranges
+from .stats import RowStats
 from .support import switched_on
 from .types import DIVERGENCES, IGNORED_ID, OUTPUTS, Head, Support, TokenCoefficients, TokenScores
 from .vocab_group import Facts, Share, open_share
@@ -65,7 +66,6 @@ class Call:
     check_values: bool
     inplace: bool = False  # logits in: the gradient overwrites the logits
     chunk_given: bool = False  # the caller has said how many rows' logits there may be at a time
-    share: Share | None = None  # of the vocabulary, where several processes hold it: with the n rows' targets
 
     def source(self, policy: Side | Tensor) -> Source:
         """The logits of the scored rows."""
@@ -83,8 +83,8 @@ class Call:
         if self.use_triton:
             from .gpu.passes import GpuPasses
 
-            return GpuPasses(source, self.rows, stats, support_stats, self.share)
-        return CpuPasses(source, self.rows, stats, support_stats, self.share)
+            return GpuPasses(source, self.rows, stats, support_stats)
+        return CpuPasses(source, self.rows, stats, support_stats)
 
     def score_without_logits(self, policy: Side | Tensor, stats: RowStats) -> bool:
         """Fills `stats` by the kernel that stores no logits, if it serves this call; returns whether it does."""
@@ -96,9 +96,9 @@ class Call:
         if self.rows.kl and heads.blas_is_faster(*sides):
             return False
         heads.linear_score(*sides, self.rows.target_ids, self.row_ids, self.options, stats, kl=self.rows.kl)
-        if self.share is not None:  # another rank's heads may not fit: it merges chunk by chunk
+        if self.rows.share is not None:  # another rank's heads may not fit: it merges chunk by chunk
             for lo, hi in chunk_ranges(len(self.rows), self.chunk_rows):
-                self.share.merge_(stats[lo:hi], lo, hi)
+                self.rows.share.merge_(stats[lo:hi], lo, hi)
         return True
 
     def gradients_without_logits(
@@ -112,9 +112,9 @@ class Call:
             return None
         from .gpu import slices
 
-        ids, row_ids = self.rows.target_ids, self.row_ids
-        if self.share is not None:
-            ids = self.share.own(ids)
+        ids, row_ids, share = self.rows.target_ids, self.row_ids, self.rows.share
+        if share is not None:
+            ids = share.own(ids)
         return slices.linear_gradient(*sides, ids, row_ids, self.options, stats, coefficients, needed)
 
     def _multiplied_heads(self, policy: Side | Tensor) -> tuple[Side, Side | None] | None:
@@ -129,7 +129,7 @@ class Call:
 
     def finished(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """The gradients of the policy's inputs, from those of this process's ids."""
-        return gradients if self.share is None else self.share.with_hidden_summed(gradients)
+        return gradients if self.rows.share is None else self.rows.share.with_hidden_summed(gradients)
 
     @property
     def keeps_last_chunk(self) -> bool:
@@ -150,8 +150,7 @@ class Call:
         if isinstance(options.temperature, Tensor):
             options = replace(options, temperature=options.temperature[index])
         row_ids = index if self.row_ids is None else self.row_ids[index]
-        share = None if self.share is None else self.share.select(index)
-        return replace(self, row_ids=row_ids, rows=self.rows.select(index), options=options, share=share)
+        return replace(self, row_ids=row_ids, rows=self.rows.select(index), options=options)
 
     def effective(self, coefficients: TokenCoefficients) -> TokenCoefficients:
         """The factors of the n scored rows, zero where a row has no target."""
@@ -321,7 +320,7 @@ def _new_call(request: Request, policy: Tensor, vocab: int, options: LogitOption
     if share is None:
         return call
     share, places = share.of_targets(call.rows.target_ids)
-    return replace(call, rows=replace(call.rows, target_ids=places), share=share)
+    return replace(call, rows=replace(call.rows, target_ids=places, share=share))
 
 
 def _facts_of_logits(request: Request, policy_logits: Tensor, ref_logits: Tensor | None) -> Facts:
@@ -370,7 +369,7 @@ def _facts(
         raise UserError(f"valid_vocab is {request.valid_vocab}, expected at least 1.")
     scored = target_ids != IGNORED_ID if mask is None else mask & (target_ids != IGNORED_ID)
     if isinstance(temperature, Tensor):
-        temperature = torch.where(scored, temperature, 0.0).double().nan_to_num().sum()
+        temperature = torch.where(scored, temperature.detach(), 0.0).double().nan_to_num().sum()
     wanted = sum(1 << i for i, name in enumerate((*OUTPUTS, *DIVERGENCES)) if name in request.outputs)
     with_gradient = torch.is_grad_enabled()
     return Facts(

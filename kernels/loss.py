@@ -24,7 +24,8 @@ from .active import active_rows
 from .autograd import Chunk, Inputs, policy_of, without_autocast
 from .call import Call
 from .errors import UserError
-from .passes import Passes, RowStats, chunk_ranges
+from .passes import Passes, chunk_ranges
+from .stats import RowStats
 from .types import CoefficientsFunction, TokenCoefficients, TokenScores
 
 HELD_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
@@ -165,8 +166,8 @@ def _held_rows(call: Call, inputs: Inputs) -> int:
     policy, *weights = inputs
     assert policy is not None
     vocab = policy.shape[-1] if not weights else len(weights[0])
-    if call.share is not None:
-        vocab = call.share.widest
+    if call.rows.share is not None:
+        vocab = call.rows.share.widest
     return max(call.chunk_rows, HELD_BYTES.get(policy.device.type, 0) // (2 * call.dtype.itemsize * vocab))
 
 

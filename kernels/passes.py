@@ -1,4 +1,4 @@
-"""What the two implementations of the operators share: the rows, options and statistics of a call, and two protocols.
+"""What the two implementations of the operators share: the rows and options of a call, and two protocols.
 
 A `Source` makes the logits of a range of rows and takes their gradient back. `Passes` go over these logits: statistics
 first, gradients from them. cpu/ implements both in PyTorch, gpu/ in Triton, under the same names.
@@ -7,19 +7,14 @@ first, gradients from them. cpu/ implements both in PyTorch, gpu/ in Triton, und
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .types import Support, TokenCoefficients
-
-EXCLUDED = -1e30
-"""Stands for -inf: exp gives 0, and 0 * EXCLUDED is 0 where 0 * -inf would be NaN."""
-
-NO_LOGIT = -1e20
-"""A logit below it is EXCLUDED, perhaps scaled, centred or divided by a temperature. No model has such logits."""
+from .vocab_group import Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +26,7 @@ class Rows:
     entropy: bool  # whether the entropy or its gradient is wanted
     kl: bool  # whether a KL or its gradient is wanted
     divergences: tuple[str, ...] = ()  # those of types.DIVERGENCES that are wanted, or their gradients
+    share: Share | None = None  # of the vocabulary, where several processes hold it
     untargeted: Tensor | None = None
     """f32 [n]: what the scores of a row are whose target is no id, 0 or NaN; inf in the other rows. None: no such row.
 
@@ -47,13 +43,9 @@ class Rows:
             self,
             target_ids=self.target_ids[rows],
             support=None if self.support is None else self.support.select(rows),
+            share=None if self.share is None else self.share.select(rows),
             untargeted=None if self.untargeted is None else self.untargeted[rows],
         )
-
-
-def weighted(e: Tensor, gap: Tensor) -> Tensor:
-    """e * gap, with the gap to an id that only the reference excludes taken for infinite; zero where e is."""
-    return torch.where(e == 0, 0, e * gap.masked_fill(gap > -NO_LOGIT, torch.inf))
 
 
 def chunk_ranges(num_rows: int, chunk_rows: int) -> Iterator[tuple[int, int]]:
@@ -142,61 +134,6 @@ class Side:
         same_weight = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
         biases = [None if side.bias is None else side.bias.data_ptr() for side in (self, other)]
         return same_weight and biases[0] == biases[1]
-
-
-@dataclass(frozen=True, slots=True)
-class RowStats:
-    """Per row, [n]: all that the scores and the backward need, so that the logits need not be kept.
-
-    The maxima are of the logits after temperature. `outside` is 1 where the support would not have kept the target,
-    else 0. threshold and edge_id say what a support recomputed on a GPU keeps (gpu/supports.py). These three have no
-    meaning in the statistics over the full vocabulary. forward_kl and jsd are the scores, kl_to_mixture is KL(p, m)
-    with m = (p + q) / 2; they are filled where a divergence is wanted.
-    """
-
-    max: Tensor
-    log_sum: Tensor
-    mean_logit: Tensor
-    logprobs: Tensor
-    ref_max: Tensor
-    ref_log_sum: Tensor
-    ref_logprobs: Tensor
-    mean_gap: Tensor
-    outside: Tensor
-    threshold: Tensor
-    edge_id: Tensor
-    forward_kl: Tensor
-    jsd: Tensor
-    kl_to_mixture: Tensor
-
-    @classmethod
-    def empty(cls, num_rows: int, like: Tensor, dtype: torch.dtype) -> RowStats:
-        """Uninitialised statistics of `num_rows` rows on the device of `like`."""
-        return cls(*torch.empty(len(fields(cls)), num_rows, dtype=dtype, device=like.device).unbind(0))
-
-    def __getitem__(self, rows: slice | Tensor) -> RowStats:
-        """The statistics of some rows: views for a slice, else a copy. The fields stay equally far apart in memory."""
-        picked = [getattr(self, f.name)[rows] for f in fields(self)]
-        return RowStats(*(picked if isinstance(rows, slice) else torch.stack(picked).unbind(0)))
-
-    @property
-    def stride(self) -> int:
-        """How far apart the fields are in memory, in numbers."""
-        return int(self.log_sum.storage_offset() - self.max.storage_offset())
-
-    def take_reference(self, of_reference: RowStats) -> None:
-        """Takes the reference's log-probs from its own statistics; the gap between the models stays undefined."""
-        self.ref_max.copy_(of_reference.max)
-        self.ref_log_sum.copy_(of_reference.log_sum)
-        self.ref_logprobs.copy_(of_reference.logprobs)
-
-    def entropy(self) -> Tensor:
-        """-E_p[log p], [n]."""
-        return self.log_sum - self.mean_logit
-
-    def kl(self) -> Tensor:
-        """E_p[log p - log q], [n]."""
-        return self.mean_gap - (self.log_sum - self.ref_log_sum)
 
 
 class Source(Protocol):

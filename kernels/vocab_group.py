@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .checks import check_vocab
 from .errors import UserError
-from .passes import NO_LOGIT, RowStats, weighted
+from .stats import NO_LOGIT, RowStats, weighted
 
 MERGED = (
     "max", "log_sum", "mean_logit", "logprobs", "ref_max", "ref_log_sum", "ref_logprobs", "mean_gap",
@@ -89,9 +89,9 @@ class Share:
         places = target_ids - self.bounds[self.rank]
         return replace(self, owners=owners), torch.where(owners == self.rank, places, 0)
 
-    def select(self, index: Tensor) -> Share:
-        """That of some of the rows, i64 [m]."""
-        return self if self.owners is None else replace(self, owners=self.owners[index])
+    def select(self, rows: Tensor | slice) -> Share:
+        """That of some of the rows, i64 [m] or a slice."""
+        return self if self.owners is None else replace(self, owners=self.owners[rows])
 
     def foreign(self, lo: int, hi: int) -> Tensor:
         """Whether another rank holds the target, bool [hi - lo]."""

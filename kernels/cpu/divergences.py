@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..passes import NO_LOGIT, RowStats
+from ..stats import NO_LOGIT, RowStats
 
 
 def beside(x: Tensor, numbers: Tensor) -> Tensor:

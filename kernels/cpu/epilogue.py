@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ..passes import EXCLUDED, NO_LOGIT, RowStats, weighted
+from ..stats import EXCLUDED, NO_LOGIT, RowStats, weighted
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..passes import EXCLUDED, RowStats
+from ..stats import EXCLUDED, RowStats
 from ..types import Support
 from .divergences import Compared, DivergenceFactors
 from .epilogue import Factors, Sums

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..active import ActiveRuns
-from ..passes import Rows, RowStats, chunk_ranges
+from ..passes import Rows, chunk_ranges
+from ..stats import RowStats
 from ..types import TokenCoefficients
 from ..vocab_group import Share
 from .divergences import Compared, DivergenceFactors, sum_rows
@@ -38,14 +39,9 @@ class CpuPasses:
     which need more than these, are wanted, both hold the logits after temperature, the banned ones excluded."""
 
     def __init__(
-        self,
-        source: HeadSource | LogitsSource,
-        rows: Rows,
-        stats: RowStats,
-        support_stats: RowStats | None,
-        share: Share | None = None,
+        self, source: HeadSource | LogitsSource, rows: Rows, stats: RowStats, support_stats: RowStats | None
     ) -> None:
-        self.source, self.rows, self.share = source, rows, share
+        self.source, self.rows = source, rows
         self.stats, self.support_stats = stats, support_stats
         self.block_rows = max(2, min(512, BLOCK_NUMBERS // max(1, source.vocab)))
         self.bans = rows.support is not None and lists_banned_ids(rows.support)
@@ -73,12 +69,12 @@ class CpuPasses:
             target_ids = self.rows.target_ids[lo:hi]
             listed = self._listed(lo, hi)
             store_stats(Sums.concatenated(sums), listed, self.bans, target_ids, self.stats[lo:hi], support_stats)
-        if self.share is not None and sums:
-            self._merge(self.share, lo, hi, z, r)
+        if rows.share is not None and sums:
+            self._merge(rows.share, lo, hi, z, r)
         if self.rows.divergences and r is not None:
             self._add_divergences(lo, hi, z, r)
-            if self.share is not None and sums:
-                self.share.add_(self.stats[lo:hi], self.rows.divergences)
+            if rows.share is not None and sums:
+                rows.share.add_(self.stats[lo:hi], rows.divergences)
         return z, r
 
     def reload(self, lo: int, hi: int, need_gap: bool) -> tuple[Tensor, Tensor | None]:
@@ -135,7 +131,7 @@ class CpuPasses:
 
     def _foreign(self, first: int, last: int) -> Tensor | None:
         """Whether another process holds the target, bool [last - first]; None where this one holds all ids."""
-        return None if self.share is None else self.share.foreign(first, last)
+        return None if self.rows.share is None else self.rows.share.foreign(first, last)
 
     def _merge(self, share: Share, lo: int, hi: int, z: Tensor, r: Tensor | None) -> None:
         """The statistics of rows lo..hi over the whole vocabulary, and what z and r hold centred at its maxima."""

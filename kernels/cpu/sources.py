@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..passes import EXCLUDED, LogitOptions, Side
+from ..passes import LogitOptions, Side
+from ..stats import EXCLUDED
 
 ROW_MULTIPLE = 16
 """Matrix products get a multiple of this many rows, because below 12 rows MKL's order of summation depends on their

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..passes import EXCLUDED, NO_LOGIT
+from ..stats import EXCLUDED, NO_LOGIT
 from ..support import column, keep_mask, ranks, rows_of_record
 from ..types import Support
 

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..passes import LogitOptions, RowStats, Side
+from ..passes import LogitOptions, Side
+from ..stats import RowStats
 from .rows import (
     EXCLUDED,
     Flags,

@@ -17,10 +17,10 @@ import triton
 from torch import Tensor
 
 from ..active import ActiveRuns
-from ..passes import Rows, RowStats
+from ..passes import Rows
+from ..stats import RowStats
 from ..support import keep_mask, keep_sampled_
 from ..types import TokenCoefficients
-from ..vocab_group import Share
 from . import supports
 from .divergences import divergence_kernel
 from .rows import Flags, Gradient, Inputs, Numbers, Stats, gradient_kernel, scale_kernel, score_kernel
@@ -64,16 +64,10 @@ class GpuPasses:
     """
 
     def __init__(
-        self,
-        source: HeadSource | LogitsSource,
-        rows: Rows,
-        stats: RowStats,
-        support_stats: RowStats | None,
-        share: Share | None = None,
+        self, source: HeadSource | LogitsSource, rows: Rows, stats: RowStats, support_stats: RowStats | None
     ) -> None:
         self.source, self.rows, self.stats, self.support_stats = source, rows, stats, support_stats
-        self.share = share
-        self.own_target_ids = rows.target_ids if share is None else share.own(rows.target_ids)
+        self.own_target_ids = rows.target_ids if rows.share is None else rows.share.own(rows.target_ids)
         self.bias, self.ref_bias = source.biases()
         self.thresholds: Thresholds | None = None
         if rows.support is not None and has_thresholds(rows.support, source.vocab):
@@ -85,8 +79,9 @@ class GpuPasses:
     def score(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
         z, r = self.source.load(lo, hi)
         self._launch_score(lo, hi, z, r, None)
-        if self.share is not None and hi > lo:
-            self.share.merge_(self.stats[lo:hi], lo, hi)
+        share = self.rows.share
+        if share is not None and hi > lo:
+            share.merge_(self.stats[lo:hi], lo, hi)
         if self.thresholds is not None and hi > lo:
             for first in range(lo, hi, supports.ROWS_AT_A_TIME):
                 self._launch_support(lo, slice(first, min(first + supports.ROWS_AT_A_TIME, hi)), z, r, self.thresholds)
@@ -94,8 +89,8 @@ class GpuPasses:
                 self._score_with_mask(lo, part, z, r)
         if self.rows.divergences and r is not None and hi > lo:
             self._launch_divergences(lo, hi, z, r)
-            if self.share is not None:
-                self.share.add_(self.stats[lo:hi], self.rows.divergences)
+            if share is not None:
+                share.add_(self.stats[lo:hi], self.rows.divergences)
         return z, r
 
     def reload(self, lo: int, hi: int, need_gap: bool) -> tuple[Tensor, Tensor | None]:
@@ -129,7 +124,7 @@ class GpuPasses:
         return out
 
     def score_and_gradient(self, lo: int, hi: int, coefficients: TokenCoefficients) -> None:
-        if self.support_stats is not None or self.rows.divergences or self.share is not None:
+        if self.support_stats is not None or self.rows.divergences or self.rows.share is not None:
             self.gradient_(lo, hi, *self.score(lo, hi), coefficients)
             return
         z, r = self.source.load(lo, hi)

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ..passes import LogitOptions
 
-EXCLUDED = tl.constexpr(-1e30)  # as passes.EXCLUDED
-NO_LOGIT = tl.constexpr(-1e20)  # as passes.NO_LOGIT
+EXCLUDED = tl.constexpr(-1e30)  # as stats.EXCLUDED
+NO_LOGIT = tl.constexpr(-1e20)  # as stats.NO_LOGIT
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST_BITS = tl.constexpr(-1e25)

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..passes import LogitOptions, RowStats, Side, chunk_ranges
+from ..passes import LogitOptions, Side, chunk_ranges
+from ..stats import RowStats
 from ..types import TokenCoefficients
 from .heads import BLOCK_ROWS, NUM_WARPS, Operands, Sizes, descriptor, has_target, place_of_program, raw_logits
 from .rows import LOG2E, before_processing, one_minus_exp, process_logits, weighted
