@@ -64,8 +64,12 @@ class Engine:
         self.version = ""  # until all of it is there
         try:
             self.sync.load(lambda: tensors_in(path), step, tied=tied)
-        except (StaleEngineError, OSError) as failure:
+        except StaleEngineError as failure:
             return {"version": "", "error": str(failure)}
+        except Exception as failure:  # of vLLM's loader, of the file: the trainer is told, and the server lives on
+            reason = f"{type(failure).__name__}: {failure}"
+            remedy = f"the server has to see {path}, and to be started with the same model"
+            return {"version": "", "error": f"the weights could not be loaded ({reason}); {remedy}."}
         self.version = version
         return {"version": version, "error": ""}
 

@@ -115,14 +115,15 @@ class ServerGenerator:
 
     def sync(self, policy: nn.Module, step: int = 0) -> None:
         """See Generator: the weights go to a file, from there to every server, and are compared there."""
-        before, self.step, self.version = self.version, step, f"{self.name}-{step}"
+        self.step, self.version = step, f"{self.name}-{step}"
         self.tied = bool(getattr(policy.config, "tie_word_embeddings", False))
         self.write(policy)
         with ThreadPoolExecutor(len(self.servers)) as pool:
             list(pool.map(self.fill_or_lose, self.servers))
         self.ready()  # one of them has to have it
-        if before and before != self.version:
-            self.path_of(before).unlink(missing_ok=True)
+        for path in self.folder.glob("weights-*"):  # of the step before, or left behind by a run that was killed
+            if path != self.path_of(self.version):
+                path.unlink(missing_ok=True)
 
     def rest(self) -> None:
         """See Generator: the servers' memory is their own."""

@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -23,7 +24,7 @@ from fastkl.config.settings import TrainConfig, check_config
 from fastkl.errors import UserError
 from fastkl.rollout import serve, server
 from fastkl.rollout.agreement import StaleEngineError
-from fastkl.rollout.engine_worker import tensors_in
+from fastkl.rollout.engine_worker import Engine, tensors_in
 from fastkl.rollout.requests import Request, requests_of
 from fastkl.rollout.server import ServerGenerator
 from fastkl.rollout.transformers import TransformersGenerator
@@ -265,6 +266,36 @@ def test_weights_that_did_not_arrive_stop_the_run_and_those_of_another_run_too(t
     second.sync(policy)
     with pytest.raises(UserError, match="another run has given .* its weights"):
         first.generate(requests)
+
+
+def test_a_push_removes_the_files_of_a_run_that_was_killed(tmp_path, fakes):
+    """One for each kill would stay otherwise, as large as the model."""
+    base, policy, _, _ = models_and_expected()
+    left = [tmp_path / f"weights-0a1b2c3d-{name}" for name in ("7.safetensors", "8.partial")]
+    for path in left:
+        path.write_bytes(b"x")
+    generator = asking(tmp_path, fakes(base))
+    generator.sync(policy, 3)
+    assert [path.name for path in tmp_path.iterdir()] == [f"weights-{generator.version}.safetensors"]
+    generator.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_says_why_it_could_not_load_and_lives_on(tmp_path):
+    """A file that is none, and a loader that fails as it likes."""
+    model = toy_model(0, torch.float32)
+    worker = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.float32),
+        model_runner=SimpleNamespace(get_model=lambda: model),
+        reload_weights=lambda weights_iterator: list(weights_iterator),
+    )
+    engine = Engine(worker)
+    path = tmp_path / "weights.safetensors"
+    for content, words in ((None, "FileNotFoundError"), (b"no tensors", "SafetensorError")):
+        if content:
+            path.write_bytes(content)
+        said = engine.load(str(path), "a-1", 1, tied=False)
+        assert said["version"] == "" and said["error"].startswith(f"the weights could not be loaded ({words}: ")
 
 
 @pytest.mark.parametrize(("settings", "words"), [
