@@ -112,11 +112,7 @@ def test_the_reports_of_stale_steps_are_those_of_weighted_samples(whole):
     for prompt, ids, engine in zip(
         prompts, kept["token_ids"].split(lengths), kept["logprobs"].split(lengths), strict=True
     ):
-        logps = []
-        for model in (policy, reference):
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([[*prompt, *ids.tolist()]])).logits[0].double()
-            logps.append(logits.log_softmax(-1)[-len(ids) - 1 : -1].gather(1, ids.long()[:, None])[:, 0])
+        logps = [logprobs_of(model, prompt, ids) for model in (policy, reference)]
         weights.append(float((logps[0] - engine).sum().exp()))
         kls.append(float(((logps[0] - engine).exp() * (logps[0] - logps[1])).sum()))
     row = rows(whole)[2]
@@ -230,14 +226,15 @@ def test_vllm_draws_in_a_thread_with_the_weights_before_the_update(tmp_path, opt
     assert gaps[0] < 1e-3 < gaps[1], gaps
 
 
+def logprobs_of(model, prompt, ids) -> torch.Tensor:
+    """The model's log-probs of the ids after the prompt, f64 [ids]."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *ids.tolist()]])).logits[0].double()
+    return logits.log_softmax(-1)[-len(ids) - 1 : -1].gather(1, ids.long()[:, None])[:, 0]
+
+
 def largest_gaps(policy, prompts, kept) -> list[float]:
     """Of each completion that was kept, the largest gap between its log-probs and the policy's."""
-    found, lengths = [], kept["lengths"].tolist()
-    for prompt, ids, engine in zip(
-        prompts, kept["token_ids"].split(lengths), kept["logprobs"].split(lengths), strict=True
-    ):
-        with torch.no_grad():
-            logits = policy(input_ids=torch.tensor([[*prompt, *ids.tolist()]])).logits[0].double()
-        ours = logits.log_softmax(-1)[-len(ids) - 1 : -1].gather(1, ids.long()[:, None])[:, 0]
-        found.append(float((ours - engine).abs().max()))
-    return found
+    lengths = kept["lengths"].tolist()
+    pairs = zip(prompts, kept["token_ids"].split(lengths), kept["logprobs"].split(lengths), strict=True)
+    return [float((logprobs_of(policy, prompt, ids) - engine).abs().max()) for prompt, ids, engine in pairs]
