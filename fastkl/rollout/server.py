@@ -337,10 +337,13 @@ def obstacle(model_config: Any, device: torch.device) -> str | None:
     return None if find_spec("httpx") else "httpx is not installed (pip install httpx)"
 
 
+def check_servers(urls: Sequence[str], sampling: Sampling, *, vocab: int, dtype: str, max_model_len: int) -> None:
+    """UserError where one of them does not answer, or cannot draw for such a run; they are given nothing."""
+    ServerGenerator(urls, None, sampling, vocab=vocab, dtype=dtype, max_model_len=max_model_len, folder=Path())
+
+
 def start(options: EngineOptions) -> ServerGenerator:
     """Servers that have the policy's weights."""
-    if options.world.size > 1:
-        raise UserError("engines: several processes cannot share servers; train with one process, or without engines.")
     generator = ServerGenerator(
         options.engines,
         options.tokenizer,

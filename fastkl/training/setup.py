@@ -136,6 +136,16 @@ def check_inputs(
     generator, reason = choose_generator("server" if config.engines else config.generator, model_config, device)
     check_sleep(config, generator, device)
     check_engine_tp(config.engine_tp, generator, models.text_config(model_config))
+    if config.engines:
+        from fastkl.rollout.server import check_servers
+
+        check_servers(
+            config.engines,
+            sampling,
+            vocab=models.text_config(model_config).vocab_size,
+            dtype=str(compute_dtype(config.dtype, device)).removeprefix("torch."),
+            max_model_len=longest_sequence((*prompts, *held), config),
+        )
     lock = lock_run_folder(config) if world.is_first else None
     with closed_on_failure(lock):
         folder, resumed, is_fork = world.once(lambda: folder_of(config))
@@ -628,8 +638,12 @@ def ahead_of(
 
 def max_sequence_tokens(inputs: Inputs, config: TrainConfig) -> int:
     """Tokens of the longest prompt, a held-out one included, with its completion."""
-    held = inputs.evaluator.prompts if inputs.evaluator else ()
-    return max(len(prompt.token_ids) for prompt in (*inputs.prompts, *held)) + config.max_new_tokens
+    return longest_sequence((*inputs.prompts, *(inputs.evaluator.prompts if inputs.evaluator else ())), config)
+
+
+def longest_sequence(prompts: Iterable[Prompt], config: TrainConfig) -> int:
+    """Tokens of the longest of these prompts with its completion."""
+    return max(len(prompt.token_ids) for prompt in prompts) + config.max_new_tokens
 
 
 def check_same_shape(policy: nn.Module, reference: nn.Module, resumed: checkpoint.Checkpoint | None) -> None:

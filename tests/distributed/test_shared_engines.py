@@ -39,6 +39,11 @@ def test_processes_that_cannot_share_an_engine_are_refused_by_name(options, proc
         check_engine_groups(TrainConfig(engine_tp=2, **options), processes)
 
 
+def test_several_processes_with_servers_are_refused_by_name():
+    with pytest.raises(UserError, match="^engines: 2 processes cannot share servers; train with one process"):
+        check_engine_groups(TrainConfig(engines=("http://127.0.0.1:8001",)), 2)
+
+
 @pytest.mark.parametrize(
     ("engine_tp", "generator", "config", "words"),
     [
@@ -56,6 +61,7 @@ def test_an_engine_that_cannot_be_cut_is_refused_by_name(engine_tp, generator, c
 def test_what_can_be_shared_is_not_refused():
     check_engine_groups(TrainConfig(generator="transformers"), 1)
     check_engine_groups(TrainConfig(engine_tp=2), 6)
+    check_engine_groups(TrainConfig(engines=("http://127.0.0.1:8001",)), 1)
     check_engine_tp(1, "transformers", Heads(5))
     check_engine_tp(8, "vllm", Heads(32, 4))  # keys and values are held twice
     check_engine_tp(2, "vllm", Heads(6))

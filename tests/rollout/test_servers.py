@@ -31,6 +31,7 @@ from fastkl.rollout.transformers import TransformersGenerator
 from fastkl.sampling.params import Sampling
 from fastkl.scoring import models
 from fastkl.storyteller import model_path
+from fastkl.training import setup
 
 SAMPLING = Sampling(temperature=0.8, max_new_tokens=6, stop_token_ids=(STOP,))
 PROMPTS = (prompt(1, 2, 3), prompt(4), prompt(5, 6, 7, 8, 9))
@@ -254,6 +255,18 @@ def test_what_is_no_server_of_ours_is_refused(tmp_path, fakes):
     with pytest.raises(UserError, match="does not answer .* start it with `fastkl serve MODEL --port"):
         asking(tmp_path, fake)
     fake.start()
+
+
+def test_a_run_whose_servers_do_not_do_is_refused_before_a_model_is_loaded_or_a_folder_made(
+    tmp_path, fakes, monkeypatch
+):
+    monkeypatch.setattr(setup, "load", lambda *_: pytest.fail("loading has begun"))
+    other = fakes(toy_model(0, torch.float32))
+    gone = f"http://127.0.0.1:{free_port()}"
+    for url, words in ((gone, "does not answer"), (other.url, "has vocab 23, and this run needs ")):
+        with pytest.raises(UserError, match=f"engines: {url} {words}"):
+            setup.set_up(TrainConfig(output=str(tmp_path / "run"), engines=(url,), dtype="float32", max_new_tokens=8))
+    assert not (tmp_path / "run").exists() and not other.loads
 
 
 def test_weights_that_did_not_arrive_stop_the_run_and_those_of_another_run_too(tmp_path, fakes):
