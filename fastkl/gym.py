@@ -56,6 +56,17 @@ def entries(address: str) -> Iterator[dict[str, Any]]:
     return iter(found)
 
 
+def first_seed_beyond(address: str, other: str) -> int | None:
+    """The least seed with which `other` has no seed of a question in common with `address`; None where it has none now.
+
+    Question n, from 0, of a task with the seed S is drawn with the seed S + n.
+    """
+    ours, theirs = task_of(address), task_of(other)
+    meet = theirs.seed < ours.seed + len(ours) and ours.seed < theirs.seed + len(theirs)
+    same = ours.config.__class__ is theirs.config.__class__
+    return ours.seed + len(ours) if same and meet else None
+
+
 def _tasks(address: str) -> dict[str, tuple[Any, Any]]:
     """Every task of the library and its configuration, by name."""
     try:

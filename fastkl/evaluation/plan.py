@@ -15,6 +15,7 @@ from fastkl.errors import UserError
 from fastkl.evaluation.evaluate import Evaluator
 from fastkl.evaluation.split import hold_out, in_both
 from fastkl.evaluation.text_loss import windows_of
+from fastkl.gym import first_seed_beyond
 from fastkl.rewards.call import check_columns
 from fastkl.rewards.load import RewardFunction, load_rewards
 from fastkl.sampling.params import Sampling
@@ -82,7 +83,6 @@ def evaluator_of(
     with named_as("eval_prompts", "reward"):
         check_columns(rewards, dict.fromkeys(name for prompt in held for name in prompt.columns))
     temperature = sampling.temperature if config.eval_temperature is None else config.eval_temperature
-    shared = in_both(train, held)
     return Evaluator(
         prompts=held,
         rewards=rewards,
@@ -94,8 +94,20 @@ def evaluator_of(
         max_steps=config.steps,
         reward_timeout=config.reward_timeout,
         text=text,
-        notes=(f"eval_prompts: {shared} of the {len(held)} are trained on, too",) * bool(shared),
+        notes=(note,) if (note := shared_note(config, train, held)) else (),
     )
+
+
+def shared_note(config: TrainConfig, train: Sequence[Prompt], held: Sequence[Prompt]) -> str:
+    """How many held-out prompts are trained on, too, with the remedy for questions of a gym; empty for none."""
+    shared = in_both(train, held)
+    if not shared:
+        return ""
+    ours, theirs = str(config.prompts), str(config.eval_prompts)
+    gym = ours.startswith("gym:") and theirs.startswith("gym:")
+    beyond = first_seed_beyond(ours.removeprefix("gym:"), theirs.removeprefix("gym:")) if gym else None
+    why = f": question n of a gym comes from seed + n; give them seed={beyond} or more" if beyond is not None else ""
+    return f"eval_prompts: {shared} of the {len(held)} are trained on, too{why}"
 
 
 def text_windows(config: TrainConfig, tokenizer: Any, context: int | None) -> tuple[tuple[int, ...], ...]:

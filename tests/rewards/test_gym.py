@@ -7,9 +7,11 @@ import random
 
 import pytest
 
+from fastkl.config.settings import TrainConfig
 from fastkl.data.rows import read_rows
 from fastkl.errors import UserError
-from fastkl.gym import entries, task_of
+from fastkl.evaluation.plan import shared_note
+from fastkl.gym import entries, first_seed_beyond, task_of
 from fastkl.rewards.call import compute_rewards
 from fastkl.rewards.gym import answer_in, gym
 from fastkl.rewards.load import load_rewards
@@ -144,3 +146,27 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     task_of.cache_clear()
     with pytest.raises(UserError, match=r"gym:chain_sum needs reasoning_gym.*pip install 'fastkl\[gym\]'"):
         list(read_rows("gym:chain_sum"))
+
+
+def questions_of(address: str) -> set[str]:
+    return {entry["question"] for entry in entries(address)}
+
+
+@pytest.mark.parametrize("seed", [0, 4, 5, 10, 11, 30])
+def test_the_first_seed_beyond_shares_no_question_where_the_named_one_does(seed):
+    ours, theirs = "chain_sum?size=10&seed=1&min_digits=6&max_digits=6", "chain_sum?size=5&min_digits=6&max_digits=6"
+    beyond = first_seed_beyond(ours, f"{theirs}&seed={seed}")
+    assert (beyond is None) == questions_of(ours).isdisjoint(questions_of(f"{theirs}&seed={seed}"))
+    assert beyond in (None, 11)
+    assert questions_of(ours).isdisjoint(questions_of(f"{theirs}&seed=11"))
+
+
+def test_held_out_questions_that_are_trained_on_are_counted_with_the_seed_that_has_others():
+    ours, theirs = "gym:chain_sum?size=10&seed=1", "gym:chain_sum?size=5&seed=3"
+    rows = {source: [Prompt((1,), "", text, 0) for text in questions_of(source[4:])] for source in (ours, theirs)}
+    config = TrainConfig(prompts=ours, eval_prompts=theirs)
+    assert shared_note(config, rows[ours], rows[theirs]) == (
+        "eval_prompts: 5 of the 5 are trained on, too: question n of a gym comes from seed + n; give them seed=11 or more"
+    )
+    assert shared_note(TrainConfig(), rows[ours], rows[theirs]) == "eval_prompts: 5 of the 5 are trained on, too"
+    assert shared_note(config, [], rows[theirs]) == ""
