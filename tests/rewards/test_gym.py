@@ -166,7 +166,8 @@ def test_held_out_questions_that_are_trained_on_are_counted_with_the_seed_that_h
     rows = {source: [Prompt((1,), "", text, 0) for text in questions_of(source[4:])] for source in (ours, theirs)}
     config = TrainConfig(prompts=ours, eval_prompts=theirs)
     assert shared_note(config, rows[ours], rows[theirs]) == (
-        "eval_prompts: 5 of the 5 are trained on, too: question n of a gym comes from seed + n; give them seed=11 or more"
+        "eval_prompts: 5 of the 5 are trained on, too: question n of a gym comes from seed + n; "
+        "give them seed=11 or more"
     )
     assert shared_note(TrainConfig(), rows[ours], rows[theirs]) == "eval_prompts: 5 of the 5 are trained on, too"
     assert shared_note(config, [], rows[theirs]) == ""
