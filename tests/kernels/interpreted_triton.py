@@ -12,8 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from interpreter import call_without_patching_anew
 from matrix import INTERPRETER, check_case, checks, make_case, shrink_blocks
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 from fastkl.kernels import call, operators, reference, resources
 from fastkl.kernels.dispatch import interpreting
@@ -75,6 +76,7 @@ def small_blocks(monkeypatch):
     """Many blocks and tiles even for tiny sizes, and a log of launches."""
     shrink_blocks(monkeypatch.setattr)
     monkeypatch.setattr(InterpreterBuilder, "create_fma", fused_multiply_add)
+    monkeypatch.setattr(InterpretedFunction, "__call__", call_without_patching_anew)
     launches.clear()
     for module, name in (
         (passes, "score_kernel"), (passes, "gradient_kernel"), (passes, "scale_kernel"),

@@ -396,7 +396,11 @@ def main(rank: int, folder: Path, kind: str) -> None:
     two = dist.new_group([0, 1])
     results: dict[str, object] = {}
     if kind == "interpreter":
+        from interpreter import call_without_patching_anew
+        from triton.runtime.interpreter import InterpretedFunction
+
         shrink_blocks()
+        InterpretedFunction.__call__ = call_without_patching_anew
     cases = CASES | SINGLE if kind == "cpu" else INTERPRETED
     for size in (3, 2) if rank < 2 else (3,):
         ranks = Ranks(dist.group.WORLD if size == 3 else two, SLICES[size])
