@@ -258,6 +258,13 @@ def test_a_vllm_sample_depends_on_its_own_seed_alone(engine):
 
 
 @pytest.mark.vllm
+def test_a_run_does_not_wait_until_ranks_that_nobody_reads_are_compiled(engine):
+    from vllm.v1.sample import sampler
+
+    assert not hasattr(sampler.batched_count_greater_than, "_torchdynamo_orig_callable")
+
+
+@pytest.mark.vllm
 def test_vllm_completions_end_at_the_stop_token_or_at_the_limit(engine):
     engine.sync(tied_model(0))
     flat = [c for group in draw(engine, PROMPTS, 32, seed=1, step=1) for c in group]
