@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from several_processes import CONTEXT
+from several_processes import CONTEXT, begin
 
 FASTKL = "import sys; from fastkl.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -25,6 +25,7 @@ class Done:
 
 
 def _work(script: str, arguments: list[str], environment: dict[str, str], outputs: list[str]) -> None:
+    assert "warm" in sys.modules
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, path in enumerate(outputs, start=1):
@@ -45,7 +46,7 @@ class Running:
         self.process: Any = CONTEXT.Process(
             target=_work, args=(script, list(arguments), dict(os.environ), self.outputs)
         )
-        self.process.start()
+        begin(self.process)
 
     def poll(self) -> int | None:
         return self.process.exitcode

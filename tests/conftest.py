@@ -31,6 +31,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tells the server that processes are forked from (several_processes.py) whether they will need vLLM, and leaves
+    what has been imported out of every later search for garbage."""
+    import gc
+
+    needed = any(item.get_closest_marker("vllm") for item in session.items) and find_spec("vllm") is not None
+    if needed and not has_gpu():
+        from several_processes import CONTEXT
+
+        CONTEXT.set_forkserver_preload(["warm", "warm_vllm"])
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    import gc
+
+    gc.unfreeze()  # or Triton's bindings complain of what is left at the end
+
+
 def has_gpu() -> bool:
     import torch
 

@@ -1,7 +1,7 @@
 """Starts a function in several processes that find each other as torchrun's do; for the tests of fastkl/distributed.
 
-The processes are forked from one server that has imported everything and computed nothing, so that a start takes a
-tenth of a second.
+The processes are forked from one server that has imported everything (warm.py) and computed nothing, so that a start
+takes a tenth of a second.
 """
 
 from __future__ import annotations
@@ -21,14 +21,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        *("fastkl.training.loop", "fastkl.distributed.team", "fastkl.rollout.transformers", "torch.distributed.fsdp"),
-        *("torch._dynamo", "torch.distributed.tensor", "transformers.models.llama.modeling_llama"),
-        *("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "peft"),
-        *("transformers.tokenization_utils_tokenizers", "transformers.generation", "safetensors.torch", "jinja2"),
-    ]
-)
+CONTEXT.set_forkserver_preload(["warm"])
 
 
 @dataclass
@@ -47,7 +40,20 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def begin(process: Any) -> None:
+    """Starts a process; the first one starts the server, which has to find warm.py."""
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before])])
+    try:
+        process.start()
+    finally:
+        os.environ["PYTHONPATH"] = before
+    if not before:
+        del os.environ["PYTHONPATH"]
+
+
 def _work(function: Callable, arguments: tuple, environment: dict[str, str], output: str, pipe) -> None:
+    assert "warm" in sys.modules
     os.environ |= environment
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
@@ -85,7 +91,7 @@ class Processes:
             here, there = CONTEXT.Pipe()
             work = (function, arguments, environment, str(self.outputs[rank]), there)
             process = CONTEXT.Process(target=_work, args=work)
-            process.start()
+            begin(process)
             there.close()
             self.started.append((process, here))
 

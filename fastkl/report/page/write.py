@@ -12,10 +12,11 @@ import base64
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from fastkl.errors import UserError
@@ -58,16 +59,9 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
 
 def render(runs: Sequence[RunFiles]) -> str:
     """The page as HTML."""
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     script = (ASSETS / "script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = environment.get_template("page.html").render(
+    page = template().render(
         **(_of_one(runs[0]) if len(runs) == 1 else _of_several(runs)),
         style=Markup((ASSETS / "style.css").read_text(encoding="utf-8")),
         script=Markup(script),
@@ -78,6 +72,19 @@ def render(runs: Sequence[RunFiles]) -> str:
         settings=tables.settings(runs),
     )
     return page.translate(UNSAFE).encode(errors="replace").decode()  # lone surrogates, which some tokenizers decode to
+
+
+@cache
+def template() -> Template:
+    """The page's template, which takes longer to compile than to fill in."""
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
 
 
 def _of_one(run: RunFiles) -> dict[str, Any]:
