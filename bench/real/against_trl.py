@@ -4,10 +4,11 @@
     python bench/real/against_trl.py MODEL [--steps 4] [--rounds 3]         seconds per step, in turn
     python bench/real/against_trl.py MODEL --steps 25 --rounds 1 --seeds 0 1 2      reward curves
 
-Both get the same model (float32 weights, bfloat16 products), prompts, reward, 6 prompts x 8 samples x 24 new tokens,
-learning rate, KL coefficient and clipping. Every run is a process of its own, one after another. The time of a step is
-the wall time between the ends of two steps, logging included; the first two steps do not count. TRL generates with
-transformers, since its vLLM mode needs a GPU. Writes bench/results/real_against_trl.json as it goes.
+Both get the same model (float32 weights; bfloat16 products where the processor is fast at them), prompts, reward, 6
+prompts x 8 samples x 24 new tokens, learning rate, KL coefficient and clipping. Every run is a process of its own, one
+after another. The time of a step is the wall time between the ends of two steps, logging included; the first two steps
+do not count. TRL generates with transformers, since its vLLM mode needs a GPU. Writes
+bench/results/real_against_trl.json as it goes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import tempfile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import torch
 
 from bench import common
 from bench.real import task
@@ -33,6 +36,13 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def in_bfloat16() -> bool:
+    """Whether products are in bfloat16, as fastkl decides by itself."""
+    from fastkl.scoring.models import bfloat16_is_fast
+
+    return bfloat16_is_fast(torch.device("cpu"))
+
+
 def fastkl_run(model: str, steps: int, seed: int) -> dict[str, Any]:
     """`fastkl train`."""
     from fastkl import TrainConfig, train
@@ -45,7 +55,7 @@ def fastkl_run(model: str, steps: int, seed: int) -> dict[str, Any]:
             TrainConfig(
                 model=model, prompts=str(prompts), reward=(f"{task.__file__}:right",), kl_coef=BETA, lr=LR,
                 warmup_steps=0, lr_decay="constant", steps=steps + common.WARM_UP_STEPS, prompts_per_step=B,
-                num_samples=K, max_new_tokens=T, dtype="bfloat16", seed=seed, save_every=0, sample_every=0,
+                num_samples=K, max_new_tokens=T, dtype="auto", seed=seed, save_every=0, sample_every=0,
                 report_to=(), output=f"{folder}/run",
             ),
             callbacks=[seen],
@@ -70,7 +80,7 @@ def trl_run(model: str, steps: int, seed: int) -> dict[str, Any]:
         trainer, ends = common.trl_run(
             Path(model), prompts, logged, steps, columns={"answer": answers},
             output_dir=folder, per_device_train_batch_size=B * K, num_generations=K, max_completion_length=T,
-            learning_rate=LR, lr_scheduler_type="constant", temperature=1.0, bf16=True, seed=seed,
+            learning_rate=LR, lr_scheduler_type="constant", temperature=1.0, bf16=in_bfloat16(), seed=seed,
         )  # fmt: skip
         trainer.train()
     return {"step_s": common.step_seconds(ends), "rewards": rewards, "peak_gib": peak_gib()}
@@ -89,7 +99,7 @@ def main() -> None:
     given = p.parse_args()
     job = {
         "prompts": B, "samples": K, "new_tokens": T, "lr": LR, "kl_coef": BETA, "task": {"chain_sum": task.TASK},
-        "trl": importlib.metadata.version("trl"), "seeds": given.seeds,
+        "trl": importlib.metadata.version("trl"), "seeds": given.seeds, "bfloat16": in_bfloat16(),
     }  # fmt: skip
     seeds = iter([seed for _ in range(given.rounds) for seed in given.seeds for _ in given.only])
     common.take_turns(

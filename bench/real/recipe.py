@@ -21,6 +21,7 @@ from fastkl.storyteller.grammar import story
 
 HERE = Path(__file__).parent
 STORIES = range(10**6, 10**6 + 40)
+PASS = 0.99
 BY_STEP = {
     "reward": "reward/raw", "kl": "kl/exact", "entropy": "entropy", "no_signal": "groups/no_signal",
     "length": "completion/mean_length", "seconds": "time/step_s",
@@ -43,13 +44,34 @@ def one_run(recipe: str, model: str, seed: int, more: dict[str, Any]) -> dict[st
         chosen = {"model": model, "seed": seed, "eval_text": str(text), "output": str(run), "report_to": []}
         given.write_text(yaml.safe_dump({**settings, **chosen, **more}))
         train(load_config(given))
-        rows = common.read_lines(run / "metrics.jsonl")
+        rows, answers = common.read_lines(run / "metrics.jsonl"), common.read_lines(run / "eval_samples.jsonl")
     held = [row for row in rows if "eval/pass@1" in row]
     return {
         "seed": seed,
         **{name: [row[key] for row in rows if key in row] for name, key in BY_STEP.items()},
         "held_out": {row["step"]: {name: row[key] for name, key in HELD_OUT.items()} for row in held},
+        "by_kind": by_kind(answers),
     }
+
+
+def by_kind(answers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The share of held-out sums that is right, by step and kind, and how many there are: a share of all tells neither
+    what was learned nor what is missing."""
+    right: dict[str, dict[int, list[bool]]] = {}
+    for answer in answers:
+        found = right.setdefault(kind_of(answer["columns"]), {}).setdefault(answer["step"], [])
+        found.append(answer["reward"] >= PASS)
+    return {
+        kind: {"questions": len(steps[0]), "right": {step: statistics.fmean(of) for step, of in steps.items()}}
+        for kind, steps in sorted(right.items())
+    }
+
+
+def kind_of(columns: dict[str, Any]) -> str:
+    """Such as "2 digits, difference below 0"."""
+    of = columns["metadata"]
+    below = " below 0" if columns["answer"].startswith("-") else ""
+    return f"{of['num_digits']} digits, {'sum' if '+' in of['expression'] else 'difference'}{below}"
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
