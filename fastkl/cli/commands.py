@@ -357,7 +357,7 @@ def serve(
     """
     settings()["dtype"].check(dtype)
     from fastkl.rollout.serve import serve
-    from fastkl.training.setup import choose_device, compute_dtype
+    from fastkl.training.places import choose_device, compute_dtype
 
     device = choose_device("auto")
     name = str(compute_dtype(dtype, device)).removeprefix("torch.")

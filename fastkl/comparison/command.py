@@ -34,7 +34,8 @@ from fastkl.scoring.head import head_of
 from fastkl.scoring.memory import micro_batch_tokens
 from fastkl.scoring.score_tokens import check_same_logits, layout_of
 from fastkl.scoring.scored_model import ScoredModel
-from fastkl.training.setup import check_vocabulary, choose_device, compute_dtype, keep_freed_memory, room_for_prompt
+from fastkl.training.inputs import check_vocabulary, room_for_prompt
+from fastkl.training.places import choose_device, compute_dtype, keep_freed_memory
 from fastkl.version import __version__
 
 

@@ -28,7 +28,7 @@ from fastkl.scoring.pack import pack
 from fastkl.scoring.score_tokens import check_same_logits, layout_of
 from fastkl.scoring.scored_model import Hidden, ScoredModel
 from fastkl.scoring.source import resolve_model
-from fastkl.training.setup import choose_device, compute_dtype
+from fastkl.training.places import choose_device, compute_dtype
 from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch
 from fastkl.version import __version__
 

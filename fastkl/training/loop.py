@@ -1,7 +1,7 @@
 """The training loop: prompts -> completions -> rewards -> scores -> RLOO update -> weights back into the generator.
 
 `train(config)` is the whole run; `learn` takes a rollout's updates, one by default, and `update` is the whole
-optimisation step. setup.py has checked everything that can be checked cheaply before the loop begins. One policy
+optimisation step. inputs.py has checked everything that can be checked cheaply before the loop begins. One policy
 forward per update: its detached log-probs are the KL in the reward, its differentiable ones carry the gradient, so a
 step costs two forwards and one backward per token.
 """

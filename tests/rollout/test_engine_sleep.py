@@ -11,7 +11,7 @@ from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
 from fastkl.rollout.engine_memory import EngineMemory
 from fastkl.rollout.vllm import VllmGenerator
-from fastkl.training.setup import check_sleep
+from fastkl.training.places import check_sleep
 
 
 class RecordingEngine:

@@ -14,7 +14,7 @@ from fastkl.errors import UserError
 from fastkl.rollout.requests import sample_seed
 from fastkl.sampling.params import Sampling, check_ids
 from fastkl.scoring.models import stop_token_ids
-from fastkl.training.setup import check_inputs, check_vocabulary
+from fastkl.training.inputs import check_inputs, check_vocabulary
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from fastkl.errors import UserError
 from fastkl.scoring.adapters import add_adapters, merged, switched_off
 from fastkl.scoring.models import load_model, store_as_computed
 from fastkl.storyteller import model_path
-from fastkl.training.setup import check_storage
+from fastkl.training.places import check_storage
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 45)[None]

@@ -18,7 +18,8 @@ from fastkl.scoring.pack import pack
 from fastkl.scoring.placement import HeadCopy, fetched, moved, put_away
 from fastkl.scoring.scored_model import ScoredModel
 from fastkl.training.loop import update
-from fastkl.training.setup import limits_of, send_to
+from fastkl.training.ready_models import send_to
+from fastkl.training.setup import limits_of
 from fastkl.training.stopwatch import Stopwatch
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")

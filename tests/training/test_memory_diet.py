@@ -14,7 +14,7 @@ from fastkl.config.settings import TrainConfig, check_config
 from fastkl.distributed.world import World
 from fastkl.errors import UserError
 from fastkl.training.loop import train
-from fastkl.training.setup import check_storage, reference_place
+from fastkl.training.places import check_storage, reference_place
 
 SMALL = TrainConfig(
     generator="transformers", steps=3, prompts_per_step=2, num_samples=4, max_new_tokens=12, report_to=(),

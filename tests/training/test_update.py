@@ -18,7 +18,7 @@ from fastkl.sampling.params import Sampling
 from fastkl.scoring import backbone
 from fastkl.scoring.pack import scorable
 from fastkl.scoring.scored_model import ScoredModel
-from fastkl.training.setup import check_trainable, probe_batch
+from fastkl.training.ready_models import check_trainable, probe_batch
 from fastkl.types import RolloutBatch
 
 
