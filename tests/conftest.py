@@ -10,7 +10,10 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-LONGEST = ("kernels/test_triton.py", "training/test_resume.py", "distributed/test_processes.py")
+LONGEST = (
+    *("distributed/test_processes.py", "kernels/test_triton.py", "training/test_faults.py", "test_typing.py"),
+    *("evaluation/test_in_a_run.py", "distributed/test_shard.py", "distributed/test_engines.py"),
+)
 """Files that start first: several processes share the files, and a long one that came last would keep one of them busy
 alone."""
 

@@ -29,6 +29,7 @@ def wheel(tmp_path_factory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
     expected = {
         str(Path(package, path.relative_to(ROOT / folder)))
@@ -55,6 +56,7 @@ def test_wheel_scores_outside_the_checkout(wheel, tmp_path):
     assert python(code, cwd=tmp_path, path=tmp_path / "site") == f"{site / '__init__.py'} {site / 'kernels'}"
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_heavy_and_scoring_torch_alone(tmp_path):
     heavy = "{'torch', 'numpy', 'transformers', 'vllm', 'triton', 'datasets', 'rich', 'yaml'} & set(sys.modules)"
     assert python(f"import fastkl; print(sorted({heavy}))", cwd=tmp_path) == "[]"
@@ -68,6 +70,7 @@ def test_import_loads_nothing_heavy_and_scoring_torch_alone(tmp_path):
     assert python(code, cwd=tmp_path) == "True"
 
 
+@pytest.mark.slow
 def test_public_names_are_listed_before_they_are_loaded_and_are_those_of_their_homes(tmp_path):
     code = (
         "import fastkl\nprint(set(fastkl.__all__) <= set(dir(fastkl)), 'torch' in sys.modules)\n"
@@ -79,6 +82,7 @@ def test_public_names_are_listed_before_they_are_loaded_and_are_those_of_their_h
     assert python(code, cwd=tmp_path).split() == ["True", "False", "True"]
 
 
+@pytest.mark.slow
 def test_integrations_import_their_hosts_only_when_used(tmp_path):
     hosts = ["transformers", "trl", "verl", "openrlhf", "vllm", "datasets", "peft", "accelerate"]
     folder = ROOT / "fastkl" / "integrations"

@@ -440,27 +440,29 @@ def test_separators_of_unicode_and_a_byte_order_mark_are_no_damage(tmp_path):
     assert len(list(read_rollouts(path))) == 1
 
 
+@pytest.mark.slow
 def test_the_audit_of_a_run_holds_no_samples(tmp_path):
     import tracemalloc
 
     config, metrics, samples = healthy_run()
     peaks = []
-    for times in (1, 40):
+    for times in (1, 10):
         audit_run(tmp_path, config, metrics, [s | {"completion": "x" * 500} for s in samples] * times)
         tracemalloc.start()
         diagnose(tmp_path)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert (tmp_path / "samples.jsonl").stat().st_size > 9e6
+    assert (tmp_path / "samples.jsonl").stat().st_size > 2e6
     assert peaks[1] < peaks[0] + 2e5
 
 
+@pytest.mark.slow
 def test_the_audit_of_rollouts_holds_none_of_them(tmp_path):
-    """Forty times as many rows, the same memory; and what is planted in them is still found."""
+    """Ten times as many rows, the same memory; and what is planted in them is still found."""
     import tracemalloc
 
     rows, peaks, path = padded(rollouts(top_k=4)), [], tmp_path / "rollouts.jsonl"
-    for times in (1, 40):
+    for times in (1, 10):
         with path.open("w") as file:
             file.write(json.dumps({"settings": {"eos_token_ids": [END]}}) + "\n")
             for _ in range(times):
@@ -471,7 +473,7 @@ def test_the_audit_of_rollouts_holds_none_of_them(tmp_path):
         tracemalloc.stop()
         assert diagnosis.num_completions == times * NUM
         assert "padding is scored" in {finding.cause for finding in diagnosis.findings}
-    assert path.stat().st_size > 9e6
+    assert path.stat().st_size > 2e6
     assert peaks[1] < peaks[0] + 2e5
 
 

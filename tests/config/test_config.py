@@ -226,24 +226,26 @@ def test_no_yaml_makes_a_command_spin_or_fail_with_a_traceback(tmp_path, capsys,
     assert {p.name for p in tmp_path.iterdir()} == {"config.yaml"}
 
 
+@pytest.mark.slow
 def test_a_file_with_a_byte_order_mark_is_read_and_any_text_comes_back(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbfsteps: 3\n")
     assert load_config(tmp_path / "c.yaml").steps == 3
     rng = random.Random(0)
     odd = [*map(chr, (*range(0x20), 0x7F, 0x85, 0xA0, 0x2028, 0x2029, 0xFEFF, 0xFFFE)), *"a :#'\"\\é🦊[{&*!%"]
-    for _ in range(300):
-        config = changed(prompts="".join(rng.choices(odd, k=rng.randrange(1, 8))))
+    for first, last in zip(odd, rng.sample(odd, len(odd)), strict=True):
+        config = changed(prompts="".join([first, *rng.choices(odd, k=rng.randrange(24)), last]), model=first)
         save_config(config, tmp_path / "c.yaml")
         assert load_config(tmp_path / "c.yaml") == config
         assert load_own_config(tmp_path / "c.yaml") == config
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_is_resumed_only_with_the_settings_that_it_wrote(tmp_path):
     """config.yaml is their only record then: every flipped bit is refused, or changes no setting."""
     config = changed(output=str(tmp_path), kl_coef=0.25)
     prepare_run_folder(config)
     whole, rng, refused = (tmp_path / "config.yaml").read_bytes(), random.Random(0), 0
-    for _ in range(300):
+    for _ in range(100):  # `make faults` flips 3,000
         flipped = bytearray(whole)
         flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         (tmp_path / "config.yaml").write_bytes(flipped)
@@ -251,7 +253,7 @@ def test_a_run_without_a_checkpoint_is_resumed_only_with_the_settings_that_it_wr
             assert started_with(tmp_path) == config
         except UserError:
             refused += 1
-    assert refused > 30
+    assert refused > 10
     for edited in (b"", whole.replace(b"0.25", b"0.5")):
         (tmp_path / "config.yaml").write_bytes(edited)
         with pytest.raises(UserError, match="not as the run wrote it.* delete .* and start without --resume"):

@@ -346,9 +346,10 @@ def test_runs_alike_in_kl_coef_are_named_by_folder(tmp_path: Path) -> None:
     assert [run.label for run in load_runs(same_names)] == ["old/run", "new/run"]
 
 
+@pytest.mark.slow
 def test_long_texts_fold_and_long_runs_stay_under_a_megabyte(tmp_path: Path) -> None:
     runs = []
-    for index in range(4):
+    for index in range(2):
         run = fake_run(tmp_path / f"run-{index}", kl_coef=0.1 * index, steps=2)
         rng = random.Random(0)
         steps = [json.dumps(fake_step(step, step / 2000, 0.1 * index, rng)) for step in range(1, 2001)]

@@ -30,9 +30,9 @@ STEPS, PRICE = 25, 0.3
 
 
 @functools.cache
-def course(naive: bool, seed: int, tolerant: bool = True) -> list[dict[str, list[float]]]:
+def course(naive: bool, tolerant: bool = True) -> list[dict[str, list[float]]]:
     """Per step, the completions' KL estimates and exact KLs, in nats. The reward is minus PRICE per token."""
-    policy, reference = (toy_model(seed, torch.float32) for _ in range(2))
+    policy, reference = (toy_model(0, torch.float32) for _ in range(2))
     config = toy_config(num_samples=32, kl_coef=0.2, min_tokens=6, max_new_tokens=16)
     reference.requires_grad_(False)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
@@ -57,9 +57,8 @@ def course(naive: bool, seed: int, tolerant: bool = True) -> list[dict[str, list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_trainers_estimate_is_never_below_zero_and_is_the_exact_kl_on_the_support(seed):
-    steps, alarm = course(False, seed), KlAlarm()
+def test_the_trainers_estimate_is_never_below_zero_and_is_the_exact_kl_on_the_support():
+    steps, alarm = course(False), KlAlarm()
     for step in steps:
         mean, error = mean_and_error(step["estimate"])
         assert mean >= -4 * error
@@ -70,10 +69,10 @@ def test_the_trainers_estimate_is_never_below_zero_and_is_the_exact_kl_on_the_su
     assert mean_and_error(steps[-1]["estimate"])[0] > 1.0, "and there is a KL to be seen"
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_naive_estimate_goes_below_zero_and_the_alarm_rings_while_the_policy_is_far_away(seed):
+@pytest.mark.slow
+def test_the_naive_estimate_goes_below_zero_and_the_alarm_rings_while_the_policy_is_far_away():
     """The control: without it the test above could not fail."""
-    steps, alarm = course(True, seed), KlAlarm()
+    steps, alarm = course(True), KlAlarm()
     rang = [alarm.add(step["estimate"]) is not None for step in steps]
     mean, error = mean_and_error(steps[-1]["estimate"])
     assert mean < -4 * error
@@ -84,7 +83,7 @@ def test_the_naive_estimate_goes_below_zero_and_the_alarm_rings_while_the_policy
 def test_the_trainer_refuses_to_learn_from_naive_scores():
     """What stops a run at its first step, were the support forgotten: generator and trainer disagree."""
     with pytest.raises(StaleEngineError, match="step 1"):
-        course(True, 0, tolerant=False)
+        course(True, tolerant=False)
 
 
 def test_a_run_whose_estimate_is_negative_says_so_once_and_logs_it_at_every_step(tmp_path, monkeypatch, capsys):
