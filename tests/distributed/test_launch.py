@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import logging
 from pathlib import Path
 
+import commands
 import pytest
 
 from fastkl.cli import main
 from fastkl.cli.commands import without_nproc
+from fastkl.distributed.launch import launch
 
 SMALL = [
     *("--generator", "transformers", "--dtype", "float32", "--steps", "3", "--prompts-per-step", "2"),
     *("--num-samples", "4", "--max-new-tokens", "8", "--save-every", "1", "--report-to"),
 ]
-
-
-def started(*command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    return subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=180, env=environment
-    )
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -46,24 +37,34 @@ def test_a_wrong_number_of_processes_and_a_wrong_setting_are_refused_before_any_
     assert capsys.readouterr().err.startswith("fastkl: num_samples: 1 ")
 
 
-@pytest.mark.slow
-def test_nproc_trains_in_so_many_processes(tmp_path):
-    done = started("fastkl", "train", "--nproc", "2", *SMALL, "--output", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
-    assert steps_of(tmp_path / "run") == [1, 2, 3]
-    assert done.stdout.count("step 3/3") == 1 and "2 processes" in done.stdout
-    states = json.loads((tmp_path / "run" / "checkpoints" / "step-3" / "checkpoint.json").read_text())
-    assert len(states["random_of_others"]) == 1
+def test_where_all_processes_end_well_the_command_does(monkeypatch):
+    started: list = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(logging.getLogger("torch.distributed"), "setLevel", lambda level: None)
+    monkeypatch.setattr("torch.distributed.run.run", started.append)
+    assert launch(2, ["train", "--steps", "3"]) == 0
+    (torchrun,) = started
+    assert (torchrun.nproc_per_node, torchrun.training_script) == ("2", "fastkl")
+    assert torchrun.training_script_args == ["train", "--steps", "3"]
+
+
+WRONG_AT_LAST = """
+def reward(completions, trainer_state, **columns):
+    return [float("nan") if trainer_state.global_step == 3 else float(len(text)) for text in completions]
+"""
 
 
 @pytest.mark.slow
-def test_a_mistake_that_shows_in_the_processes_only_is_said_once_and_keeps_its_exit_code(tmp_path):
+def test_nproc_trains_in_so_many_processes_and_a_mistake_in_them_is_said_once_and_keeps_its_exit_code(tmp_path):
     file = tmp_path / "rewards.py"
-    file.write_text("def reward(completions, **columns):\n    return [float('nan')] * len(completions)\n")
-    reward = ("--reward", f"{file}:reward")
-    done = started("fastkl", "train", "--nproc", "2", *SMALL, *reward, "--output", str(tmp_path / "run"))
+    file.write_text(WRONG_AT_LAST)
+    done = commands.run("train", "--nproc", "2", *SMALL, "--reward", f"{file}:reward", "--output", f"{tmp_path}/run")
     assert done.returncode == 2
-    assert done.stderr.count("reward: reward at step 1 returned nan") == 1 and "Traceback" not in done.stderr
+    assert done.stderr.count("reward: reward at step 3 returned nan") == 1 and "Traceback" not in done.stderr
+    assert steps_of(tmp_path / "run") == [1, 2]
+    assert done.stdout.count("step 2/3") == 1 and "2 processes" in done.stdout
+    states = json.loads((tmp_path / "run" / "checkpoints" / "step-2" / "checkpoint.json").read_text())
+    assert len(states["random_of_others"]) == 1
 
 
 KILLED_ONCE = """
@@ -83,9 +84,10 @@ def reward(completions, trainer_state, **columns):
 @pytest.mark.slow
 def test_a_restart_by_torchrun_goes_on_from_the_last_checkpoint(tmp_path):
     (tmp_path / "rewards.py").write_text(KILLED_ONCE)
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "fastkl")
+    options = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "fastkl")
     reward = ("--reward", f"{tmp_path}/rewards.py:reward")
-    done = started(*torchrun, "train", *SMALL, *reward, "--output", str(tmp_path / "run"))
+    torchrun = "from torch.distributed.run import main; main()"
+    done = commands.run(*options, "train", *SMALL, *reward, "--output", str(tmp_path / "run"), script=torchrun)
     assert done.returncode == 0, done.stderr[-3000:]
     assert steps_of(tmp_path / "run") == [1, 2, 3] and (tmp_path / "killed").exists()
     assert "continuing after step 2" in done.stdout

@@ -25,9 +25,9 @@ OWN = ("time/", "throughput/", "memory/")
 def story(folder: Path, **options) -> TrainConfig:
     """A small run with everything that a step may have."""
     settings = {
-        "output": str(folder), "generator": "transformers", "dtype": "float32", "report_to": (), "steps": 5,
+        "output": str(folder), "generator": "transformers", "dtype": "float32", "report_to": (), "steps": 4,
         "prompts_per_step": 4, "num_samples": 4, "max_new_tokens": 16, "lr_decay": "constant", "kl_target": 2.0,
-        "reference_every": 3, "micro_batch_tokens": 150, "save_every": 1, "keep_checkpoints": 0,
+        "reference_every": 2, "micro_batch_tokens": 150, "save_every": 1, "keep_checkpoints": 0,
     }  # fmt: skip
     return TrainConfig(**(settings | options))
 
@@ -56,7 +56,7 @@ def assert_alike(one: Path, other: Path) -> None:
     """The samples of step 1 are the same, and the metrics are, to 1e-4, as long as all samples are: Adam's first steps
     magnify rounding, and a draw within rounding of a border between two tokens may fall on the other side."""
     ours, theirs = lines(one, "samples"), lines(other, "samples")
-    same = dict.fromkeys(range(1, 6), True)
+    same = {sample["step"]: True for sample in ours}
     for mine, yours in zip(ours, theirs, strict=True):
         assert (mine["step"], mine["row"]) == (yours["step"], yours["row"])
         same[mine["step"]] &= mine["completion"] == yours["completion"]
@@ -82,15 +82,15 @@ def one(tmp_path_factory) -> Path:
 def two(tmp_path_factory) -> Path:
     """That of two."""
     folder = tmp_path_factory.mktemp("two")
-    assert run_in(2, folder / "processes", trained, story(folder / "run")) == [(5, 5)] * 2
+    assert run_in(2, folder / "processes", trained, story(folder / "run")) == [(4, 4)] * 2
     return folder / "run"
 
 
 def test_two_processes_train_as_one(one, two):
     assert_alike(one, two)
-    assert len(lines(two)) == 5 and len(lines(two, "samples")) == 5 * 16
-    for name, value in weights(two, 5).items():
-        torch.testing.assert_close(value, weights(one, 5)[name], rtol=0, atol=2e-4)
+    assert len(lines(two)) == 4 and len(lines(two, "samples")) == 4 * 16
+    for name, value in weights(two, 4).items():
+        torch.testing.assert_close(value, weights(one, 4)[name], rtol=0, atol=2e-4)
 
 
 def test_three_processes_train_as_one(one, tmp_path):
@@ -100,10 +100,10 @@ def test_three_processes_train_as_one(one, tmp_path):
 
 def test_the_same_number_of_processes_is_the_same_run_bit_for_bit(two, tmp_path):
     """Stopped and resumed in between."""
-    run_in(2, tmp_path / "processes", trained, story(tmp_path / "run", steps=3))
+    run_in(2, tmp_path / "processes", trained, story(tmp_path / "run", steps=2))
     run_in(2, tmp_path / "processes", trained, story(tmp_path / "run", resume=True))
     assert lines(tmp_path / "run") == lines(two) and lines(tmp_path / "run", "samples") == lines(two, "samples")
-    assert all(torch.equal(value, weights(two, 5)[name]) for name, value in weights(tmp_path / "run", 5).items())
+    assert all(torch.equal(value, weights(two, 4)[name]) for name, value in weights(tmp_path / "run", 4).items())
 
 
 def test_a_checkpoint_of_two_processes_is_resumed_by_one_and_then_by_three(one, tmp_path):
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one_and_then_by_three(one, 
 
 def test_only_the_first_process_writes_and_speaks(two):
     outputs = [(two.parent / "processes" / f"output-{rank}.txt").read_text() for rank in (0, 1)]
-    assert "step 5/5" in outputs[0] and outputs[1] == ""
+    assert "step 4/4" in outputs[0] and outputs[1] == ""
     environment = (two / "environment.jsonl").read_text().splitlines()
     assert len(environment) == 1
 
@@ -239,8 +239,7 @@ def test_one_process_has_no_process_group_and_no_thread_of_ours(tmp_path):
 
 @pytest.mark.parametrize("options", [
     {"lora_rank": 4},
-    {"gradient_checkpointing": True, "eval_prompts": "0.5"},
-    {"updates_per_rollout": 2, "epochs": 2, "clip": (0.2, 0.2)},
+    {"gradient_checkpointing": True, "eval_prompts": "0.5", "updates_per_rollout": 2, "epochs": 2, "clip": (0.2, 0.2)},
     {"updates_per_rollout": 2, "clip": (0.2, 0.2), "shard": "full"},
 ])  # fmt: skip
 def test_adapters_checkpointing_evaluation_and_several_updates_in_two_processes_are_those_of_one(options, tmp_path):
@@ -259,8 +258,7 @@ TEACHER = {"reward": ("none",), "kl_coef": 1.0, "kl_target": 0.0, "kl_estimator"
 
 @pytest.mark.parametrize("options", [
     {},
-    {"shard": "full", "eval_prompts": "Once there was", "eval_samples": 1},
-    {"shard": "full", "updates_per_rollout": 2, "epochs": 2, "clip": (0.2, 0.2)},
+    {"shard": "full", "eval_prompts": "Once", "eval_samples": 1, "updates_per_rollout": 2, "clip": (0.2, 0.2)},
     {"lora_rank": 4},
 ], ids=str)  # fmt: skip
 def test_two_processes_learn_from_a_teacher_of_another_width_as_one_does(options, tmp_path):

@@ -90,9 +90,9 @@ def updates(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    ("size", "is_short", "advantage"), [(2, False, "rloo"), (2, True, "rloo"), (3, True, "reinforce_pp")]
+    ("size", "tied", "is_short", "advantage"),
+    [(2, True, False, "rloo"), (2, False, True, "rloo"), (3, True, True, "reinforce_pp"), (3, False, False, "rloo")],
 )
 def test_sharded_updates_are_those_of_one_process(size, tied, is_short, advantage, tmp_path):
     """23 ids are no multiple of 2 or 3: the pieces of the vocabulary are uneven. In float64."""
@@ -128,19 +128,18 @@ def test_sharded_runs_are_those_of_one_process_and_their_checkpoints_are_anybody
     run_in(2, processes, trained, story(run, shard="full", steps=2, **held))
     assert AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-2").config.vocab_size == 2048
     run_in(1, processes, trained, story(run, steps=3, resume=True, **held))
-    run_in(3, processes, trained, story(run, shard="full", steps=4, resume=True, **held))
-    run_in(2, processes, trained, story(run, shard="none", resume=True, **held))
+    run_in(3, processes, trained, story(run, shard="full", resume=True, **held))
     assert_alike(tmp_path / "one", run)
 
 
 @pytest.mark.slow
 def test_the_same_number_of_sharding_processes_is_the_same_run_bit_for_bit(tmp_path):
-    for name, parts in (("a", (5,)), ("b", (3, 5))):
+    for name, parts in (("a", (4,)), ("b", (2, 4))):
         for steps in parts:
             config = story(tmp_path / name, shard="full", steps=steps, resume=steps != parts[0])
             run_in(2, tmp_path / "processes", trained, config)
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
-    ours, theirs = weights(tmp_path / "a", 5), weights(tmp_path / "b", 5)
+    ours, theirs = weights(tmp_path / "a", 4), weights(tmp_path / "b", 4)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
