@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,20 +38,11 @@ def two_processes(tmp_path_factory) -> dict:
     """What two gloo processes found, all cases in one start."""
     folder = tmp_path_factory.mktemp("gloo")
     output = folder / "results.json"
-    logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
-    command = [sys.executable, str(WORKER)]
     workers = [
-        subprocess.Popen([*command, str(rank), str(folder / "store"), str(output)], stdout=log, stderr=log)
-        for rank, log in enumerate(logs)
+        commands.Running(str(rank), str(folder / "store"), str(output), script=WORKER.read_text()) for rank in range(2)
     ]
-    try:
-        codes = [worker.wait(timeout=300) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for log in logs:
-        log.seek(0)
-    assert codes == [0, 0], "\n".join(log.read()[-2000:] for log in logs)
+    ended = [worker.done() for worker in workers]
+    assert [worker.returncode for worker in ended] == [0, 0], "\n".join(worker.stderr[-2000:] for worker in ended)
     return json.loads(output.read_text())
 
 
@@ -64,14 +54,17 @@ def test_gradients_of_two_processes_equal_those_of_one_on_the_whole_batch(two_pr
     assert found["head_was_sharded"] == (case in SHARDED)
 
 
+@pytest.mark.slow
 def test_a_sharded_head_shared_with_the_reference_is_scored_like_a_whole_one(two_processes):
     assert two_processes["shared-frozen-head"] < 1e-13
 
 
+@pytest.mark.slow
 def test_a_process_without_rows_takes_part(two_processes):
     assert two_processes["no-rows"] < 1e-13
 
 
+@pytest.mark.slow
 def test_sharded_hidden_states_are_refused_in_a_sentence(two_processes):
     assert two_processes["refusal"].startswith("policy_hidden is a DTensor")
     assert two_processes["refusal"].endswith("pass policy_hidden.to_local().")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 
+import commands
 import pytest
 import torch
 import transformers
@@ -366,11 +365,10 @@ def test_ddp_and_fsdp2_average_the_gradients_of_a_module_that_scores(tmp_path):
     lines = integration.__doc__.splitlines()
     first = next(n for n, line in enumerate(lines) if "class Scored" in line)
     scored = "\n".join(line.removeprefix("    ") for line in lines[first:])
-    code = f"import sys\nsys.path[:0] = {sys.path!r}\n" + DISTRIBUTED.replace("{scored}", scored)
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    ranks = [subprocess.Popen([*command, str(n), str(tmp_path / "store")], stderr=subprocess.PIPE) for n in range(2)]
-    errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
+    script = DISTRIBUTED.replace("{scored}", scored)
+    ranks = [commands.Running(str(n), str(tmp_path / "store"), script=script) for n in range(2)]
+    ended = [process.done(timeout=120) for process in ranks]
+    assert [process.returncode for process in ended] == [0, 0], "\n".join(process.stderr for process in ended)
 
 
 # ------------------------------------------------------------------------------------------------------- documentation

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    trl = pytest.importorskip("trl", reason='TRL is not installed: pip install "trl==1.16.*"')
+pytest.importorskip("trl_without_vllm", reason='TRL is not installed: pip install "trl==1.16.*"')
 
+import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -51,7 +47,7 @@ from fastkl.integrations.trl.checks import REPLACED
 from fastkl.integrations.trl.sampling import GENERATION_CONFIG, sampling_of
 from fastkl.integrations.trl.scorer import Scorer
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 VOCAB, EOS, PAD = 40, 1, 0
 PROMPTS = ["w5 w6 w7", "w8", "w9 w10", "w11 w12 w13 w14"] * 8
 

@@ -190,7 +190,7 @@ def test_factors_are_the_gradient_of_trls_loss(level):
 
     TRL averages its entropy bonus over tokens whatever the loss, which is the level "token" here.
     """
-    pytest.importorskip("trl")
+    pytest.importorskip("trl_without_vllm")
     case = group_case(drift=0.0)
     entropy_coef = 0.3 if level == "token" else 0.0
     objective = objective_of("grpo", level, Penalty(0.1, "k3", "loss"), entropy_coef=entropy_coef)
@@ -215,7 +215,7 @@ def trl_loss(case, logprobs, entropy, loss_type, advantages, beta, entropy_coef=
     """GRPOTrainer._compute_loss of a trainer that is only what this method reads."""
     from collections import defaultdict
 
-    from trl import GRPOTrainer
+    import trl
 
     lists = defaultdict(list)
     trainer = SimpleNamespace(
@@ -234,7 +234,7 @@ def trl_loss(case, logprobs, entropy, loss_type, advantages, beta, entropy_coef=
         "completion_mask": case.mask.double(), "advantages": advantages, "ref_per_token_logps": case.ref_logprobs,
         "num_items_in_batch": case.mask.sum(), "old_per_token_logps": case.old_logprobs,
     }  # fmt: skip
-    return GRPOTrainer._compute_loss(trainer, None, inputs)
+    return trl.GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -139,6 +139,7 @@ def adversary(case: str, naive: bool, steps: int = 150):
     return best, ref, sampling, course
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_adversary_ends_at_the_reference_and_its_estimate_is_never_below_zero(case):
     policy, ref, sampling, course = adversary(case, naive=False)
@@ -157,6 +158,7 @@ def test_the_adversary_ends_at_the_reference_and_its_estimate_is_never_below_zer
     assert mean == pytest.approx(course[0], abs=4 * error), "the trainer's packing and scoring agree with the sum"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_adversary_is_paid_by_the_naive_scorer(case):
     """The control: without it, the test above could not fail.

@@ -7,10 +7,9 @@ import itertools
 import json
 import math
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -158,8 +157,7 @@ def weights(config: TrainConfig, step: int, name: str) -> dict[str, torch.Tensor
 
 
 KILLED = """
-import os, signal, sys
-sys.path[:0] = {paths!r}
+import os, signal
 from pathlib import Path
 from fastkl.training import loop
 from test_kl_control import steered
@@ -181,8 +179,7 @@ def test_a_killed_and_resumed_run_with_a_target_and_a_moving_reference_equals_an
     """And on the way: the coefficient is the controller's, and the reference is the moving average of the policies."""
     whole, killed = steered(tmp_path / "whole"), steered(tmp_path / "killed")
     loop.train(whole)
-    script = KILLED.format(paths=[str(p) for p in Path(__file__).parents[:2]], folder=killed.output)
-    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    child = commands.run(script=KILLED.format(folder=killed.output), timeout=120)
     assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
     loop.train(dataclasses.replace(killed, resume=True))
     assert metrics(killed) == metrics(whole)
@@ -205,6 +202,7 @@ def test_a_killed_and_resumed_run_with_a_target_and_a_moving_reference_equals_an
         assert any(not torch.equal(value, old[name]) for name, value in new.items())
 
 
+@pytest.mark.slow
 def test_a_reference_copied_every_two_steps_brings_the_kl_back_to_zero(tmp_path):
     config = steered(tmp_path / "run", kl_target=0.0, reference_every=2, reference_share=1.0, steps=5, save_every=0)
     loop.train(config)

@@ -120,6 +120,7 @@ def test_weights_have_the_mean_one_only_where_the_same_ids_can_be_drawn(sampling
     assert (abs(float(mean) - 1) < 1e-9) == unbiased and (abs(float(mean) - 1) > 1e-2) != unbiased
 
 
+@pytest.mark.slow
 def test_a_second_epoch_is_biased_since_the_policy_was_fitted_to_the_same_completions():
     """For every pair of pi_0: a step by its gradient, then the weighted gradient of the same pair at the new policy.
 
@@ -213,7 +214,7 @@ def clip_objective(level: str, clip: tuple[float, float], loss_level: str = "sum
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_factors_under_clip_are_the_gradient_of_trls_loss(level):
-    pytest.importorskip("trl")
+    pytest.importorskip("trl_without_vllm")
     case = group_case(drift=0.5)
     advantages = case.rewards.flatten()
     logprobs = case.logprobs.clone().requires_grad_()

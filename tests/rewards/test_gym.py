@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from importlib.util import find_spec
 
 import pytest
 
@@ -17,7 +18,7 @@ from fastkl.rewards.gym import answer_in, gym
 from fastkl.rewards.load import load_rewards
 from fastkl.types import Completion, Prompt
 
-pytest.importorskip("reasoning_gym")
+pytestmark = pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed")
 
 SUM = "chain_sum?size=5&seed=1&min_terms=2&max_terms=2&max_digits=2"
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import commands
 import pytest
 
 from fastkl.rollout import vllm
@@ -56,13 +54,11 @@ def network_address() -> str:
 def listening(tmp_path_factory) -> tuple[str, set[str], set[str]]:
     """The address that the host's name resolves to, and where an engine's process listens there: with the guard, and
     without it."""
-    tests, address = Path(__file__).resolve().parents[1], network_address()
-    path = os.pathsep.join([str(tests.parent), str(tests), str(tests / "rollout")])
-    own = {name: value for name, value in os.environ.items() if name not in ("GLOO_SOCKET_IFNAME", "VLLM_HOST_IP")}
-    done = subprocess.run(
-        [sys.executable, "-c", ENGINE, str(tmp_path_factory.mktemp("sockets")), address],
-        env=own | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    address = network_address()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GLOO_SOCKET_IFNAME", "VLLM_HOST_IP"):
+            patch.delenv(name, raising=False)
+        done = commands.run(str(tmp_path_factory.mktemp("sockets")), address, script=ENGINE)
     if done.returncode == 77:
         pytest.skip("giving a process a host name of its own needs more rights")
     assert done.returncode == 0, done.stderr
