@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from fastkl.distributed.world import World
@@ -53,9 +53,39 @@ class Threads(World):
             raise
 
 
-def in_threads(size: int, function: Callable[[World], object]) -> list:
+class Agreeing(Threads):
+    """One that exchanges failures, too, as a `Team` does: what one raises, all raise at their next exchange."""
+
+    def everybodys(self, value):
+        return self._exchange(None, value)
+
+    def once(self, function):
+        with self.together():
+            result = function() if self.is_first else None
+        return self.everybodys(result)[0]
+
+    @contextmanager
+    def together(self):
+        try:
+            yield
+        except Exception as failure:
+            if not hasattr(failure, "is_told"):
+                failure.is_told = True
+                with suppress(type(failure)):
+                    self._exchange(failure, None)
+            raise
+
+    def _exchange(self, failure, value):
+        found = super().everybodys((failure, value))
+        for theirs, _ in found:
+            if theirs is not None:
+                raise theirs
+        return [theirs for _, theirs in found]
+
+
+def in_threads(size: int, function: Callable[[World], object], kind: type[Threads] = Threads) -> list:
     """What the function returns in each of `size` threads."""
     table = Table(size)
     with ThreadPoolExecutor(size) as pool:
-        futures = [pool.submit(function, Threads(rank, size, rank, True, size, table)) for rank in range(size)]
+        futures = [pool.submit(function, kind(rank, size, rank, True, size, table)) for rank in range(size)]
         return [future.result(60) for future in futures]

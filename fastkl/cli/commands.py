@@ -348,6 +348,7 @@ def serve(
     dtype: Annotated[str, about("TYPE", "float32, bfloat16; the training's own. [auto]")] = "auto",
     max_model_len: Annotated[int, about("N", "Tokens of a prompt with its completion. [the model's own]")] = 0,
     gpu_memory_utilization: Annotated[float, about("X", "Share of the GPU's memory. [0.9]")] = 0.9,
+    tensor_parallel_size: Annotated[int, about("N", "GPUs that divide the model among them. [1]")] = 1,
 ) -> int:
     """Start a vLLM server that draws the completions of a training.
 
@@ -356,6 +357,8 @@ def serve(
     it on the loopback interface, or on a private network.
     """
     settings()["dtype"].check(dtype)
+    import torch
+
     from fastkl.rollout.serve import serve
     from fastkl.training.places import choose_device, compute_dtype
 
@@ -368,7 +371,8 @@ def serve(
         dtype=name,
         max_model_len=max_model_len,
         gpu_memory_utilization=gpu_memory_utilization,
-        on_cpu=device.type == "cpu",
+        num_gpus=torch.cuda.device_count() if device.type == "cuda" else 0,
+        tensor_parallel_size=tensor_parallel_size,
     )
     return 0
 

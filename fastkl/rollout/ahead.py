@@ -84,6 +84,7 @@ class Ahead:
         self, generator: Generator, num_samples: int, world: World = ALONE, *, beside: bool, device: torch.device
     ) -> None:
         self.generator, self.num_samples, self.world = generator, num_samples, world
+        self.engines = Engines.of(generator, world)
         self.rollout: Rollout | None = None  # that was begun last, or restored, and has not been taken
         self._drawing: Future[list[Completion]] | None = None  # this process's part of it
         self._failure: BaseException | None = None
@@ -93,7 +94,7 @@ class Ahead:
     def begin(self, rollout: Rollout, requests: Sequence[Request]) -> None:
         """Starts to draw it. The generator is not to be used, nor given weights, until `wait`."""
         assert self.rollout is None, "the rollout before it has not been taken"
-        mine = Engines(self.world).dealt(requests)
+        mine = self.engines.dealt(requests)
         self.rollout = rollout
         if self._thread:
             self._drawing = self._thread.submit(self.generator.generate, mine)
@@ -107,7 +108,7 @@ class Ahead:
             self._failure = self._drawing.exception()
             drawn = None if self._failure else Columns.of(self._drawing.result())
             self._drawing = None
-            completions = collected(drawn, self.world)
+            completions = collected(drawn, self.engines)
             if completions is not None:
                 self.rollout = replace(self.rollout, completions=grouped(completions, self.num_samples))
         return self.rollout

@@ -3,6 +3,7 @@
 In: the requests of a step, the same ones in every process. Out: their completions, in order. A request carries its
 place and its seed, so that it draws the same wherever it is drawn: a step's samples are those of one process. Of E
 engines each gets every E-th request, so that a prompt whose samples are long keeps none of them longer than the others.
+Servers are asked by the first process for all.
 
 An engine that several processes share needs the same requests in all of them, in the same order: with others they would
 wait for each other in different calls, for ever. So they compare them first, and what they have drawn afterwards; then
@@ -34,7 +35,7 @@ def generate(generator: Generator, requests: Sequence[Request], world: World) ->
     """
     if world.size == 1:
         return generator.generate(requests)
-    engines = Engines(world, getattr(generator, "shared_by", 1))
+    engines = Engines.of(generator, world)
     mine = engines.dealt(requests)
     if engines.shared_by > 1:
         asked = digest((generator.sampling, *((r.prompt_index, r.seed, r.prompt.token_ids) for r in mine)))
@@ -47,24 +48,37 @@ def generate(generator: Generator, requests: Sequence[Request], world: World) ->
     return engines.collected([part.completions() for part, _ in parts])
 
 
-def collected(drawn: Columns | None, world: World) -> list[Completion] | None:
-    """All processes' completions, in the order of the requests, where each has an engine; None where one of them has
-    drawn none."""
-    parts = world.everybodys(drawn)
+def collected(drawn: Columns | None, engines: Engines) -> list[Completion] | None:
+    """All processes' completions, in the order of the requests, where none shares an engine with another; None where
+    one of them has failed to draw its own."""
+    parts = engines.world.everybodys(drawn)
     found = [part.completions() for part in parts if part is not None]
-    return Engines(world).collected(found) if len(found) == len(parts) else None
+    return engines.collected(found) if len(found) == len(parts) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """The engines of a run: one in each process, or one for as many neighbours as share it."""
+    """The engines of a run: one in each process, one for as many neighbours as share it, or the first process's alone,
+    which draws for all."""
 
     world: World
     shared_by: int = 1
+    serves_all: bool = False
+
+    @classmethod
+    def of(cls, generator: Generator, world: World) -> Engines:
+        """Those that this generator is one of."""
+        return cls(world, getattr(generator, "shared_by", 1), getattr(generator, "serves_all", False))
+
+    @property
+    def count(self) -> int:
+        """How many there are: E."""
+        return 1 if self.serves_all else self.world.size // self.shared_by
 
     def dealt(self, items: Sequence[T]) -> Sequence[T]:
-        """The part of the items that this process's engine gets: every E-th one."""
-        return items[self.world.rank // self.shared_by :: self.world.size // self.shared_by]
+        """The part of the items that this process's engine gets: every E-th one, or none where it has no engine."""
+        engine = self.world.rank // self.shared_by
+        return items[engine :: self.count] if engine < self.count else items[:0]
 
     def own(self, results: Sequence[T]) -> Sequence[T]:
         """Of the engine's results, which all of its processes have, those that this one hands on."""
@@ -73,9 +87,9 @@ class Engines:
     def collected(self, parts: Sequence[Sequence[T]]) -> list[T]:
         """What all processes hand on, [size][...], in the order of the items."""
         results: list[T | None] = [None] * sum(map(len, parts))
-        for rank, part in enumerate(parts):
+        for rank, part in enumerate(parts[: self.count * self.shared_by]):
             engine, place = divmod(rank, self.shared_by)
-            results[engine + place * (self.world.size // self.shared_by) :: self.world.size] = part
+            results[engine + place * self.count :: self.count * self.shared_by] = part
         return results  # type: ignore[return-value]  # every place has been filled
 
     def check_alike(self, values: Sequence[str], complaint: str) -> None:

@@ -1,7 +1,8 @@
 """What `fastkl serve` adds to vLLM's worker: it says what it is, and takes the policy's weights from a file.
 
 The weights go through the same loader, repacking and comparison as in one process (weight_sync.py): a push is over when
-what the engine holds is what the file holds, tensor by tensor and bit by bit.
+what the engine holds is what the file holds, tensor by tensor and bit by bit. Of an engine over several GPUs each
+worker loads and compares its own part, and together they must hold the whole of every tensor (workers.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 
 from fastkl.rollout.agreement import StaleEngineError
+from fastkl.rollout.orphans import end_with_server
 from fastkl.rollout.weight_sync import WeightSync
+from fastkl.rollout.workers import Workers, workers_of
 from fastkl.version import __version__
 
 
@@ -31,16 +34,17 @@ class FastklWorker:
 
     def _fastkl_engine(self) -> Engine:
         if "fastkl_engine" not in self.__dict__:
-            self.fastkl_engine = Engine(self)
+            end_with_server()
+            self.fastkl_engine = Engine(self, workers_of(self))
         return self.fastkl_engine
 
 
 class Engine:
-    """One worker's engine, seen as weight_sync.py sees one in its own process."""
+    """One worker's engine, or its part of one, seen as weight_sync.py sees one in its own process."""
 
-    def __init__(self, worker: Any) -> None:
-        self.worker, self.instance, self.version = worker, uuid4().hex, ""
-        self.sync = WeightSync(self, worker.model_config.dtype)
+    def __init__(self, worker: Any, workers: Workers = Workers()) -> None:  # noqa: B008  # it is frozen
+        self.worker, self.instance, self.version, self.workers = worker, uuid4().hex, "", workers
+        self.sync = WeightSync(self, worker.model_config.dtype, workers, workers.size)
 
     def describe(self) -> dict[str, Any]:
         """See FastklWorker."""
@@ -60,18 +64,20 @@ class Engine:
         }
 
     def load(self, path: str, version: str, step: int, tied: bool) -> dict[str, str]:
-        """See FastklWorker."""
-        self.version = ""  # until all of it is there
-        try:
-            self.sync.load(lambda: tensors_in(path), step, tied=tied)
-        except StaleEngineError as failure:
-            return {"version": "", "error": str(failure)}
-        except Exception as failure:  # of vLLM's loader, of the file: the trainer is told, and the server lives on
+        """See FastklWorker. Whatever fails, in vLLM's loader or in the file, the trainer is told, and the server lives
+        on."""
+
+        def in_words(failure: Exception) -> str:
+            if isinstance(failure, StaleEngineError):
+                return str(failure)
             reason = f"{type(failure).__name__}: {failure}"
             remedy = f"the server has to see {path}, and to be started with the same model"
-            return {"version": "", "error": f"the weights could not be loaded ({reason}); {remedy}."}
-        self.version = version
-        return {"version": version, "error": ""}
+            return f"the weights could not be loaded ({reason}); {remedy}."
+
+        self.version = ""  # until all of it is there
+        error = self.workers.attempt(lambda: self.sync.load(lambda: tensors_in(path), step, tied=tied), in_words)
+        self.version = "" if error else version
+        return {"version": self.version, "error": error}
 
     def apply_model(self, function: Callable[[nn.Module], Any]) -> list[Any]:
         """As vllm.LLM has it."""

@@ -29,7 +29,8 @@ class Generator(Protocol):
     """What the loop asks of a generator.
 
     One whose engine several neighbouring processes share has an attribute `shared_by`, their number: they get the same
-    requests then, and each returns all completions (dealt.py).
+    requests then, and each returns all completions (dealt.py). One by which the first process draws for all of them has
+    `serves_all`: the others' get no requests, and `sync` is called in all processes.
     """
 
     sampling: Sampling

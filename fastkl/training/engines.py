@@ -1,5 +1,4 @@
-"""Whether engines that several processes share (--engine-tp), or that are servers (--engines), can be had; nothing of
-vLLM is imported."""
+"""Whether engines that several processes share (--engine-tp) can be had; nothing of vLLM is imported."""
 
 from __future__ import annotations
 
@@ -10,12 +9,7 @@ from fastkl.errors import UserError
 
 
 def check_engine_groups(config: TrainConfig, num_processes: int) -> None:
-    """UserError where so many processes cannot be put into groups that share an engine, nor share servers; needs no
-    model."""
-    if config.engines and num_processes > 1:
-        raise UserError(
-            f"engines: {num_processes} processes cannot share servers; train with one process, or leave engines out."
-        )
+    """UserError where so many processes cannot be put into groups that share an engine; needs no model."""
     if config.engine_tp == 1:
         return
     if config.generator not in ("auto", "vllm"):

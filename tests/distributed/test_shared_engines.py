@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from threaded_world import in_threads
 from torch import nn
 
@@ -11,8 +14,10 @@ from fastkl.cli import main
 from fastkl.config.settings import TrainConfig
 from fastkl.errors import UserError
 from fastkl.rollout.agreement import StaleEngineError
+from fastkl.rollout.engine_worker import Engine
 from fastkl.rollout.places import Part, covered
 from fastkl.rollout.push_check import PushCheck
+from fastkl.rollout.workers import Workers
 from fastkl.training.engines import check_engine_groups, check_engine_tp
 from fastkl.training.run_folder import MAY_CHANGE_ON_RESUME
 
@@ -39,11 +44,6 @@ def test_processes_that_cannot_share_an_engine_are_refused_by_name(options, proc
         check_engine_groups(TrainConfig(engine_tp=2, **options), processes)
 
 
-def test_several_processes_with_servers_are_refused_by_name():
-    with pytest.raises(UserError, match="^engines: 2 processes cannot share servers; train with one process"):
-        check_engine_groups(TrainConfig(engines=("http://127.0.0.1:8001",)), 2)
-
-
 @pytest.mark.parametrize(
     ("engine_tp", "generator", "config", "words"),
     [
@@ -61,7 +61,7 @@ def test_an_engine_that_cannot_be_cut_is_refused_by_name(engine_tp, generator, c
 def test_what_can_be_shared_is_not_refused():
     check_engine_groups(TrainConfig(generator="transformers"), 1)
     check_engine_groups(TrainConfig(engine_tp=2), 6)
-    check_engine_groups(TrainConfig(engines=("http://127.0.0.1:8001",)), 1)
+    check_engine_groups(TrainConfig(engines=("http://127.0.0.1:8001",)), 3)
     check_engine_tp(1, "transformers", Heads(5))
     check_engine_tp(8, "vllm", Heads(32, 4))  # keys and values are held twice
     check_engine_tp(2, "vllm", Heads(6))
@@ -176,3 +176,58 @@ def test_two_processes_that_hold_the_same_part_are_found_out_although_each_has_w
     assert len(set(said)) == 1 and said[0].startswith("step 0: ")
     named = "in part in no process of its engine"
     assert f"gate ({named}), up ({named}), down ({named}); no completion" in said[0]
+
+
+# ------------------------------------------------------------------------------------------------- workers of a server
+
+
+class Worker:
+    """What a server's worker is to its engine, with `HalfEngine` for a model."""
+
+    def __init__(self, place: int) -> None:
+        self.model, self.model_config = HalfEngine(place), SimpleNamespace(dtype=torch.float32)
+        self.model_runner = SimpleNamespace(get_model=lambda: self.model)
+        self.fault = ""
+
+    def reload_weights(self, weights_iterator) -> None:
+        if self.fault == "no file":
+            raise FileNotFoundError("no such file")
+        self.model.load((name, 2 * tensor if name == self.fault else tensor) for name, tensor in weights_iterator)
+
+
+def loaded(folder, places: tuple[int, ...], fault: str = "") -> list[dict[str, str]]:
+    """What the workers of one server say of three loads; the last of them has the fault in the second one. places: the
+    half that each holds."""
+
+    def run(world) -> list[dict[str, str]]:
+        worker, said = Worker(places[world.rank]), []
+        engine = Engine(worker, Workers(world.rank, world.size, gather=world.everybodys))
+        for step in range(3):
+            worker.fault = fault if step == 1 and world.rank == world.size - 1 else ""
+            path = folder / f"{world.rank}.safetensors"
+            save_file(some_weights(step), path)
+            said.append(engine.load(str(path), f"a-{step}", step, False))
+        return said
+
+    found = in_threads(len(places), run)
+    assert all(said == found[0] for said in found), "the workers say the same"
+    return found[0]
+
+
+WELL = [{"version": f"a-{step}", "error": ""} for step in range(3)]
+
+
+@pytest.mark.parametrize("fault", ["down", "no file"])
+def test_what_fails_in_one_worker_of_a_server_is_said_by_all_and_the_next_load_is_in_order_again(tmp_path, fault):
+    words = {
+        "down": "step 1: the weights that were pushed to the engine of process 1 did not all arrive: down (unlike the ",
+        "no file": "the weights could not be loaded (FileNotFoundError: no such file); the server has to see ",
+    }
+    first, second, third = loaded(tmp_path, (0, 1), fault)
+    assert (first, third) == (WELL[0], WELL[2]) and second["version"] == ""
+    assert second["error"].startswith(words[fault])
+
+
+def test_the_workers_of_a_server_hold_the_whole_of_every_tensor_between_them(tmp_path):
+    assert loaded(tmp_path, (0, 1)) == WELL
+    assert "gate (in part in no process of its engine)" in loaded(tmp_path, (0, 0))[0]["error"]

@@ -90,8 +90,11 @@ class Fake:
             "instance": self.instance, "version": self.version, "fastkl": "1", "vllm": "0.32.0", "vocab": VOCAB,
             "dtype": "float32", "max_model_len": 64, "workers": 1, "logprobs": "processed_logprobs",
         }  # fmt: skip
+        workers = range(self.about.get("workers", 1))
         if asked["method"] == "fastkl_describe":
-            return 200, {"results": [usual | self.about]}
+            late = {"version": ""} if len(self.loads) == self.about.get("last_worker_fails_at") else {}
+            names = [{"instance": f"{self.instance}-{w}"} | (late if w == workers[-1] else {}) for w in workers]
+            return 200, {"results": [usual | self.about | name for name in names]}
         given = asked["kwargs"]
         self.loads.append(given["version"])
         if self.about.get("error"):
@@ -207,6 +210,16 @@ def test_what_a_server_has_drawn_while_it_was_replaced_does_not_count(tmp_path, 
     assert len(fake.asked) == 2 * len(requests)
 
 
+def test_a_server_of_several_workers_has_the_weights_where_all_of_them_do(tmp_path, fakes):
+    """One of them has lost them after the first load."""
+    base, policy, requests, expected = models_and_expected()
+    fake = fakes(base, workers=3, last_worker_fails_at=1)
+    generator = asking(tmp_path, fake)
+    generator.sync(policy)
+    assert [c.token_ids for c in generator.generate(requests)] == [c.token_ids for c in expected]
+    assert fake.loads == [generator.version] * 2
+
+
 def test_where_no_server_is_left_the_run_ends_with_a_sentence(tmp_path, fakes, monkeypatch):
     monkeypatch.setattr(server, "PATIENCE_SECONDS", 0.0)
     base, policy, requests, _ = models_and_expected()
@@ -236,7 +249,6 @@ def test_a_server_that_answers_and_draws_nothing_ends_the_run(tmp_path, fakes, a
     ({"vocab": 99}, "has vocab 99, and this run needs 23"),
     ({"dtype": "bfloat16"}, "has dtype bfloat16, and this run needs float32; .* --dtype float32"),
     ({"logprobs": "raw_logprobs"}, "has logprobs raw_logprobs"),
-    ({"workers": 2}, "has workers 2"),
     ({"max_model_len": 16}, "takes 16 tokens, .* start it with --max-model-len 32"),
     ({"vllm": "0.26.0"}, "servers of one run have one version of vLLM"),
 ])  # fmt: skip
@@ -329,6 +341,23 @@ def test_the_server_listens_on_the_loopback_interface_and_its_log_probs_are_of_w
     assert pairs["--generation-config"] == "vllm" and "--no-enable-prefix-caching" in words
     given = serve.environment({"VLLM_CPU_KVCACHE_SPACE": "7"})
     assert given["VLLM_SERVER_DEV_MODE"] == "1" and given["VLLM_CPU_KVCACHE_SPACE"] == "7"
+
+
+@pytest.mark.parametrize(("num_gpus", "size", "passed_on"), [(0, 2, "2"), (4, 4, "4"), (1, 1, None)])
+def test_the_server_divides_the_model_among_as_many_gpus_as_asked(monkeypatch, num_gpus, size, passed_on):
+    called = []
+    monkeypatch.setattr(serve.os, "execve", lambda program, words, environment: called.append((words, environment)))
+    options = {"host": "127.0.0.1", "port": 8001, "dtype": "float32", "max_model_len": 0, "gpu_memory_utilization": 0.9}
+    serve.serve("storyteller", **options, num_gpus=num_gpus, tensor_parallel_size=size)
+    ((words, environment),) = called
+    assert dict(zip(words, words[1:], strict=False)).get("--tensor-parallel-size") == passed_on
+    assert ("--gpu-memory-utilization" in words) is bool(num_gpus)
+    assert environment["FASTKL_SERVER_PROCESS"] == str(os.getpid()), "which the server's process is from then on"
+    for wrong in (0, num_gpus + 1 if num_gpus else -1):
+        with pytest.raises(
+            UserError, match=f"^tensor_parallel_size: {wrong} workers need a GPU each, and PyTorch sees"
+        ):
+            serve.serve("storyteller", **options, num_gpus=num_gpus, tensor_parallel_size=wrong)
 
 
 @pytest.mark.slow
