@@ -81,13 +81,30 @@ def reward(completions, trainer_state, **columns):
 """
 
 
+TORCHRUN = """
+import sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from fastkl.cli import main
+
+def work(*arguments):
+    if code := main(arguments):
+        sys.exit(code)
+
+config = LaunchConfig(
+    min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    start_method="fork", monitor_interval=0.1,
+)
+elastic_launch(config, work)(*sys.argv[1:])
+"""
+"""What `torchrun --nproc-per-node 2 --max-restarts 1 -m fastkl` does, but that its processes are forks of this one, in
+which everything is imported."""
+
+
 @pytest.mark.slow
 def test_a_restart_by_torchrun_goes_on_from_the_last_checkpoint(tmp_path):
     (tmp_path / "rewards.py").write_text(KILLED_ONCE)
-    options = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "fastkl")
     reward = ("--reward", f"{tmp_path}/rewards.py:reward")
-    torchrun = "from torch.distributed.run import main; main()"
-    done = commands.run(*options, "train", *SMALL, *reward, "--output", str(tmp_path / "run"), script=torchrun)
+    done = commands.run("train", *SMALL, *reward, "--output", str(tmp_path / "run"), script=TORCHRUN)
     assert done.returncode == 0, done.stderr[-3000:]
     assert steps_of(tmp_path / "run") == [1, 2, 3] and (tmp_path / "killed").exists()
     assert "continuing after step 2" in done.stdout
