@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from inspect import Parameter as Option
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,9 +123,11 @@ def train(
     from fastkl.training.engines import check_engine_groups
 
     world = launched()
+    watched = world.is_first and sys.stdout.isatty()
+    say = partial(print, flush=True) if watched else lambda message: None
     with world.together():
         run = world.once(lambda: asked_for(given, config))
-        check_names(run)
+        check_names(run, say)
         if nproc < 1 or (nproc > 1 and world.size > 1):
             raise UserError(f"nproc: {nproc} processes cannot be started here; use 1 or more, and not under torchrun.")
         check_engine_groups(run, nproc * world.size)
@@ -134,6 +137,7 @@ def train(
         return 0
     if nproc > 1:
         return launch(nproc, without_nproc(sys.argv[1:]))
+    say("reading prompts, tokenizer and the model's settings ...")
     from fastkl.distributed.world import AGREED, LostProcess, OtherFailed
     from fastkl.rollout.agreement import StaleEngineError
     from fastkl.training import loop

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastkl.config.settings import TrainConfig, check_config
@@ -17,13 +17,14 @@ MARK = "python:"
 """Begins the name of what was handed over from Python, in the settings of a run."""
 
 
-def check_names(config: TrainConfig) -> None:
+def check_names(config: TrainConfig, say: Callable[[str], None] = lambda message: None) -> None:
     """UserError for a wrong setting, an output folder that is not free, a file that does not exist, a reward function
-    that cannot be found, or a model folder that lacks what is needed."""
+    that cannot be found, or a model folder that lacks what is needed. say: shows a person what takes seconds."""
     check_config(config)
     check_run_folder(config)
     refuse_missing(config)
     if place_of(config.prompts) == "gym":
+        say("loading reasoning-gym ...")
         task_of(config.prompts.removeprefix("gym:"))
     load_rewards(config.reward, config.reward_weights)
     local_model(config.model, config.revision)

@@ -71,6 +71,21 @@ def test_help_and_mistakes_come_without_importing_torch_and_at_once(arguments):
     assert done.stdout.endswith("[] True\n")
 
 
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_person_reads_what_is_loaded_before_it_is_and_a_file_only_the_run(capsys, monkeypatch, tmp_path, watched):
+    from fastkl.training import early, loop
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: watched, raising=False)
+    monkeypatch.setattr(early, "task_of", lambda address: print("the task"))
+    monkeypatch.setattr(
+        loop, "train", lambda config: print("the run") or SimpleNamespace(step=1, saved_step=1, stopped=False)
+    )
+    code, output, _ = run(capsys, "train", "--prompts", "gym:chain_sum", "--output", str(tmp_path / "run"))
+    first, second = "loading reasoning-gym ...", "reading prompts, tokenizer and the model's settings ..."
+    assert code == 0
+    assert output.splitlines() == ([first, "the task", second, "the run"] if watched else ["the task", "the run"])
+
+
 def test_version(capsys):
     assert run(capsys, "--version") == run(capsys, "-V") == (0, f"fastkl {fastkl.__version__}\n", "")
 
