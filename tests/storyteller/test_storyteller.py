@@ -68,8 +68,15 @@ def test_importing_the_language_needs_the_standard_library_only():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
+@cache
+def five_thousand() -> list[str]:
+    """Stories, of the first seeds."""
+    return [story(seed) for seed in range(5000)]
+
+
+@pytest.mark.slow
 def test_stories_use_at_least_800_words_and_nearly_every_letter_can_alliterate():
-    words = {word.strip('.,!?"').lower() for seed in range(3000) for word in story(seed).split()}
+    words = {word.strip('.,!?"').lower() for text in five_thousand()[:3000] for word in text.split()}
     assert len(words) >= 800
 
     def initials(*categories: str) -> set[str]:
@@ -82,13 +89,14 @@ def test_stories_use_at_least_800_words_and_nearly_every_letter_can_alliterate()
     assert len(letters) >= 20, sorted(letters)
 
 
+@pytest.mark.slow
 def test_there_are_more_than_1e9_stories_and_no_two_of_5000_are_equal():
     from tools.storyteller.measure import num_stories_at_least
 
     assert num_stories_at_least() >= 10**9
     # A second bound, by counting: first, third and last sentences with names and kinds blanked out hardly depend on
     # each other, so that the product of the numbers of forms seen is about a lower bound too.
-    stories = [story(seed) for seed in range(5000)]
+    stories = five_thousand()
     assert len(set(stories)) == 5000
     blank = set(GENDER) | set(WORDS["kind"])
 
@@ -352,6 +360,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
+@pytest.mark.slow
 def test_remaking_gives_the_same_files(tiny: list[Path]):
     first, second = tiny
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
@@ -455,6 +464,7 @@ def test_held_out_cross_entropy_is_within_10_percent_of_the_generators_entropy()
     assert entropy * 0.98 < sum(nats) < 1.10 * entropy
 
 
+@pytest.mark.slow
 def test_at_least_95_percent_of_the_sentences_that_the_shipped_model_samples_are_well_formed():
     from tools.storyteller.measure import sample
 

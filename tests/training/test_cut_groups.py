@@ -39,6 +39,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 def test_loss_gradient_and_sums_do_not_depend_on_where_groups_are_cut(options, layout, monkeypatch):
@@ -48,7 +49,7 @@ def test_loss_gradient_and_sums_do_not_depend_on_where_groups_are_cut(options, l
     policy, reference = toy_model(0), toy_model(1).requires_grad_(False)
     config, batch = toy_config(**options), toy_batch(policy)
     whole, wanted = gradient(policy, reference, batch, config, 10_000)
-    for tokens in (1, 9, 14, 25):
+    for tokens in (1, 14) if layout == "packed" else (1, 25):
         found, total = gradient(policy, reference, batch, config, tokens)
         assert total.loss == pytest.approx(wanted.loss, rel=1e-6, abs=1e-6)
         assert (total.num_tokens, total.num_weights_cut) == (wanted.num_tokens, wanted.num_weights_cut)
@@ -86,6 +87,7 @@ def test_every_token_of_a_64k_group_comes_once_and_no_part_is_larger_than_16k():
     assert len(whole.target_ids) == sum(lengths)
 
 
+@pytest.mark.slow
 def test_a_64k_group_is_trained_under_a_16k_budget_as_without_one(monkeypatch):
     """A tiny model, and a check of what passes through it at a time."""
     monkeypatch.setattr(loop, "check_agreement", lambda *arguments: None)

@@ -31,7 +31,7 @@ def test_a_checkpoint_that_is_not_verified_is_seen_and_can_be_repeated(tmp_path)
     blind = "from fastkl.training import checkpoint; checkpoint._fingerprint = lambda path: [0, '']"
     done = faults(tmp_path, "--only", "flips", "--seed", "3", prologue=blind)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "of 50 FAILED a flipped bit in model.safetensors" in done.stdout
+    assert "of 15 FAILED a flipped bit in model.safetensors" in done.stdout
     assert "again: python -m tools.faults --seed 3 --only flips --trial 0" in done.stdout
 
 

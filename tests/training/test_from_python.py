@@ -44,6 +44,7 @@ def test_functions_and_rows_take_the_place_of_names(tmp_path):
     assert (written.output, written.lr) == (str(tmp_path / "run"), 1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_from_python_goes_on_from_python_and_says_so_elsewhere(tmp_path, capsys):
     fastkl.train(config(tmp_path), reward=wanted_length, prompts=ROWS)
     assert main(["train", "--resume", "--steps", "2", "--output", str(tmp_path / "run")]) == 2
@@ -70,6 +71,7 @@ def vars_of(settings: fastkl.TrainConfig) -> dict:
     return {name: getattr(settings, name) for name in type(settings).__dataclass_fields__}
 
 
+@pytest.mark.slow
 def test_a_module_is_trained_in_place_with_a_frozen_copy_for_reference(tmp_path):
     by_name = fastkl.train(config(tmp_path / "a", model=str(model_path()), lr=1e-3))
     model = load_model(str(model_path()), torch.device("cpu"))
@@ -83,6 +85,7 @@ def test_a_module_is_trained_in_place_with_a_frozen_copy_for_reference(tmp_path)
     assert all(torch.equal(value, start[name]) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_a_modules_run_goes_on_from_its_checkpoint_even_by_the_command_line(tmp_path, capsys):
     whole = fastkl.train(config(tmp_path / "whole", steps=2, lr=1e-3), model=load(model_path())).policy.state_dict()
     for name in ("python", "cli"):
@@ -103,6 +106,7 @@ def load(folder: Path):
     return load_model(str(folder), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_it_runs_in_a_thread_and_inside_a_running_loop(tmp_path):
     async def late(completions, **columns):
         await asyncio.sleep(0.01)

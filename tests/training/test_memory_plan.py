@@ -154,8 +154,8 @@ from fastkl.training import setup
 real, plans = setup.plan_of, []
 setup.plan_of = lambda *a, **k: plans.append(real(*a, **k)) or plans[-1]
 fastkl.train(fastkl.TrainConfig(
-    model=sys.argv[1], prompts="Once upon a time", lr=1e-6, steps=2, prompts_per_step=2, num_samples=16,
-    max_new_tokens=48, generator="transformers", device="cpu", dtype="float32", output=sys.argv[2], save_every=0,
+    model=sys.argv[1], prompts="Once upon a time", lr=1e-6, steps=2, prompts_per_step=2, num_samples=8,
+    max_new_tokens=24, generator="transformers", device="cpu", dtype="float32", output=sys.argv[2], save_every=0,
 ))
 status = open("/proc/self/status").read()  # ru_maxrss begins at the parent's
 peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024

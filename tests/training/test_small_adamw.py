@@ -76,6 +76,7 @@ def test_eight_bits_take_two_bytes_per_number_and_small_tensors_keep_float32():
     assert {t.dtype for t in small.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_the_second_moment_decays_where_gradients_get_smaller():
     """Rounding to the nearest code would keep it where it was: 0.9995 of a root is nearest to itself."""
     params = [nn.Parameter(torch.zeros(1, 4096))]
@@ -90,18 +91,19 @@ def test_the_second_moment_decays_where_gradients_get_smaller():
     assert float((root / (size[0] * v**0.5)).mean()) == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 def test_codes_are_right_on_average_and_as_near_as_their_neighbours(dtype):
     random = torch.Generator().manual_seed(0)
     x = torch.randn(512, generator=random) * 10 ** (-3 * torch.rand(512, generator=random))
     x = x if dtype.is_signed else x.abs()
     drawn = []
-    for _ in range(4000):
+    for _ in range(1500):
         codes, scale = compressed(x, torch.rand(512, generator=random), dtype)
         assert codes.dtype == dtype and scale.shape == (2,)
         drawn.append(expanded(codes, scale).double())
     values = torch.stack(drawn)
-    error = values.std(dim=0) / 4000**0.5
+    error = values.std(dim=0) / 1500**0.5
     shown = x.abs() > 1e-4 * x.abs().max()
     assert ((values.mean(dim=0) - x).abs() <= 4.5 * error + 1e-6 * x.abs())[shown].all()
     largest, levels = scale.repeat_interleave(256).double(), small_adamw.LEVELS[dtype]

@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="all random choices derive from it [0]")
     made.add_argument("--only", nargs="+", choices=FAULTS, metavar="NAME", help=f"some of {', '.join(FAULTS)}")
     made.add_argument("--trial", type=int, help="only the trial of this number")
-    made.add_argument("--quick", action="store_true", help="a miniature: two kills, two pairs, 50 flips ...")
+    made.add_argument("--quick", action="store_true", help="a miniature: two kills, a pair of signals, 15 flips ...")
     made.add_argument("--write", action="store_true", help="put the rows into docs/reliability.md")
     made.add_argument("--folder", type=Path, help="where the runs go while they last [the system's temporary folder]")
     return made

@@ -87,7 +87,7 @@ def flipped(bench: Bench, name: str, files: list[Path], verdict: Callable[[Path]
     wholes = {path: path.read_bytes() for path in files}
     judges = {path: verdict(path) for path in files}
     found = 0
-    for trial in bench.trials(bench.times(3000, 50)):
+    for trial in bench.trials(bench.times(3000, 15)):
         rng = bench.random(f"flip in {name}", trial)
         path = rng.choice(files)
         content, where, bit = bytearray(wholes[path]), rng.randrange(len(wholes[path])), rng.randrange(8)

@@ -21,7 +21,7 @@ def file_limit(bench: Bench) -> Row:
     """No file may grow beyond a random size (RLIMIT_FSIZE); the limit is lifted for --resume."""
     row = Row("files cannot grow (RLIMIT_FSIZE)", "a limit of 100 bytes to 16 MiB on every file, then --resume without")
     codes: Counter[int | None] = Counter()
-    for trial in bench.trials(bench.times(24, 2)):
+    for trial in bench.trials(bench.times(24, 1)):
         rng, output = bench.random("file limit", trial), bench.output("file-limit", trial)
         limit = int(100 * (16 << 20) ** rng.random()) if trial % 2 else int((1 << 20) * 16 ** rng.random())
         limit = min(limit, 16 << 20)
@@ -47,7 +47,7 @@ def small_disk(bench: Bench) -> Row:
     if why := in_own_mounts(lambda: _mount(bench.folder, "size=64k")):
         row.skipped = f"this user may not mount here ({why})"
         return row
-    for trial in bench.trials(bench.times(24, 2)):
+    for trial in bench.trials(bench.times(24, 1)):
         rng, disk = bench.random("small disk", trial), bench.output("disk", trial)
         disk.mkdir()
         few_files = trial % 3 == 2

@@ -60,7 +60,7 @@ def signal_pairs(bench: Bench) -> Row:
     row = Row("two signals at a random moment", "two of SIGINT, SIGTERM, SIGHUP, 0 to 40 ms apart, then --resume")
     codes: Counter[str] = Counter()
     for trial in bench.trials():
-        if row.runs >= bench.times(45, 2):
+        if row.runs >= bench.times(45, 1):
             break
         rng, output = bench.random("signals", trial), bench.output("signals", trial)
         save_every = ("--save-every", str(rng.choice((0, 1, 3))))

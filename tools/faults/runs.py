@@ -7,6 +7,8 @@ that is renewed on the way.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import select
@@ -32,19 +34,27 @@ MAX_RUN_S = 300
 
 
 def import_everything() -> None:
-    """What a run imports, so that a fork need not do it again. Nothing is computed: a fork keeps no threads."""
+    """What a run imports and first computes in Python alone, so that a fork need not do it again. torch computes
+    nothing: a fork keeps no threads."""
     import torch
     import torch.utils.tensorboard
     import transformers
+    from transformers import conversion_mapping
     from transformers.models.llama import modeling_llama
 
     import fastkl.cli.commands
-    import fastkl.report.page.write
-    import fastkl.storyteller
     import fastkl.training.loop
+    from fastkl.report.page.write import template
+    from fastkl.storyteller.checker import well_formed_share
 
-    assert all((transformers, modeling_llama, fastkl.cli, fastkl.report, fastkl.storyteller, fastkl.training))
+    assert all((transformers, modeling_llama, fastkl.cli, fastkl.training))
     torch.set_num_threads(1)
+    well_formed_share(["Once there was a king."])
+    template()
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or Triton's bindings complain at the end
 
 
 @dataclass(slots=True)
