@@ -156,7 +156,10 @@ class TrainConfig(SamplingSettings):
     """"vllm", "transformers", or "auto": vLLM where it can run the model. "server": the engines, if there are any."""
     engines: tuple[str, ...] = ()
     """Addresses of servers that `fastkl serve` has started, such as http://127.0.0.1:8001; they draw the completions.
-    They read the weights from a folder in `output`, which they must see. None: the engine is in this process."""
+    None: the engine is in this process."""
+    engine_weights: Literal["auto", "network", "folder"] = "auto"
+    """How new weights reach the servers: over the "network" (NCCL between GPUs, gloo otherwise), or through a "folder"
+    in `output`, which the servers must see; "auto": over the network where all servers take them so."""
     gpu_memory_utilization: Annotated[float, SHARE] = 0.3
     """Share of the GPU's memory that vLLM may take; ignored without a GPU."""
     engine_sleep: bool = False
@@ -364,6 +367,11 @@ def check_engines(config: TrainConfig) -> None:
         )
     if config.generator == "server" and not config.engines:
         raise UserError("generator: server needs the addresses of servers; give --engines http://127.0.0.1:8001 ...")
+    if config.engine_weights != "auto" and not config.engines:
+        raise UserError(
+            f"engine_weights: {config.engine_weights} is a way to servers, and there are none; give their addresses "
+            "with --engines, or leave it out."
+        )
     for url in config.engines:
         if not re.fullmatch(r"https?://[^/@\s?#]+/?", url):
             raise UserError(f"engines: {url!r} is no address of a server; write http://HOST:PORT.")

@@ -1,13 +1,16 @@
-"""What `fastkl serve` adds to vLLM's worker: it says what it is, and takes the policy's weights from a file.
+"""What `fastkl serve` adds to vLLM's worker: it says what it is, and takes the policy's weights from a file, or as they
+have come over the network (receiver.py).
 
-The weights go through the same loader, repacking and comparison as in one process (weight_sync.py): a push is over when
-what the engine holds is what the file holds, tensor by tensor and bit by bit. Of an engine over several GPUs each
-worker loads and compares its own part, and together they must hold the whole of every tensor (workers.py).
+They go through the same loader, repacking and comparison as in one process (weight_sync.py): a push is over when what
+the engine holds is what the file holds, or what has come, tensor by tensor and bit by bit. Of what has come the sums of
+bits go back to the trainer, which compares them with what it sent. Of an engine over several GPUs each worker loads and
+compares its own part, and together they must hold the whole of every tensor (workers.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -15,8 +18,13 @@ import torch
 from torch import nn
 
 from fastkl.rollout.agreement import StaleEngineError
+from fastkl.rollout.fingerprint import fingerprint
+from fastkl.rollout.meeting import gpu_of
 from fastkl.rollout.orphans import end_with_server
+from fastkl.rollout.push_check import Weights
+from fastkl.rollout.receiver import Receiver
 from fastkl.rollout.weight_sync import WeightSync
+from fastkl.rollout.wire import Sums, numbers
 from fastkl.rollout.workers import Workers, workers_of
 from fastkl.version import __version__
 
@@ -28,8 +36,9 @@ class FastklWorker:
         """What a trainer has to know before it trusts this engine. `instance` is another one after every start."""
         return self._fastkl_engine().describe()
 
-    def fastkl_load(self, path: str, version: str, step: str, tied: str) -> dict[str, str]:
-        """Takes the weights of this file, which are called `version` from then on. tied: "True" or "False"."""
+    def fastkl_load(self, path: str, version: str, step: str, tied: str) -> dict[str, Any]:
+        """Takes the weights of this file, or "": what has come over the network. They are called `version` from then
+        on. tied: "True" or "False"."""
         return self._fastkl_engine().load(path, version, int(step), tied == "True")
 
     def _fastkl_engine(self) -> Engine:
@@ -61,23 +70,48 @@ class Engine:
             "max_model_len": config.max_model_len,
             "workers": self.worker.parallel_config.world_size,
             "logprobs": str(getattr(config.logprobs_mode, "value", config.logprobs_mode)),
+            "transport": self.receiver.transport if self.receiver else "",
+            "gpu": gpu_of(self.receiver.device) if self.receiver else "",
+            "failed": self.receiver.failed if self.receiver else "",
         }
 
-    def load(self, path: str, version: str, step: int, tied: bool) -> dict[str, str]:
+    @property
+    def receiver(self) -> Receiver | None:
+        """What weights come to over the network; None where this vLLM has no such thing, or not all of it."""
+        if not hasattr(self.worker, "shutdown_weight_transfer_engine"):
+            return None
+        return getattr(getattr(self.worker, "weight_transfer_engine", None), "receiver", None)
+
+    def load(self, path: str, version: str, step: int, tied: bool) -> dict[str, Any]:
         """See FastklWorker. Whatever fails, in vLLM's loader or in the file, the trainer is told, and the server lives
         on."""
+        sums: Sums = []
 
         def in_words(failure: Exception) -> str:
             if isinstance(failure, StaleEngineError):
                 return str(failure)
             reason = f"{type(failure).__name__}: {failure}"
-            remedy = f"the server has to see {path}, and to be started with the same model"
+            remedy = f"the server has to {f'see {path}, and to ' if path else ''}be started with the same model"
             return f"the weights could not be loaded ({reason}); {remedy}."
 
+        def load() -> None:
+            weights: Callable[[], Weights] = partial(tensors_in, path)
+            if not path:
+                tensors = self.arrived()
+                sums.extend(numbers([fingerprint(tensor) for tensor in tensors.values()]))
+                weights = tensors.items
+            self.sync.load(weights, step, tied=tied)
+
         self.version = ""  # until all of it is there
-        error = self.workers.attempt(lambda: self.sync.load(lambda: tensors_in(path), step, tied=tied), in_words)
+        error = self.workers.attempt(load, in_words)
         self.version = "" if error else version
-        return {"version": self.version, "error": error}
+        return {"version": self.version, "error": error, "sums": sums}
+
+    def arrived(self) -> dict[str, torch.Tensor]:
+        """What has come over the network."""
+        if self.receiver is None:
+            raise RuntimeError("this server takes no weights over the network")
+        return self.receiver.take()
 
     def apply_model(self, function: Callable[[nn.Module], Any]) -> list[Any]:
         """As vllm.LLM has it."""

@@ -50,6 +50,7 @@ class EngineOptions:
     whole: Callable[[], AbstractContextManager[None]] = nullcontext  # in it, the policy has all of its weights here
     note: Callable[[str], None] = print  # says what a user should know about the engine
     engines: tuple[str, ...] = ()  # addresses of servers
+    engine_weights: str = "auto"  # how the weights reach them: auto, network, folder
     sleep: bool = False  # whether an engine gives its GPU memory to the trainer between sampling and the next sync
 
 

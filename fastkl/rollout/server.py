@@ -1,14 +1,13 @@
 """Rollout by servers: requests go over HTTP to engines that `fastkl serve` has started, on this machine or others.
 
-A push writes the weights to a file that the servers read (a folder that all of them see), compare with what they then
-hold, and name by a version. Completions count only if their server had this version, in the same process, before and
-after it drew them. So a server may die at any moment: its requests go to the others, with their seeds, and one that is
-started again gets the weights before it is asked for anything.
+A push sends the weights over the network (transfer.py), or writes them to a file that the servers read (a folder that
+all of them see); they compare them with what they then hold, and name them by a version. Completions count only if
+their server had this version, in the same process, before and after it drew them. So a server may die at any moment:
+its requests go to the others, with their seeds, and one that is started again gets the weights before it is asked for
+anything.
 
 Of several trainer processes the first alone speaks with the servers: it asks for all completions, and pushes weights
 that all processes gather. What fails there is raised in each of them.
-
-Left out: weights by network instead of a file.
 """
 
 from __future__ import annotations
@@ -33,8 +32,18 @@ from fastkl.distributed.world import ALONE, World
 from fastkl.errors import UserError
 from fastkl.rollout.agreement import StaleEngineError
 from fastkl.rollout.push_check import Weights
+from fastkl.rollout.receiver import TAKEN
 from fastkl.rollout.requests import EngineOptions, Request, completion
 from fastkl.rollout.serve import NAME
+from fastkl.rollout.transfer import (
+    CONNECT_SECONDS,
+    LOAD_SECONDS,
+    Broken,
+    Member,
+    Transfer,
+    in_thread,
+    transport_of,
+)
 from fastkl.rollout.weight_sync import by_first
 from fastkl.sampling.params import Sampling, vllm_arguments
 from fastkl.scoring.models import text_config
@@ -43,13 +52,18 @@ from fastkl.types import Completion
 if TYPE_CHECKING:
     import httpx
 
+CPU = torch.device("cpu")
+
 CONCURRENCY = 256
 """Requests that one server has at a time; what it cannot draw at once waits in its own queue."""
 
-CONNECT_SECONDS, DRAW_SECONDS, LOAD_SECONDS = 5.0, 3600.0, 600.0
+ANSWER_SECONDS, DRAW_SECONDS = 30.0, 3600.0
 
 PATIENCE_SECONDS = 300.0
 """How long a step waits for a server where none is left: one that is started again is there after a minute or more."""
+
+PUSHES = 2
+"""How often in a row a push may fail although all servers are there."""
 
 ROUNDS = 4
 """How often in a row all servers may fail to draw anything although they answer."""
@@ -90,6 +104,8 @@ class ServerGenerator:
         dtype: str,
         max_model_len: int,
         folder: Path,
+        weights: str = "folder",
+        device: torch.device = CPU,
         note: Callable[[str], None] = print,
         world: World = ALONE,
     ) -> None:
@@ -99,6 +115,8 @@ class ServerGenerator:
         self.max_model_len, self.folder, self.name = max_model_len, folder.resolve(), uuid4().hex[:8]
         self.step, self.version, self.tied = 0, "", False
         self.world, self.certificates = world, certificates()
+        self.weights, self.device, self.why_folder = weights, device, ""
+        self.transfer: Transfer | None = None  # in the first process alone
         world.once(self.check_all)
 
     def check_all(self) -> None:
@@ -107,6 +125,10 @@ class ServerGenerator:
         if len({about["vllm"] for about in abouts}) > 1:
             versions = ", ".join(f"{s.url} has {a['vllm']}" for s, a in zip(self.servers, abouts, strict=True))
             raise UserError(f"engines: servers of one run have one version of vLLM, and {versions}.")
+        by_url = {server.url: about for server, about in zip(self.servers, abouts, strict=True)}
+        transport, self.why_folder = transport_of(by_url, self.weights, self.device)
+        if transport:
+            self.transfer = Transfer(transport, self.name, self.device, self.certificates)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See Generator. Each request has its own seed, so that it is the same whichever server draws it."""
@@ -127,26 +149,36 @@ class ServerGenerator:
         return [found[place] for place in range(len(requests))]
 
     def sync(self, policy: nn.Module, step: int = 0) -> None:
-        """See Generator: the weights go to a file, from there to every server, and are compared there."""
+        """See Generator: the weights go to every server, and are compared there."""
         self.step, self.version = step, f"{self.name}-{step}"
         self.tied = bool(getattr(policy.config, "tie_word_embeddings", False))
         by_first(policy, self.world, self.push)
 
     def push(self, weights: Weights) -> None:
         """Gives every server the weights of now; the first process alone comes here."""
-        self.write(weights)
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            list(pool.map(self.fill_or_lose, self.servers))
+        if self.transfer is None:
+            self.write(weights)
+        else:
+            self.transfer.keep(weights)
+        self.fill(self.servers)
         self.ready()  # one of them has to have it
         for path in self.folder.glob("weights-*"):  # of the step before, or left behind by a run that was killed
             if path != self.path_of(self.version):
                 path.unlink(missing_ok=True)
 
+    def way(self) -> str:
+        """How the weights reach the servers, for the user."""
+        if self.transfer is not None:
+            return f"engines: weights go to the servers over the network ({self.transfer.transport})"
+        return f"engines: weights go to the servers through {self.folder} ({self.why_folder})"
+
     def rest(self) -> None:
         """See Generator: the servers' memory is their own."""
 
     def close(self) -> None:
-        """See Generator. The servers go on; the weights' file is needed no more."""
+        """See Generator. The servers go on; the weights' file, or their copy, is needed no more."""
+        if self.transfer is not None:
+            self.transfer.close()
         if self.version and self.world.is_first:
             self.path_of(self.version).unlink(missing_ok=True)
 
@@ -169,9 +201,7 @@ class ServerGenerator:
         is none for PATIENCE_SECONDS."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
-            for server in self.servers:
-                if not self.holds(server):
-                    self.fill_or_lose(server)
+            self.fill([server for server in self.servers if not self.holds(server)])
             found = [server for server in self.servers if server.instance]
             if found:
                 return found
@@ -189,17 +219,70 @@ class ServerGenerator:
             return False
         return bool(server.instance) and (about["instance"], about["version"]) == (server.instance, self.version)
 
-    def fill_or_lose(self, server: Server) -> None:
-        """Gives a server the weights, unless it cannot be reached."""
+    def fill(self, servers: Sequence[Server]) -> None:
+        """Gives servers the weights; those that cannot be reached are lost."""
+        if self.transfer is not None:
+            return self.fill_over_network(servers, self.transfer)
+        with ThreadPoolExecutor(max(1, len(servers))) as pool:
+            list(pool.map(self.fill_from_folder, servers))
+
+    def fill_over_network(self, servers: Sequence[Server], transfer: Transfer) -> None:
+        """The same in one group, which is made again without those that are lost while it lasts."""
+        in_vain = 0
+        while members := [(server, about) for server in servers if (about := self.described(server)) is not None]:
+            joining = [Member(s.url, a["instance"], a["workers"], s.trust_env) for s, a in members]
+            try:
+                transfer.send(joining, self.version, self.step, tied=self.tied)
+            except Broken as failure:
+                for server, _ in members:
+                    if server.url in failure.lost:
+                        self.lose(server, failure.lost[server.url])
+                in_vain = 0 if failure.lost else in_vain + 1
+                self.refuse_broken([s for s, _ in members if s.url not in failure.lost], failure, in_vain)
+                continue
+            for server, about in members:
+                self.filled(server, about)
+            return
+
+    def refuse_broken(self, left: Sequence[Server], failure: Broken, in_vain: int) -> None:
+        """UserError where a push fails again and again although all servers are there, or would take another run's."""
+        said = {server.url: about["failed"] for server in left if (about := self.described(server)) is not None}
+        for url, reason in said.items():
+            if reason == TAKEN:
+                raise UserError(f"engines: {url}: {TAKEN}, and its trainer is alive; let each run have its servers.")
+        if in_vain == PUSHES:
+            reasons = "; ".join(f"{url}: {reason}" for url, reason in said.items() if reason) or str(failure)
+            raise UserError(
+                f"engines: weights do not reach the servers over the network, although they answer ({reasons}); open "
+                "it in both directions, or use --engine-weights folder."
+            )
+
+    def described(self, server: Server) -> dict[str, Any] | None:
+        """What a server is, if it fits; None where it is lost."""
+        try:
+            about = self.describe(server)
+        except NoAnswer as failure:
+            self.lose(server, str(failure))
+            return None
+        self.check(server, about)
+        return about
+
+    def fill_from_folder(self, server: Server) -> None:
+        """Gives a server the weights from the file, unless it cannot be reached."""
         try:
             about = self.describe(server)
             self.check(server, about)
+            self.ask(server, "resume", {}, ANSWER_SECONDS)  # a trainer that was killed may have left it paused
             asked = {"path": str(self.path_of(self.version)), "version": self.version, "step": str(self.step)}
             answers = self.call(server, "fastkl_load", asked | {"tied": str(self.tied)})
         except NoAnswer as failure:
             return self.lose(server, str(failure))
         if error := next((answer["error"] for answer in answers if answer["error"]), ""):
             raise StaleEngineError(f"{server.url}: {error}")
+        self.filled(server, about)
+
+    def filled(self, server: Server, about: Mapping[str, Any]) -> None:
+        """It has the weights of now."""
         server.instance = about["instance"]
         if server.is_lost:
             self.note(f"engines: {server.url} is back, and has the weights after step {self.step}")
@@ -242,25 +325,21 @@ class ServerGenerator:
         return about
 
     def describe(self, server: Server) -> dict[str, Any]:
-        """What its workers say of themselves: each FastklWorker has an instance, and all must have one version."""
-        abouts = self.call(server, "fastkl_describe", {})
+        """What its workers say of themselves: each has an instance, and all must have one version. One that is
+        lost already is not waited for."""
+        seconds = CONNECT_SECONDS if server.is_lost else ANSWER_SECONDS
+        abouts = self.call(server, "fastkl_describe", {}, seconds)
         instance, versions = "+".join(about["instance"] for about in abouts), {about["version"] for about in abouts}
-        return abouts[0] | {"instance": instance, "version": versions.pop() if len(versions) == 1 else ""}
+        failed = next((about["failed"] for about in abouts if about.get("failed")), "")
+        version = versions.pop() if len(versions) == 1 else ""
+        return abouts[0] | {"instance": instance, "version": version, "failed": failed}
 
-    def call(self, server: Server, method: str, arguments: Mapping[str, str]) -> list[dict[str, Any]]:
+    def call(
+        self, server: Server, method: str, arguments: Mapping[str, str], seconds: float = LOAD_SECONDS
+    ) -> list[dict[str, Any]]:
         """What a method of the server's workers gives, one for each. NoAnswer where it cannot be reached, UserError
         where it is none of ours."""
-        import httpx
-
-        body = {"method": method, "kwargs": dict(arguments)}
-        timeout = httpx.Timeout(LOAD_SECONDS, connect=CONNECT_SECONDS)
-        try:
-            with httpx.Client(timeout=timeout, trust_env=server.trust_env, verify=self.certificates) as client:
-                answer = client.post(f"{server.url}/collective_rpc", json=body)
-        except httpx.RequestError as failure:
-            raise NoAnswer(f"{type(failure).__name__}: {str(failure).rstrip('.')}") from None
-        if answer.status_code in (502, 503, 504):
-            raise NoAnswer(f"status {answer.status_code}")
+        answer = self.ask(server, "collective_rpc", {"method": method, "kwargs": dict(arguments)}, seconds)
         try:
             (first, *others) = map(dict, answer.json()["results"])
             return [first, *others]
@@ -268,6 +347,20 @@ class ServerGenerator:
             raise UserError(
                 f"engines: {server.url} is no server that `fastkl serve` has started (status {answer.status_code})."
             ) from None
+
+    def ask(self, server: Server, path: str, body: Mapping[str, Any], seconds: float) -> httpx.Response:
+        """An answer of the server. NoAnswer where there is none in so many seconds."""
+        import httpx
+
+        timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
+        try:
+            with httpx.Client(timeout=timeout, trust_env=server.trust_env, verify=self.certificates) as client:
+                answer = client.post(f"{server.url}/{path}", json=body)
+        except httpx.RequestError as failure:
+            raise NoAnswer(f"{type(failure).__name__}: {str(failure).rstrip('.')}") from None
+        if answer.status_code >= 500:
+            raise NoAnswer(f"status {answer.status_code}")
+        return answer
 
     async def draw(self, requests: Mapping[int, Request], servers: Sequence[Server]) -> list[dict[int, Completion]]:
         """What each server has drawn of its part of the requests, by place; what is missing has to be drawn again."""
@@ -337,12 +430,6 @@ def certificates() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of an async function, whether or not this thread runs an event loop already."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(function(*arguments))).result()
-
-
 def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors, none of which shares its memory with another one: a file holds each once."""
     seen: set[int] = set()
@@ -359,11 +446,20 @@ def obstacle(model_config: Any, device: torch.device) -> str | None:
 
 
 def check_servers(
-    urls: Sequence[str], sampling: Sampling, *, vocab: int, dtype: str, max_model_len: int, world: World = ALONE
+    urls: Sequence[str],
+    sampling: Sampling,
+    *,
+    vocab: int,
+    dtype: str,
+    max_model_len: int,
+    weights: str,
+    device: torch.device,
+    world: World = ALONE,
 ) -> None:
-    """UserError where one of them does not answer, or cannot draw for such a run; they are given nothing."""
+    """UserError where one of them does not answer, or cannot draw for such a run, or take its weights in the way that
+    was asked for; they are given nothing."""
     about: dict[str, Any] = {"vocab": vocab, "dtype": dtype, "max_model_len": max_model_len}
-    ServerGenerator(urls, None, sampling, **about, folder=Path(), world=world)
+    ServerGenerator(urls, None, sampling, **about, folder=Path(), weights=weights, device=device, world=world)
 
 
 def start(options: EngineOptions) -> ServerGenerator:
@@ -376,8 +472,12 @@ def start(options: EngineOptions) -> ServerGenerator:
         dtype=str(options.dtype).removeprefix("torch."),
         max_model_len=options.max_model_len,
         folder=options.log.parent / "engines",
+        weights=options.engine_weights,
+        device=next(options.policy.parameters()).device,
         note=options.note,
         world=options.world,
     )
+    if options.world.is_first:
+        options.note(generator.way())
     generator.sync(options.policy)
     return generator

@@ -105,6 +105,8 @@ def check_inputs(
             vocab=models.text_config(model_config).vocab_size,
             dtype=str(compute_dtype(config.dtype, device)).removeprefix("torch."),
             max_model_len=longest_sequence((*prompts, *held), config),
+            weights=config.engine_weights,
+            device=device,
             world=world,
         )
     lock = lock_run_folder(config) if world.is_first else None

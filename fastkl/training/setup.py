@@ -190,6 +190,7 @@ def start_generator(
             gpu_memory_utilization=config.gpu_memory_utilization,
             sleep=config.engine_sleep,
             engines=config.engines,
+            engine_weights=config.engine_weights,
             log=inputs.folder / ("engine.log" if world.is_first else f"engine-{world.rank}.log"),
             world=world,
             engine_tp=config.engine_tp,
