@@ -265,6 +265,7 @@ def elsewhere(base, number=-1, ending=signal.SIGKILL, port=0):
         process.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ending", "number"), [(signal.SIGKILL, 0), (signal.SIGKILL, 4), (signal.SIGSTOP, 4)])
 def test_a_server_that_ends_or_stops_within_a_push_is_named_and_the_others_get_the_weights(
     networked, asking, ending, number
