@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -250,19 +250,24 @@ def spills_in_loops(code: str) -> int:
 
 
 def brief(architecture: int) -> list[Configuration]:
-    """Of every kernel the configuration that does most. On sm_90 also the others of linear_score_kernel, which fills
-    the registers; on the others not support_kernel, whose sort takes more than a minute to compile."""
-    table = configurations(architecture)
-    last = {c.kernel.__name__: c.name for c in table}.values()
-    if architecture == 90:
-        return [c for c in table if c.name in last or c.kernel is heads.linear_score_kernel]
-    return [c for c in table if c.name in last and c.kernel is not supports.support_kernel]
+    """Of every kernel the configuration that does most: on sm_90 of all of them, on the others of the matrix kernels,
+    which have other instructions there. On sm_90 also what fills the registers, and support_kernel with short lists,
+    since its own sort takes more than a minute to compile."""
+    table = {c.kernel.__name__: c for c in configurations(architecture)}
+    if architecture != 90:
+        return [c for c in table.values() if c.kernel in (heads.linear_score_kernel, slices.linear_gradient_kernel)]
+    whole = table["support_kernel"]
+    which = whole.constants["WHICH"]._replace(list=64, short=16)
+    constants = {**whole.constants, "WHICH": which, "BLOCK": 128, "LANES": 64}
+    table["support_kernel"] = replace(whole, name="support: all, short lists", constants=constants)
+    full = ("linear score: policy", "linear score: policy + reference")
+    return [*table.values(), *(c for c in configurations(architecture) if c.name in full)]
 
 
 def _compile(architecture: int, name: str) -> Resources:
     """compile_for, by a configuration's name, which travels between processes where a kernel does not."""
-    (configuration,) = (c for c in configurations(architecture) if c.name == name)
-    return compile_for(configuration, architecture)
+    known = {c.name: c for c in (*configurations(architecture), *brief(architecture))}
+    return compile_for(known[name], architecture)
 
 
 def table_of(architectures: Iterable[int], select: Callable[[int], list[Configuration]]) -> list[Resources]:
