@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tools.faults import damage, disks, folders, interruptions, runs, table
+from tools.faults import damage, disks, folders, interruptions, runs, servers, table
 from tools.faults.fault import Bench, Row
 
 FAULTS: dict[str, Callable[[Bench], Row | Iterable[Row]]] = {
@@ -31,6 +31,7 @@ FAULTS: dict[str, Callable[[Bench], Row | Iterable[Row]]] = {
     "flips": damage.flips,
     "files": damage.changed_files,
     "all-damaged": damage.both_damaged,
+    "trainer-kills": servers.trainer_kills,
 }
 
 
@@ -41,7 +42,7 @@ def main() -> int:
         sys.exit("faults: --write is for whole rows; leave out --quick and --trial.")
     folder = Path(tempfile.mkdtemp(prefix="fastkl-faults-", dir=options.folder))
     runs.import_everything()
-    bench = Bench.prepared(folder, options.seed, options.quick, options.trial)
+    bench = Bench.prepared(folder, options.seed, options.quick, options.trial, options.times)
     rows = []
     for name in options.only or FAULTS:
         start = time.monotonic()
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="all random choices derive from it [0]")
     made.add_argument("--only", nargs="+", choices=FAULTS, metavar="NAME", help=f"some of {', '.join(FAULTS)}")
     made.add_argument("--trial", type=int, help="only the trial of this number")
+    made.add_argument("--times", type=int, default=0, help="how often each fault is injected [as the table says]")
     made.add_argument("--quick", action="store_true", help="a miniature: two kills, a pair of signals, 15 flips ...")
     made.add_argument("--write", action="store_true", help="put the rows into docs/reliability.md")
     made.add_argument("--folder", type=Path, help="where the runs go while they last [the system's temporary folder]")

@@ -93,19 +93,7 @@ def _ends(codes: Counter[int | None]) -> str:
 
 def in_own_mounts(action: Callable[[], str]) -> str:
     """action() in a process with mounts of its own, and as root of a user namespace where need be; its answer."""
-    read, write = os.pipe()
-    if (pid := os.fork()) == 0:
-        answer = "it failed"
-        try:
-            answer = _own_mounts() or action()
-        finally:
-            os.write(write, answer[:60_000].encode())
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        answer = pipe.read()
-    os.waitpid(pid, 0)
-    return answer
+    return runs.in_fork(lambda: _own_mounts() or action())
 
 
 def _own_mounts() -> str:

@@ -24,9 +24,10 @@ class Bench:
     whole: Path
     duration_s: float  # of an uninterrupted run
     trial: int | None = None  # only this one
+    count: int = 0  # how often each fault is injected; 0: as often as its row says
 
     @classmethod
-    def prepared(cls, folder: Path, seed: int, quick: bool, trial: int | None = None) -> Bench:
+    def prepared(cls, folder: Path, seed: int, quick: bool, trial: int | None = None, count: int = 0) -> Bench:
         """Does the run that the others are compared with, twice: two runs must be equal before a fault can show."""
         whole, again = folder / "whole", folder / "again"
         for output in (whole, again):
@@ -37,7 +38,7 @@ class Bench:
         if differ := runs.differences(again, whole):
             raise SystemExit(f"faults: two runs without a fault differ in {', '.join(differ)}.")
         shutil.rmtree(again)
-        return cls(folder, seed, quick, whole, duration_s, trial)
+        return cls(folder, seed, quick, whole, duration_s, trial, count)
 
     def random(self, name: str, trial: int) -> random.Random:
         """The random numbers of one trial: the same whichever trials come before it."""
@@ -45,7 +46,7 @@ class Bench:
 
     def times(self, full: int, quick: int) -> int:
         """How often a fault is injected."""
-        return quick if self.quick else full
+        return self.count or (quick if self.quick else full)
 
     def trials(self, count: int | None = None) -> Iterable[int]:
         """The numbers of the trials; without an end where there is no `count`."""

@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 STEPS = 8
-JOB = (
+WORK = (
     *("--steps", str(STEPS), "--prompts-per-step", "2", "--num-samples", "4", "--max-new-tokens", "16"),
-    *("--generator", "transformers", "--device", "cpu", "--dtype", "float32", "--kl-target", "0.5"),
+    *("--device", "cpu", "--dtype", "float32", "--kl-target", "0.5"),
     *("--reference-every", "3", "--reference-share", "0.5"),
     *("--reward", "alliteration", f"{Path(__file__).with_name('reward.py')}:noisy_length"),
 )
+JOB = (*WORK, "--generator", "transformers")
 NOT_REPRODUCIBLE = ("time/", "throughput/", "memory/")
 TENSOR_FILES = ("model.safetensors", "trainer.safetensors", "reference.safetensors")
 MAX_RUN_S = 300
@@ -43,6 +44,8 @@ def import_everything() -> None:
     from transformers.models.llama import modeling_llama
 
     import fastkl.cli.commands
+    import fastkl.evaluation.plan
+    import fastkl.rollout.server
     import fastkl.training.loop
     from fastkl.report.page.write import template
     from fastkl.storyteller.checker import well_formed_share
@@ -99,10 +102,10 @@ class Child:
             os.kill(self.pid, number)
 
 
-def train(output: Path, *more: str, before: Callable[[], None] = lambda: None) -> Child:
-    """Starts `fastkl train` with JOB in a fork. before: called there first."""
+def train(output: Path, *more: str, before: Callable[[], None] = lambda: None, job: Sequence[str] = JOB) -> Child:
+    """Starts `fastkl train` with the job in a fork. before: called there first."""
     read, write = os.pipe()
-    arguments = ["train", *JOB, "--output", str(output), *more]
+    arguments = ["train", *job, "--output", str(output), *more]
     sys.stdout.flush()
     if (pid := os.fork()) == 0:
         code = 70
@@ -124,13 +127,38 @@ def train(output: Path, *more: str, before: Callable[[], None] = lambda: None) -
     return Child(pid, read, output.with_name(f"{output.name}.txt"))
 
 
-def finished(output: Path, *more: str, before: Callable[[], None] = lambda: None) -> Child:
-    """The same, ended. Killed, with the code -9, if it takes longer than any run may."""
-    child = train(output, *more, before=before)
-    if not child.wait():
+def finished(
+    output: Path,
+    *more: str,
+    before: Callable[[], None] = lambda: None,
+    job: Sequence[str] = JOB,
+    seconds: float = MAX_RUN_S,
+) -> Child:
+    """The same, ended. Killed, with the code -9, if it takes longer than a run may."""
+    child = train(output, *more, before=before, job=job)
+    if not child.wait(seconds):
         child.send(signal.SIGKILL)
         child.wait()
     return child
+
+
+def in_fork(action: Callable[[], str]) -> str:
+    """What action() returns in a process of its own: this one computes nothing, since a fork keeps no threads."""
+    read, write = os.pipe()
+    if (pid := os.fork()) == 0:
+        answer = "it failed"
+        try:
+            answer = action()
+        except BaseException as failure:
+            answer = f"{type(failure).__name__}: {failure}"
+        finally:
+            os.write(write, answer[:60_000].encode())
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        answer = pipe.read()
+    os.waitpid(pid, 0)
+    return answer
 
 
 def gone_on(output: Path, *more: str) -> Child:

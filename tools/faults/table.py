@@ -23,14 +23,17 @@ def line(row: Mapping[str, Any]) -> str:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The table of the page."""
-    machine, rows = record["machine"], record["rows"]
-    minutes = sum(row["minutes"] for row in rows)
-    count, failed = sum(row["runs"] for row in rows), sum(len(row["failures"]) for row in rows)
-    lines = [
-        f"`make faults`, seed {record['seed']}: {count:,} faults in {minutes:.0f} minutes on "
-        f"one thread of {machine['device']} ({machine['cores']} cores, Python {machine['python']}, "
-        f"torch {machine['versions']['torch']}, {machine['date']}); {failed or 'none'} came out wrong.",
-        "",
+    rows, lines = record["rows"], list[str]()
+    for place in dict.fromkeys(row["on"] for row in rows):
+        here = [row for row in rows if row["on"] == place]
+        minutes, count = sum(row["minutes"] for row in here), sum(row["runs"] for row in here)
+        failed = sum(len(row["failures"]) for row in here)
+        lines += [
+            f"`make faults`, seed {record['seed']}: {count:,} faults in {minutes:.0f} minutes on one thread of "
+            f"{place}; {failed or 'none'} came out wrong.",
+            "",
+        ]
+    lines += [
         "| fault | how it is injected | times | what comes of it | minutes |",
         "|---|---|---:|---|---:|",
     ]
@@ -42,6 +45,14 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_words(machine: Mapping[str, Any]) -> str:
+    """The machine that a row comes from."""
+    return (
+        f"{machine['device']} ({machine['cores']} cores, Python {machine['python']}, "
+        f"torch {machine['versions']['torch']}, {machine['date']})"
+    )
+
+
 def write(machine: Mapping[str, Any], seed: int, rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
     """Puts the rows into bench/results and the table into the page; rows of other faults, recorded before with the same
     seed, stay. order: of the faults' names.
@@ -49,6 +60,7 @@ def write(machine: Mapping[str, Any], seed: int, rows: Sequence[Mapping[str, Any
     before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"seed": seed, "rows": []}
     new = {row["name"] for row in rows}
     kept = [row for row in before["rows"] if before["seed"] == seed and row["name"] not in new]
+    rows = [{**row, "on": in_words(machine)} for row in rows]
     rows = sorted([*kept, *rows], key=lambda row: order.index(row["name"]))
     record = {"machine": machine, "seed": seed, "rows": rows}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
