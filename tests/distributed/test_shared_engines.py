@@ -214,7 +214,7 @@ def loaded(folder, places: tuple[int, ...], fault: str = "") -> list[dict[str, s
     return found[0]
 
 
-WELL = [{"version": f"a-{step}", "error": ""} for step in range(3)]
+WELL = [{"version": f"a-{step}", "error": "", "sums": []} for step in range(3)]  # no sums: not by the network
 
 
 @pytest.mark.parametrize("fault", ["down", "no file"])
