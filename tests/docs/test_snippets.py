@@ -379,3 +379,9 @@ def test_the_drop_in_loss_raises_what_is_better_than_its_baseline():
     moved = hidden.detach() - 0.1 * hidden.grad
     again = names["linear_token_scores"](moved, head, None, None, names["target_ids"], temperature=0.7).policy_logprobs
     assert ((again - names["scores"].policy_logprobs) * advantages > 0).all()
+
+
+def test_a_page_shows_files_of_the_repository_as_they_are():
+    shown = [(ROOT / block.title, block.text) for page in PAGES for block in snippets(page) if block.title]
+    same = [path for path, text in shown if path.is_file() and path.read_text(encoding="utf-8") == text]
+    assert same == [path for path, _ in shown if path.is_file()] and ROOT / "bench/real/sums.yaml" in same
