@@ -26,7 +26,7 @@ def end_with_server() -> None:
 
     def wait() -> None:
         select.select([server], [], [])
-        if parent != pid:
+        if pid != parent == os.getppid():  # else it has ended already, and its number may be another's
             with suppress(ProcessLookupError):
                 os.kill(parent, signal.SIGKILL)
         os._exit(1)
