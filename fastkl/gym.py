@@ -11,9 +11,10 @@ import dataclasses
 import importlib
 import json
 import random
+import types
 import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache
@@ -23,6 +24,8 @@ from fastkl.address import check_options, name_and_options
 from fastkl.errors import UserError, nearest
 
 SIMPLE = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+LISTS = (list, tuple, Sequence)
+EXAMPLE_OF_A_LIST = '["+", "-"]'
 
 
 @lru_cache(maxsize=64)
@@ -80,23 +83,35 @@ def _tasks(address: str) -> dict[str, tuple[Any, Any]]:
 
 
 def _value(task: str, key: str, text: str, hint: Any) -> Any:
-    """An option's text as its type: a simple one is checked, anything else is read as JSON where it is JSON."""
+    """An option's text as its type: what can be checked is, anything else is read as JSON where it is JSON."""
     try:
         value = json.loads(text)
     except ValueError:
         value = text
-    kinds = [kind for kind in (hint, *typing.get_args(hint)) if kind in SIMPLE or kind is type(None)]
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        known = [str(member.value) for member in hint]
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    known = [choice for member in members for choice in _choices(member)]
+    if known:
         if text not in known:
             raise UserError(f"prompts: {key} of {task} is one of {', '.join(known)}, not {text!r}.")
-        return hint(text)
+        return hint(text) if isinstance(hint, type) else text
+    if any(typing.get_origin(member) in LISTS for member in members):
+        if not isinstance(value, list):
+            raise UserError(f"prompts: {key} of {task} is a list, written as JSON ({EXAMPLE_OF_A_LIST}), not {text!r}.")
+        return value
+    kinds = [kind for kind in members if kind in SIMPLE or kind is type(None)]
     if kinds == [str]:
         return text
     fits = any(type(value) is kind or (kind is float and type(value) is int) for kind in kinds)
     if kinds and not fits:
         raise UserError(f"prompts: {key} of {task} is {SIMPLE[kinds[0]]}, not {text!r}.")
     return value
+
+
+def _choices(hint: Any) -> list[str]:
+    """The texts that an option of this type may be: an Enum's values or those of a Literal; none for any other."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return [str(member.value) for member in hint]
+    return [str(choice) for choice in typing.get_args(hint)] if typing.get_origin(hint) is typing.Literal else []
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def in_one_line(mistake: Exception, command: str) -> str:
     from cyclopts import exceptions as e
 
     from fastkl.cli.commands import app
-    from fastkl.cli.foreign import answer
+    from fastkl.cli.foreign import answer, nearest_answer
     from fastkl.sampling.rules import why_rejected
 
     def known() -> list[str]:
@@ -74,7 +74,8 @@ def in_one_line(mistake: Exception, command: str) -> str:
     if isinstance(mistake, e.UnknownOptionError):
         option = (mistake.token.keyword or mistake.token.value).partition("=")[0]
         names = known()
-        why = why_rejected(option.lstrip("-").replace("-", "_")) or answer(option, names) or nearest(option, names)
+        why = why_rejected(option.lstrip("-").replace("-", "_")) or answer(option, names)
+        why = why or nearest(option, names) or nearest_answer(option, names)
         return f"{command} has no option {option}.{why} `{command} --help` lists them."
     if isinstance(mistake, e.UnusedCliTokensError):
         surplus = (mistake.unused_tokens or ["?"])[0]

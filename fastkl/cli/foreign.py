@@ -6,6 +6,7 @@ included), of OpenRLHF's train_ppo_ray, and of verl's ppo_trainer.yaml.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 OURS: dict[str, str] = {
@@ -44,6 +45,15 @@ OURS: dict[str, str] = {
     "--gpu-memory-utilization": "vllm_gpu_memory_utilization actor_rollout_ref.rollout.gpu_memory_utilization",
     "--lora-rank": "lora_r actor_rollout_ref.model.lora_rank",
     "--lora-alpha": "actor_rollout_ref.model.lora_alpha",
+    "--qlora": "load_in_4bit",
+    "--optimizer adamw8bit": "optim",
+    "--offload": "adam_offload actor_rollout_ref.actor.fsdp_config.optimizer_offload",
+    "--shard": "deepspeed fsdp fsdp_config zero_stage actor_rollout_ref.actor.strategy",
+    "--nproc": "num_processes nproc_per_node trainer.n_gpus_per_node actor_num_gpus_per_node",
+    "--engine-tp": "vllm_tensor_parallel_size actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "--engine-sleep": "vllm_enable_sleep vllm_enable_sleep_mode actor_rollout_ref.rollout.free_cache_engine",
+    "--engines": "vllm_server_base_url vllm_server_host vllm_server_port vllm_mode vllm_num_engines",
+    "--rollout-ahead": "async_train",
     "--lora-targets": "lora_target_modules target_modules actor_rollout_ref.model.target_modules",
     "--lr": "learning_rate actor_learning_rate actor_rollout_ref.actor.optim.lr",
     "--lr-decay": "lr_scheduler_type lr_scheduler",
@@ -75,9 +85,9 @@ NOT_HERE: dict[str, str] = {
     "critic_pretrain critic_learning_rate gamma lambd": "there is no critic",
     "use_peft": "adapters are asked for by their rank: --lora-rank 16",
     "lora_dropout": "dropout would count as KL; adapters have none",
-    "load_in_4bit load_in_8bit": "weights are float32; adapters (--lora-rank) save what training them takes",
-    "deepspeed fsdp zero_stage vllm_tensor_parallel_size trainer.n_gpus_per_node trainer.nnodes": (
-        "one process trains on one GPU or on the CPU"
+    "load_in_8bit": "frozen matrices are in 4 bits (--lora-rank 16 --qlora) or as they are",
+    "trainer.nnodes num_machines actor_num_nodes": (
+        "several machines are started by torchrun: torchrun --nnodes 2 --nproc-per-node 8 -m fastkl train"
     ),
     "fp16": "float16 overflows; use --dtype bfloat16",
     "logging_steps log_completions": "every step is logged; --sample-every says how often completions are shown",
@@ -98,7 +108,7 @@ def answer(option: str, known: Iterable[str]) -> str:
 
     known: the options of the command; an answer that is not among them would not help.
     """
-    name = option.lstrip("+-").replace("-", "_")
+    name = _plain(option)
     for ours, theirs in OURS.items():
         if name in theirs.split() and ours.split()[0] in known:
             return f" Here it is {ours}."
@@ -106,3 +116,17 @@ def answer(option: str, known: Iterable[str]) -> str:
     if not why and name.startswith(VERL):
         why = "it is a setting of verl without a counterpart"
     return f" Not here: {why}." if why else ""
+
+
+def nearest_answer(option: str, known: Iterable[str]) -> str:
+    """The same for a mistyped name, --learning-rte: the name elsewhere that it is most like, and its answer."""
+    theirs = [name for names in (*OURS.values(), *NOT_HERE) for name in names.split()]
+    for name in difflib.get_close_matches(_plain(option), theirs, n=1, cutoff=0.8):
+        if said := answer(name, known):
+            return f" Did you mean {name.replace('_', '-')!r}?{said}"
+    return ""
+
+
+def _plain(option: str) -> str:
+    """A name as it is written in the tables."""
+    return option.lstrip("+-").replace("-", "_")

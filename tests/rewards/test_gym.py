@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import typing
 from importlib.util import find_spec
 
 import pytest
@@ -12,7 +14,7 @@ from fastkl.config.settings import TrainConfig
 from fastkl.data.rows import read_rows
 from fastkl.errors import UserError
 from fastkl.evaluation.plan import shared_note
-from fastkl.gym import entries, first_seed_beyond, task_of
+from fastkl.gym import _tasks, _value, entries, first_seed_beyond, task_of
 from fastkl.rewards.call import compute_rewards
 from fastkl.rewards.gym import answer_in, gym
 from fastkl.rewards.load import load_rewards
@@ -112,6 +114,21 @@ def test_options_reach_the_task():
     assert [row["prompt"] for _, _, row in rows] == [entry["question"] for entry in theirs]
     assert len(list(read_rows("gym:chain_sum?size=3&allow_negation=true"))) == 3
     assert task_of("needle_haystack?size=1").config.seed == 0
+    sums = entries('basic_arithmetic?operators=["+"]&size=20&max_terms=2&allow_parentheses=false')
+    assert all("+" in entry["question"] for entry in sums)
+
+
+def test_every_list_that_a_task_takes_is_read_from_json():
+    """Each task's own default, written down and read again."""
+    found = 0
+    for name, (_, config) in _tasks("").items():
+        hints = typing.get_type_hints(config)
+        for option in dataclasses.fields(config):
+            default = option.default_factory() if option.default_factory is not dataclasses.MISSING else option.default
+            if isinstance(default, list | tuple) and all(isinstance(item, str | int | float) for item in default):
+                assert _value(name, option.name, json.dumps(default), hints[option.name]) == list(default)
+                found += 1
+    assert found > 20
 
 
 @pytest.mark.parametrize(
@@ -126,6 +143,14 @@ def test_options_reach_the_task():
         ("chain_sum?size=many", ["size of gym:chain_sum is a whole number, not 'many'"]),
         ("chain_sum?size=2.5", ["size of gym:chain_sum is a whole number"]),
         ("chain_sum?allow_negation=1", ["allow_negation of gym:chain_sum is true or false, not '1'"]),
+        (
+            "basic_arithmetic?operators=+",
+            ["operators of gym:basic_arithmetic is a list, written as JSON", "not '+'"],
+        ),
+        (
+            "basic_arithmetic?format_style=fancy",
+            ["format_style of gym:basic_arithmetic is one of simple, natural, not"],
+        ),
         ("chain_sum?size=0", ["cannot be made (size must be positive)"]),
         ("chain_sum?min_terms=3&max_terms=2", ["max_terms must be >= min_terms"]),
         ("chain_sum?size", ["'size' in 'chain_sum?size' is no option; write NAME?KEY=VALUE&KEY=VALUE"]),
