@@ -1,8 +1,9 @@
 # make setup    build or repair .venv; does nothing when nothing changed
 # make train    the embedded main job; further options: make train ARGS="--kl-coef 0.1 --output runs/second"
-# make test     linters, type check, all tests; further options for pytest: make test ARGS="-k kernels"; WORKERS=0
-#               runs them in one process
+# make test     linters, type check, tests; further options for pytest: make test ARGS="-k kernels"; WORKERS=0 runs
+#               them in one process
 # make quick    the same with the quick tests only, without vLLM
+# make long     the longest tests, which make test leaves out; it does a shorter one of each kind
 # make faults   kills, full disks, flipped bits, ... injected for real; parts of it: make faults ARGS="--only kills"
 # make models   try every causal architecture of transformers and write docs/models.md (some minutes)
 # make kernels  compile and interpret the GPU's kernels in every configuration, without a GPU (make test does a part)
@@ -34,7 +35,7 @@ WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); ec
 PYTEST := $(if $(filter 0 1,$(WORKERS)),,OMP_NUM_THREADS=1) "$(BIN)/python" -m pytest \
 	$(if $(filter 0 1,$(WORKERS)),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: setup train test quick faults models kernels lint format docs wheel clean help
+.PHONY: setup train test quick long faults models kernels lint format docs wheel clean help
 .DEFAULT_GOAL := help
 .ONESHELL:
 SHELL := /bin/bash
@@ -50,7 +51,10 @@ test: lint
 	@$(PYTEST) --durations=30 --durations-min=5 $(ARGS)
 
 quick: lint
-	@$(PYTEST) -m "not slow and not vllm" $(ARGS)
+	@$(PYTEST) -m "not (slow or vllm or long or kernels)" $(ARGS)
+
+long: setup
+	@$(PYTEST) -m "long and not kernels" --durations=30 --durations-min=5 $(ARGS)
 
 faults: setup
 	@exec "$(BIN)/python" -m tools.faults $(ARGS)

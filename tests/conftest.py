@@ -11,8 +11,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 LONGEST = (
-    *("distributed/test_processes.py", "kernels/test_triton.py", "training/test_faults.py", "test_typing.py"),
-    *("evaluation/test_in_a_run.py", "distributed/test_shard.py", "distributed/test_engines.py"),
+    *("distributed/test_processes.py", "kernels/test_triton.py", "training/test_faults.py"),
+    *("distributed/test_launch.py", "evaluation/test_in_a_run.py", "integrations/test_trl.py"),
+    *("training/test_resume.py", "rollout/test_generators.py", "kernels/test_vocab_group.py"),
 )
 """Files that start first: several processes share the files, and a long one that came last would keep one of them busy
 alone."""
@@ -35,12 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Tells the server that processes are forked from (several_processes.py) whether they will need vLLM, and leaves
-    what has been imported out of every later search for garbage."""
+    """Tells the server that processes are forked from (several_processes.py) whether several of them will need vLLM;
+    leaves what has been imported out of every later search for garbage."""
     import gc
 
-    needed = any(item.get_closest_marker("vllm") for item in session.items) and find_spec("vllm") is not None
-    if needed and not has_gpu():
+    several = any(item.get_closest_marker("vllm") and item.get_closest_marker("long") for item in session.items)
+    if several and find_spec("vllm") is not None and not has_gpu():
         from several_processes import CONTEXT
 
         CONTEXT.set_forkserver_preload(["warm", "warm_vllm"])

@@ -36,7 +36,7 @@ def run(folder: Path, *command: object) -> str:
     return done.stdout or done.stderr
 
 
-@pytest.fixture(scope="module", params=["wheel", "checkout"])
+@pytest.fixture(scope="module", params=["wheel", pytest.param("checkout", marks=pytest.mark.long)])
 def environment(request, tmp_path_factory) -> Path:
     """The Python of a new environment where fastkl is installed, with torch from the environment of the tests."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -74,7 +74,7 @@ def pyright(python: Path) -> list[str]:
     return [message.partition('" is "')[2].rstrip('"') for message in messages if message.startswith("Type of")]
 
 
-@pytest.mark.parametrize("checker", [mypy, pyright])
+@pytest.mark.parametrize("checker", [pyright, pytest.param(mypy, marks=pytest.mark.long)])
 def test_a_type_checker_sees_whole_signatures(environment, checker: Callable[[Path], list[str]]):
     *functions, steps, kl = checker(environment)
     assert len(functions) == len(FUNCTIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -18,10 +19,14 @@ from fastkl.errors import UserError
 VOCAB, LENGTH, END, NUM = 12, 8, 11, 400
 
 
-def rollouts(
-    *, drift=0.6, top_k=0, min_tokens=0, engine_noise=0.0, engine_bias=None, dropout=0.0, steps=4, seed=0
-) -> list[dict]:
-    """Completions drawn from softmax rows (one per position) and scored naively: over the whole vocabulary."""
+def rollouts(**options) -> list[dict]:
+    """What is drawn below, once for each choice of options; the caller may change it."""
+    return json.loads(drawn(**options))
+
+
+@cache
+def drawn(*, drift=0.6, top_k=0, min_tokens=0, engine_noise=0.0, engine_bias=None, dropout=0.0, steps=4, seed=0) -> str:
+    """Completions drawn from softmax rows (one per position) and scored naively: over the whole vocabulary. As JSON."""
     g = torch.Generator().manual_seed(seed)
 
     def noise(scale: float, *shape: int) -> torch.Tensor:
@@ -52,7 +57,7 @@ def rollouts(
                 break
         row["finish_reason"] = "stop" if row["token_ids"][-1] == END else "length"
         rows.append(row)
-    return rows
+    return json.dumps(rows)
 
 
 def padded(rows: list[dict]) -> list[dict]:

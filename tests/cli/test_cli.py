@@ -108,6 +108,7 @@ def test_help_lists_the_commands_in_80_columns(capsys, monkeypatch):
     assert max(map(len, output.splitlines())) <= 80 and "\nExample: fastkl train " in output
 
 
+@pytest.mark.slow
 def test_train_help_has_every_setting_with_its_default_under_its_heading(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     output = run(capsys, "train", "--help")[1]
@@ -199,6 +200,7 @@ def test_lists_switches_and_odd_spellings_are_understood(trained, tmp_path, monk
     assert config.prompts == "text:--kl_coef"
 
 
+@pytest.mark.slow
 def test_the_opposite_of_a_setting_that_says_no_says_with(trained, tmp_path, capsys):
     output = ["--output", str(tmp_path / "o"), "--kl-coef", "0"]
     assert (
@@ -423,6 +425,7 @@ def calls(folder: Path) -> list:
     return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_sweep_runs_every_value_and_compares(stand_in, capsys):
     code, output, _ = run(capsys, "sweep", "--kl-coef", "0", "0.05", "--steps", "7", "--output", str(stand_in / "s"))
     folders = [stand_in / "s" / name for name in ("kl_coef-0", "kl_coef-0.05")]
@@ -432,6 +435,7 @@ def test_sweep_runs_every_value_and_compares(stand_in, capsys):
     assert output.splitlines()[-1] == f"sweep: {(stand_in / 's' / 'report.html', list(map(str, folders)))}"
 
 
+@pytest.mark.slow
 def test_sweep_runs_the_product_of_any_settings_in_folders_of_their_own(stand_in, capsys):
     words = ["--vary", "kl-coef", "0", "1", "--vary", "reward", "alliteration", "alliteration,starts_with_a"]
     words += ["--vary", "gradient_checkpointing", "true", "--seed", "7", "--steps", "3"]
@@ -448,6 +452,7 @@ def test_sweep_runs_the_product_of_any_settings_in_folders_of_their_own(stand_in
     assert "run 4 of 4, --kl-coef 1 --reward alliteration,starts_with_a --gradient-checkpointing true ->" in output
 
 
+@pytest.mark.slow
 def test_sweep_stops_at_a_failed_run_and_resumes_there(stand_in, capsys):
     config = TrainConfig(output=str(stand_in / "s"), steps=7)
     assert sweep.sweep(config, {"kl_coef": [1.0, 2.0, 4.0]}) == 1
@@ -460,6 +465,7 @@ def test_sweep_stops_at_a_failed_run_and_resumes_there(stand_in, capsys):
     assert not any("--resume" in call[2] for call in calls(stand_in / "s"))  # neither had a checkpoint
 
 
+@pytest.mark.slow
 def test_sweep_hands_a_run_without_checkpoint_to_resume_which_starts_it_anew(stand_in, capsys):
     (stand_in / "s" / "kl_coef-1").mkdir(parents=True)
     save_config(TrainConfig(kl_coef=1.0), stand_in / "s" / "kl_coef-1" / "config.yaml")
@@ -468,6 +474,7 @@ def test_sweep_hands_a_run_without_checkpoint_to_resume_which_starts_it_anew(sta
     assert code == 0 and "--resume" in calls(stand_in / "s")[0][2]
 
 
+@pytest.mark.slow
 def test_sweep_hands_a_signal_on_and_stops(stand_in, capsys):
     def terminate_once_it_runs():
         while not (stand_in / "s" / "calls").exists():

@@ -27,7 +27,9 @@ def told(output: Path) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generator", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+@pytest.mark.parametrize(
+    "generator", ["transformers", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.long])]
+)
 def test_checkpoints_have_the_measures_of_the_run_that_made_them(tmp_path, capsys, generator):
     held = tmp_path / "held.jsonl"
     held.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
@@ -59,6 +61,7 @@ def test_checkpoints_have_the_measures_of_the_run_that_made_them(tmp_path, capsy
     assert found[named[0]]["difference_from_first"] == {}
 
 
+@pytest.mark.slow
 def test_paired_differences_have_the_error_of_repeated_comparisons():
     """Prompts differ a lot, models a little: the paired error is that of the difference, the unpaired far above."""
     rng = random.Random(3)

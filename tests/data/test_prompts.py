@@ -149,6 +149,7 @@ def test_chats_are_rendered_by_the_template_with_one_bos(tokenizer, tmp_path):
 SPINS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
+@pytest.mark.slow
 def test_a_chat_template_gets_its_time_and_its_length(tokenizer, tmp_path, monkeypatch):
     """It comes with the model: nested loops would run for minutes, a product of texts would fill the memory."""
     path, others = jsonl(tmp_path / "p.jsonl", [{"prompt": CHAT}]), {*threading.enumerate()}
@@ -310,6 +311,7 @@ def test_system_prompt_that_the_template_cannot_take_is_refused(tokenizer, monke
         with_system("two", tokenizer)
 
 
+@pytest.mark.slow
 def test_gym_questions_are_one_user_message_where_there_is_a_template(tokenizer, monkeypatch):
     pytest.importorskip("reasoning_gym")
     source = "gym:chain_sum?size=2&seed=1"

@@ -10,7 +10,7 @@ from test_processes import assert_alike, lines, story, trained
 
 from fastkl.config.settings import TrainConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

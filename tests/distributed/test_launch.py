@@ -101,6 +101,7 @@ which everything is imported."""
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_restart_by_torchrun_goes_on_from_the_last_checkpoint(tmp_path):
     (tmp_path / "rewards.py").write_text(KILLED_ONCE)
     reward = ("--reward", f"{tmp_path}/rewards.py:reward")

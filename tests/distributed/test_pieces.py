@@ -159,6 +159,7 @@ def test_a_piece_that_would_cut_a_block_of_8_bits_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sharded_runs_with_adapters_are_those_of_one_process_and_anybody_resumes_them(tmp_path):
     pytest.importorskip("peft")
     options = {"lora_rank": 4, "reference_every": 0, "lr": 1e-3}
@@ -170,6 +171,7 @@ def test_sharded_runs_with_adapters_are_those_of_one_process_and_anybody_resumes
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sharded_runs_in_little_memory_draw_the_samples_of_one_process_and_anybody_resumes_them(tmp_path):
     """Matrices, gradients and the reference in bfloat16, 8-bit moments."""
     options = {"dtype": "bfloat16", "param_dtype": "bfloat16", "optimizer": "adamw8bit", "reference_every": 0}

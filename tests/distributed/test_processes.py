@@ -93,6 +93,7 @@ def test_two_processes_train_as_one(one, two):
         torch.testing.assert_close(value, weights(one, 4)[name], rtol=0, atol=2e-4)
 
 
+@pytest.mark.long
 def test_three_processes_train_as_one(one, tmp_path):
     run_in(3, tmp_path / "processes", trained, story(tmp_path / "run"))
     assert_alike(one, tmp_path / "run")
@@ -170,6 +171,7 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (folder / "run" / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.long
 def test_what_fails_in_one_process_ends_all_with_its_sentence_and_the_last_common_step_is_saved(tmp_path):
     ended = interrupted_by("raising", tmp_path, size=3, save_every=0)
     assert {process.code for process in ended} == {1}
@@ -193,6 +195,7 @@ def test_a_process_that_is_killed_ends_the_run_with_a_sentence_and_the_completed
     assert saved_steps(tmp_path) == [2]
 
 
+@pytest.mark.long
 def test_a_process_that_waits_where_nothing_interrupts_it_is_ended(tmp_path):
     ended = interrupted_by("killed_while_the_first_sleeps", tmp_path)
     assert [process.code for process in ended] == [1, -signal.SIGKILL]
@@ -237,6 +240,7 @@ def test_one_process_has_no_process_group_and_no_thread_of_ours(tmp_path):
     assert run_in(1, tmp_path / "processes", trained_alone, config) == [(False, [])]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [
     {"lora_rank": 4},
     {"gradient_checkpointing": True, "eval_prompts": "0.5", "updates_per_rollout": 2, "epochs": 2, "clip": (0.2, 0.2)},
@@ -257,9 +261,9 @@ TEACHER = {"reward": ("none",), "kl_coef": 1.0, "kl_target": 0.0, "kl_estimator"
 
 
 @pytest.mark.parametrize("options", [
-    {},
+    pytest.param({}, marks=pytest.mark.long),
     {"shard": "full", "eval_prompts": "Once", "eval_samples": 1, "updates_per_rollout": 2, "clip": (0.2, 0.2)},
-    {"lora_rank": 4},
+    pytest.param({"lora_rank": 4}, marks=pytest.mark.long),
 ], ids=str)  # fmt: skip
 def test_two_processes_learn_from_a_teacher_of_another_width_as_one_does(options, tmp_path):
     if "lora_rank" in options:

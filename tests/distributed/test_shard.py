@@ -92,7 +92,12 @@ def updates(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "tied", "is_short", "advantage"),
-    [(2, True, False, "rloo"), (2, False, True, "rloo"), (3, True, True, "reinforce_pp"), (3, False, False, "rloo")],
+    [
+        (2, False, True, "rloo"),
+        (3, True, True, "reinforce_pp"),
+        pytest.param(2, True, False, "rloo", marks=pytest.mark.long),
+        pytest.param(3, False, False, "rloo", marks=pytest.mark.long),
+    ],
 )
 def test_sharded_updates_are_those_of_one_process(size, tied, is_short, advantage, tmp_path):
     """23 ids are no multiple of 2 or 3: the pieces of the vocabulary are uneven. In float64."""
@@ -107,6 +112,7 @@ def test_sharded_updates_are_those_of_one_process(size, tied, is_short, advantag
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_machines_with_a_copy_each_in_pieces_of_two_processes_make_the_updates_of_one_process(tmp_path):
     arguments = ({}, False, "rloo")
     ((norms, losses, one, _, _),) = run_in(1, tmp_path, updates, *arguments)
@@ -118,6 +124,7 @@ def test_two_machines_with_a_copy_each_in_pieces_of_two_processes_make_the_updat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sharded_runs_are_those_of_one_process_and_their_checkpoints_are_anybodys(tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -133,6 +140,7 @@ def test_sharded_runs_are_those_of_one_process_and_their_checkpoints_are_anybody
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_same_number_of_sharding_processes_is_the_same_run_bit_for_bit(tmp_path):
     for name, parts in (("a", (4,)), ("b", (2, 4))):
         for steps in parts:
@@ -144,6 +152,7 @@ def test_the_same_number_of_sharding_processes_is_the_same_run_bit_for_bit(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_when_a_process_with_its_pieces_is_killed_the_last_checkpoint_stays_and_nothing_hangs(tmp_path):
     ended = interrupted_by("killed", tmp_path, shard="full")
     assert [process.code for process in ended] == [1, -signal.SIGKILL]

@@ -68,6 +68,7 @@ def test_what_can_be_shared_is_not_refused():
     assert "engine_tp" in MAY_CHANGE_ON_RESUME
 
 
+@pytest.mark.slow
 def test_the_command_line_says_so_before_any_process_is_started(capsys, tmp_path):
     output = ("--output", str(tmp_path / "run"))
     assert main(["train", "--nproc", "3", "--engine-tp", "2", *output]) == 2

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "distillation.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_loop_on_given_completions_lowers_the_exact_reverse_kl_of_their_tokens():
     """The first loss, from whole logits in float64."""
     (loop,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

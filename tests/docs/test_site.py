@@ -10,6 +10,8 @@ import sys
 import pytest
 from pages import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):

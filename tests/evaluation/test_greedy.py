@@ -34,27 +34,3 @@ def test_greedy_completions_are_those_of_the_likeliest_tokens(num_banned):
             if ids[-1] == STOP:
                 break
         assert [completion.token_ids for completion in group] == [tuple(ids[len(asked.token_ids) :])] * 2
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_vllm_takes_the_likeliest_tokens_too(tmp_path):
-    from fastkl.rollout.vllm import VllmGenerator
-    from fastkl.scoring import models
-    from fastkl.storyteller import model_path
-    from fastkl.types import Prompt
-
-    source = str(model_path())
-    tokenizer, policy = models.load_tokenizer(source), models.load_model(source, torch.device("cpu"))
-    sampling = Sampling(max_new_tokens=12)
-    options = {"dtype": "float32", "max_model_len": 64, "gpu_memory_utilization": 0.3}
-    vllm = VllmGenerator(source, tokenizer, sampling, **options, log=tmp_path / "log")
-    ours = TransformersGenerator(policy, tokenizer, sampling)
-    texts = ("Once upon a time", "The king")
-    prompts = [Prompt(tuple(tokenizer(text)["input_ids"]), text, text, 0) for text in texts]
-    found = []
-    for generator in (vllm, ours):
-        with sampling_as(generator, replace(sampling, temperature=0.0)):
-            found.append([[c.token_ids for c in group] for group in draw(generator, prompts, 2, seed=1, step=1)])
-    vllm.close()
-    assert found[0] == found[1]

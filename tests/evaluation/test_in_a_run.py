@@ -213,20 +213,23 @@ def reward(prompts, completions, trainer_state, length):
 
 
 def command(output: Path, generator: str, reward: str, prompts: str, *more: str) -> list[str]:
-    small = ["--steps", "4", "--save-every", "1", "--prompts-per-step", "2", "--num-samples", "4"]
-    small += ["--max-new-tokens", "16", "--generator", generator, "--prompts", prompts, "--reward", reward]
+    small = ["--steps", "4", "--save-every", "1", "--prompts-per-step", "2", "--num-samples", "2"]
+    small += ["--max-new-tokens", "8", "--generator", generator, "--prompts", prompts, "--reward", reward]
     return ["train", *small, "--output", str(output), *more]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generator", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+@pytest.mark.parametrize(
+    "generator", ["transformers", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.long])]
+)
 def test_a_run_with_evaluation_is_the_run_without_and_resumes_from_the_middle_of_one_bit_for_bit(tmp_path, generator):
     flag = tmp_path / "kill"
     (tmp_path / "rewards.py").write_text(NOISY.format(flag=str(flag), held=5))
     reward, prompts = f"{tmp_path / 'rewards.py'}:reward", prompt_file(tmp_path, PROMPTS)
-    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "text.txt").write_text(TEXT[:400])
     evaluation = ["--eval-prompts", prompt_file(tmp_path, [f"{p} and" for p in PROMPTS[:5]]), "--eval-every", "1"]
-    evaluation += ["--eval-text", str(tmp_path / "text.txt"), "--eval-temperature", "0.7", "--best", "eval/reward"]
+    evaluation += ["--eval-samples", "2", "--best", "eval/reward"]
+    evaluation += ["--eval-text", str(tmp_path / "text.txt"), "--eval-temperature", "0.7"]
 
     def run(name: str, *more: str) -> commands.Done:
         return commands.run(*command(tmp_path / name, generator, reward, prompts, *more), timeout=290)
@@ -278,7 +281,7 @@ def best_of(tmp_path: Path, values: list[float], steps: tuple[int, ...], **optio
     [
         ([0.1, 0.5, 0.3, 0.7, 0.7], (4,), {}, 3),  # the first of equals
         ([0.1, 0.5, 0.3, 0.4, 0.2], (2, 4), {}, 1),  # better than all that the resumed part has
-        ([0.1, 0.5, 0.3, 0.9, 0.2], (2, 4), {}, 3),
+        pytest.param([0.1, 0.5, 0.3, 0.9, 0.2], (2, 4), {}, 3, marks=pytest.mark.long),
         ([0.1, 0.5, 0.3, 0.4, 0.2], (4,), {"best": "min:eval/reward"}, 0),  # the model before training
         ([0.9, 0.5, 0.3, 0.4, 0.2], (4,), {"best": "min:eval/reward", "save_every": 0}, 4),
     ],
@@ -313,6 +316,7 @@ def test_a_best_checkpoint_that_was_lost_when_the_run_was_killed_comes_back(tmp_
     assert open_checkpoint(Path(output) / "checkpoints" / "best").step == 2
 
 
+@pytest.mark.slow
 def test_a_measure_that_no_evaluation_has_ends_the_run_before_its_first_step(tmp_path):
     config = small(tmp_path, eval_prompts="text:Once", best="eval/reward/brevity", max_new_tokens=4, eval_samples=1)
     with pytest.raises(UserError, match=r"best: the evaluation has no eval/reward/brevity \(it has eval/reward, "):

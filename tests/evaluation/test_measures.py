@@ -38,6 +38,7 @@ def test_pass_at_k_is_unbiased_where_the_plug_in_estimate_is_not():
     assert expected(lambda c: 1 - (1 - c / n) ** 4) < 1 - 0.7**4 - 0.05  # the control
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_the_spread_of_repeated_evaluations_over_other_prompts_and_samples():
     """Prompts of chances 0.1 to 0.9, 6 samples each: the samples of a prompt are alike, so dividing by all samples
     would promise too much.

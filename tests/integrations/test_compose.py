@@ -149,6 +149,7 @@ def test_compiled_step_equals_the_plain_one_and_is_not_compiled_again(graphs, st
     assert counts[2:] == [counts[2]] * 5  # the second number of rows made them dynamic; nothing after that
 
 
+@pytest.mark.slow
 def test_nothing_of_the_operators_gets_into_a_graph(graphs):
     backend, made = graphs
     with_gradients(torch.compile(step_linear_token_scores, backend=backend), 11, 0)

@@ -17,7 +17,6 @@ import torch
 pytest.importorskip("trl_without_vllm", reason='TRL is not installed: pip install "trl==1.16.*"')
 
 import trl
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -100,12 +99,13 @@ def make_trainer(kind: str, path: Path, tmp_path: Path, *, peft_config: Any = No
     }  # fmt: skip
     args = config(output_dir=str(tmp_path), **(defaults | settings))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    prompts = importlib.import_module("datasets").Dataset.from_dict({"prompt": PROMPTS})
     made = trainer(
         model=model,
         reward_funcs=reward,
         args=args,
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:4]}),
+        train_dataset=prompts,
+        eval_dataset=prompts.select(range(4)),
         processing_class=PreTrainedTokenizerFast.from_pretrained(path, padding_side="left"),
         peft_config=peft_config,
     )
@@ -159,8 +159,11 @@ SAME = {
 }  # fmt: skip
 
 
+SHORT = ("rloo", "rloo, four micro-batches", "rloo, two iterations", "grpo, micro-batches")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in SHORT else pytest.mark.long) for c in SAME])
 def test_without_truncation_the_trained_weights_and_metrics_are_trls_own(case: str, folder: Path, tmp_path: Path):
     kind, settings, reuse = SAME[case]
     own = make_trainer(kind, folder / "llama", tmp_path, **settings)
@@ -177,7 +180,7 @@ def test_without_truncation_the_trained_weights_and_metrics_are_trls_own(case: s
         assert metric(ours, name) == pytest.approx(metric(own, name), rel=1e-3, abs=2e-5), name
 
 
-@pytest.mark.parametrize("reuse", [None, False])
+@pytest.mark.parametrize("reuse", [None, pytest.param(False, marks=pytest.mark.long)])
 def test_a_mixture_of_experts_keeps_its_auxiliary_loss(reuse: bool | None, folder: Path, tmp_path: Path):
     own = make_trainer("rloo", folder / "moe", tmp_path, max_steps=3)
     before = weights(own)
@@ -206,6 +209,7 @@ def test_rloo_runs_two_forwards_where_trl_runs_three(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_under_bfloat16_autocast_the_scores_are_trls_up_to_its_rounding(folder: Path, tmp_path: Path):
     for kind in ("rloo", "grpo"):
         found = []
@@ -375,7 +379,7 @@ def test_absolute_positions_count_from_the_first_token_as_in_generation(
     torch.testing.assert_close(scores.policy[scores.mask].double(), policy, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+@pytest.mark.parametrize("kind", ["rloo", pytest.param("grpo", marks=pytest.mark.long)])
 def test_a_flattened_policy_is_paid_by_trls_kl_and_not_by_ours(kind: str, folder: Path, tmp_path: Path):
     settings = {"top_k": 5, "max_steps": 4, "learning_rate": 0.0, "flatten": 3.0, "per_device_train_batch_size": 32}
     own = make_trainer(kind, folder / "llama", tmp_path, **settings)

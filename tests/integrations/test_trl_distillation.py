@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from test_trl import EOS, PAD, PROMPTS, VOCAB, folder, metric, trl, weights  # noqa: F401  # folder is a fixture
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -28,18 +28,19 @@ def teacher(folder: Path) -> Path:  # noqa: F811
     return folder / "teacher"
 
 
-def make_trainer(student: Path, teacher: Path, tmp_path: Path, kind: type = trl.DistillationTrainer, **settings):
+def make_trainer(student: Path, teacher: Path, tmp_path: Path, kind: type | None = None, **settings):
     defaults = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_completion_length": 8, "max_steps": 4,
         "learning_rate": 0.05, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 1.0, "use_cpu": True,
         "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "seed": 3,
     }  # fmt: skip
-    return kind(
+    prompts = import_module("datasets").Dataset.from_dict({"prompt": PROMPTS})
+    return (kind or trl.DistillationTrainer)(
         model=AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32),
         teacher_model=AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32),
         args=trl.DistillationConfig(output_dir=str(tmp_path), **(defaults | settings)),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:4]}),
+        train_dataset=prompts,
+        eval_dataset=prompts.select(range(4)),
         processing_class=PreTrainedTokenizerFast.from_pretrained(student, padding_side="left"),
     )
 

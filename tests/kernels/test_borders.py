@@ -126,6 +126,7 @@ def test_uninitialised_memory_never_reaches_a_result(monkeypatch):
     assert torch.equal(grads["hidden"], clean_grads["hidden"])
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.integers(0, 39), min_size=1, max_size=60), chunk_tokens=st.integers(1, 50))
 def test_a_rows_scores_do_not_depend_on_its_neighbours_bit_for_bit(rows, chunk_tokens):
@@ -190,7 +191,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("kl", marks=pytest.mark.long), pytest.param("forward_kl", marks=pytest.mark.long), "jsd"]
+)
 def test_peak_memory_is_that_of_a_chunk_not_of_all_logits(name):
     """All logits of one model would be 268 MB; a chunk of 256 rows is 8 MB."""
     out = subprocess.run([sys.executable, "-c", MEMORY_PROBE, name], capture_output=True, text=True, check=True)

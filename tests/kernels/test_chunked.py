@@ -35,6 +35,7 @@ def test_chunk_size_changes_nothing_but_the_order_of_the_weight_gradients_sum(ch
     torch.testing.assert_close(grads["weight"], whole_grads["weight"])
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)  # the bound is one run of the line, which may be lucky
 @given(
     num_rows=st.integers(0, 20),
@@ -53,6 +54,7 @@ def test_scores_and_gradients_match_float64_for_any_shape(chunk_tokens, **option
     check(make_case(bias=True, **options), chunk_tokens=chunk_tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "bias": True, "per_row_temperature": True, "mask": "some"}])
 @pytest.mark.parametrize("support", [None, Support(top_k=3), Support(banned_ids=torch.tensor([1]))])
 def test_gradcheck_in_float64(options, support):

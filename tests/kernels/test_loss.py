@@ -100,6 +100,7 @@ def test_coefficients_computed_from_whole_groups_give_the_gradient_of_autograd(m
     assert len(seen) == {1: 4, 16: 2, 100: 1}[chunk_tokens]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", [None, Support(top_k=5), Support(top_p=0.7)], ids=["none", "top_k", "top_p"])
 @pytest.mark.parametrize("mask", ["none", "some"])
 @pytest.mark.parametrize("given", [True, False], ids=["chunk_tokens", "HELD_BYTES"])

@@ -35,6 +35,7 @@ def by_hand(logits, *, banned=(), top_k=0, top_p=1.0, min_p=0.0, ties="torch"):
     return sorted(alive)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -68,6 +69,7 @@ def test_support_is_what_a_loop_over_sorted_ids_keeps(seed, vocab, levels, top_k
     assert torch.equal(keep_mask(support, logits, targets), keep | sampled)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -192,6 +194,8 @@ def test_largest_is_topk(vocab):
         assert torch.equal(z.gather(1, columns), values)
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [4, 10**6])
 def test_support_is_what_vllm_keeps(levels):
     sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler")

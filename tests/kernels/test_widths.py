@@ -68,6 +68,7 @@ def scored(operator, policy, reference, targets, support, *more, valid=None, **o
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("chunk", [2, None])
 @pytest.mark.parametrize("support", SUPPORTS)

@@ -15,6 +15,7 @@ from fastkl.microbench import jobs, pictures, run
 TINY = jobs.Shape("tiny", 48, 16, 211, torch.float32)
 
 
+@pytest.mark.slow
 def test_every_job_passes_its_check_and_is_written_with_its_floor(tmp_path):
     lines = []
     results = run.run_bench(tmp_path, device="cpu", shapes=(TINY,), seconds=0.0, say=lines.append)
@@ -32,6 +33,7 @@ def test_every_job_passes_its_check_and_is_written_with_its_floor(tmp_path):
         assert picture.tag == "{http://www.w3.org/2000/svg}svg"
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_width_has_rows_of_its_own_that_count_its_wider_head(tmp_path):
     """Of TRL, too, where it is installed: its chunked divergence runs anywhere."""
     shape = replace(TINY, name="tiny <- wider", ref_hidden=24)
@@ -44,6 +46,7 @@ def test_a_teacher_of_another_width_has_rows_of_its_own_that_count_its_wider_hea
         assert r.max_error < 1e-4 and r.flops == 2 * 48 * 211 * (3 * 16 + 24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("off", [0.01, float("nan")])
 def test_a_wrong_result_is_not_timed(off):
     row = next(jobs.own_rows(jobs.Problem(TINY, "cpu")))
@@ -52,6 +55,7 @@ def test_a_wrong_result_is_not_timed(off):
         run.measure(broken, run.ceilings(TINY, "cpu"), "cpu", 0.0)
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_time_budget_are_named_not_dropped_in_silence(tmp_path):
     lines = []
     assert run.run_bench(tmp_path, device="cpu", shapes=(TINY,), budget_s=0, say=lines.append) == []
@@ -67,6 +71,7 @@ def result(name: str, **fields) -> run.Result:
     return run.Result(**(given | fields))
 
 
+@pytest.mark.slow
 def test_table_and_picture_say_in_words_what_is_timed_and_why_a_row_is_doubtful(tmp_path):
     lines = []
     run.run_bench(tmp_path, device="cpu", shapes=(TINY,), jobs="A", seconds=0.0, say=lines.append)

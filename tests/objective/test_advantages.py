@@ -110,6 +110,7 @@ def written_out_gradient(policy, reference, batch, config: TrainConfig) -> dict[
     return dict(zip((name for name, _ in policy.named_parameters()), gradients, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"advantage": "dr_grpo"},
     {"advantage": "grpo", "loss_level": "mean"},
@@ -156,6 +157,7 @@ def test_what_is_refused_beside_a_penalty_is_allowed_without_one():
     check_config(TrainConfig(advantage="grpo", kl_estimator="exact", kl_placement="reward", kl_coef=0.0))
 
 
+@pytest.mark.slow
 def test_an_advantage_of_ones_own_may_ask_for_the_whole_step(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(

@@ -139,8 +139,13 @@ def adversary(case: str, naive: bool, steps: int = 150):
     return best, ref, sampling, course
 
 
+EACH = [
+    pytest.param(case, marks=[] if case in ("top_p", "min_tokens", "padding") else pytest.mark.long) for case in CASES
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EACH)
 def test_the_adversary_ends_at_the_reference_and_its_estimate_is_never_below_zero(case):
     policy, ref, sampling, course = adversary(case, naive=False)
     assert min(course) > -1e-9, "the expected penalty is a KL"
@@ -159,7 +164,7 @@ def test_the_adversary_ends_at_the_reference_and_its_estimate_is_never_below_zer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EACH)
 def test_the_same_adversary_is_paid_by_the_naive_scorer(case):
     """The control: without it, the test above could not fail.
 

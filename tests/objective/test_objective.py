@@ -34,6 +34,10 @@ SAMPLINGS = {
 }
 
 
+EACH_SAMPLING = [pytest.param(name, marks=[] if name in ("whole", "all") else pytest.mark.slow) for name in SAMPLINGS]
+"""For the tests that have many other cases, too: two of them are quick."""
+
+
 def sampling_of(name: str) -> Sampling:
     return Sampling(**({"temperature": 1.0, "max_new_tokens": LENGTH, "stop_token_ids": (STOP,)} | SAMPLINGS[name]))
 
@@ -88,6 +92,11 @@ class World:
     def logprob(self, completion: tuple[int, ...]) -> torch.Tensor:
         return sum(self.logp(self.table, completion[:t])[y] for t, y in enumerate(completion))
 
+    def logprobs(self) -> torch.Tensor:
+        """Of all completions, each text's row computed once."""
+        rows = {text: self.logp(self.table, text) for text in self.row_of}
+        return torch.stack([sum(rows[c[:t]][y] for t, y in enumerate(c)) for c in self.completions])
+
 
 def make_world(name: str, seed: int = 0) -> World:
     g = torch.Generator().manual_seed(seed)
@@ -138,14 +147,14 @@ def expected_gradient(world: World, penalty: Penalty, advantage: str) -> torch.T
     One call scores every pair as a group; the weight of a group's tokens is the chance of drawing that pair.
     """
     scores, owners = scores_of(world, penalty.outputs)
-    chance = torch.stack([world.logprob(c).exp() for c in world.completions]).detach()
+    chance = world.logprobs().exp().detach()
     assert float(chance.sum()) == pytest.approx(1.0, abs=1e-12)
     pairs = list(itertools.product(range(len(owners)), repeat=2))
     samples = [i for pair in pairs for i in pair]
     rows = torch.cat([owners[i] for i in samples])
     cu = torch.tensor([0, *(len(owners[i]) for i in samples)]).cumsum(0).int()
     rewards = world.reward[samples].view(-1, 2)
-    weights = torch.cat([(chance[i] * chance[j]).expand(len(owners[k])) for i, j in pairs for k in (i, j)])
+    weights = chance[torch.tensor(pairs)].prod(1).repeat_interleave(2).repeat_interleave(cu.diff())
     loss = applied_loss(picked(scores, rows), rewards, cu, penalty, advantage, normalizer=2.0, weights=weights)
     return -torch.autograd.grad(loss, world.table)[0]
 
@@ -169,9 +178,9 @@ def exact_gradient(
     """The gradient of E[reward] - beta * KL in the sense of the documentation, from the closed form."""
     whole, direction = ESTIMATORS[estimator].over_all, "forward" if estimator == "k3" else direction
     total = torch.zeros((), dtype=torch.float64)
-    for c, r in zip(world.completions, world.reward, strict=True):
-        chance = world.logprob(c).exp()
-        kl = sum(world.kl(c[:t], whole, direction) for t in range(len(c)))
+    kl_after = {text: world.kl(text, whole, direction) for text in world.row_of}
+    for c, r, chance in zip(world.completions, world.reward, world.logprobs().exp(), strict=True):
+        kl = sum(kl_after[c[:t]] for t in range(len(c)))
         kl = kl / len(c) if reduction == "mean" else kl
         held = chance.detach() if placement == "loss" else chance  # token-level: the texts before a token are held
         total = total + chance * r - BETA * held * kl
@@ -189,7 +198,7 @@ def test_every_pair_is_either_proven_here_or_refused():
     assert set(REFUSED) == {("k1", "loss"), ("k1_full", "loss"), ("k2", "reward"), ("k3", "reward")}
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", EACH_SAMPLING)
 @pytest.mark.parametrize(("estimator", "placement"), ALLOWED)
 def test_expected_gradient_of_every_allowed_pair_is_that_of_the_objective(estimator, placement, sampling):
     world, penalty = make_world(sampling), Penalty(BETA, estimator, placement)
@@ -202,7 +211,7 @@ DIRECTED = list(itertools.product(["exact", "exact_full"], ["forward", "jsd"]))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", EACH_SAMPLING)
 @pytest.mark.parametrize(("estimator", "direction"), DIRECTED)
 def test_expected_gradient_of_another_direction_is_that_of_its_divergence(estimator, direction, sampling, reduction):
     world = make_world(sampling)
@@ -240,7 +249,7 @@ def test_crediting_only_what_a_token_caused_has_less_noise():
     noise = {}
     for credit in ("completion", "caused"):
         scores, owners = scores_of(world)
-        chance = torch.stack([world.logprob(c).exp() for c in world.completions]).detach()
+        chance = world.logprobs().exp().detach()
         square = torch.zeros_like(world.table)
         for i, rows in enumerate(owners):
             cu = torch.tensor([0, len(rows)], dtype=torch.int32)
@@ -292,7 +301,7 @@ def test_scoring_over_the_whole_vocabulary_what_was_drawn_from_a_part_is_biased(
     """The control: the naive scorer's penalty has the mean KL(pi_S, q) + log pi(S), and another gradient."""
     world = make_world(sampling)
     scores, owners = scores_of(world)
-    chance = torch.stack([world.logprob(c).exp() for c in world.completions]).detach()
+    chance = world.logprobs().exp().detach()
     k1 = (scores.policy_logprobs - scores.ref_logprobs).detach()
     naive = sum(p * k1[rows].sum() for p, rows in zip(chance, owners, strict=True))
     k1_support = (scores.policy_logprobs_support - scores.ref_logprobs_support).detach()
@@ -305,11 +314,11 @@ def test_scoring_over_the_whole_vocabulary_what_was_drawn_from_a_part_is_biased(
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3", "exact", "k1_full", "exact_full"])
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", EACH_SAMPLING)
 def test_expected_value_of_the_estimator_is_the_exact_kl_on_the_support_or_over_all_ids(estimator, sampling):
     world, whole = make_world(sampling, seed=3), ESTIMATORS[estimator].over_all
     scores, owners = scores_of(world)
-    chance = torch.stack([world.logprob(c).exp() for c in world.completions]).detach()
+    chance = world.logprobs().exp().detach()
     values = ESTIMATORS[estimator].value(scores).detach()
     mean = sum(p * values[rows].sum() for p, rows in zip(chance, owners, strict=True))
     exact = sum(
@@ -343,7 +352,7 @@ def test_a_kl_that_costs_nothing_may_be_infinite():
     assert penalize(scores, rewards, cu, Penalty(0.1)).rewards.tolist() == [[-torch.inf, 2.0]]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", EACH_SAMPLING)
 def test_the_kl_off_the_support_is_the_rest_of_the_chain_rule(sampling):
     """By sums over the ids inside and outside: KL of pi(S) and q(S), and of the two distributions outside of S."""
     world = make_world(sampling, seed=5)

@@ -61,7 +61,7 @@ def test_in_the_first_stale_step_the_plain_estimate_is_negative_and_rings_the_al
     expected = kl_at_the_texts_of(mu, replace(mu, ref_table=pi.table.detach(), kept={}))  # KL(q, pi)
     assert mean_kl(mu, pi, weighted=False) == pytest.approx(-expected, abs=1e-9)
     assert mean_kl(mu, pi, weighted=True) > 0.01
-    chance = torch.stack([mu.logprob(c).exp() for c in mu.completions]).detach()
+    chance = mu.logprobs().exp().detach()
     draws = torch.multinomial(chance, 4000, replacement=True, generator=torch.Generator().manual_seed(0)).tolist()
     drawn, scored = (constants(scores_of(world)[0]) for world in (mu, pi))
     _, owners = scores_of(mu)
@@ -74,9 +74,9 @@ def test_in_the_first_stale_step_the_plain_estimate_is_negative_and_rings_the_al
 def test_without_weights_k1_in_the_reward_has_the_gradient_of_a_variance():
     mu, pi = two_policies("whole")
     mu = replace(mu, reward=torch.zeros_like(mu.reward))
-    chance = torch.stack([mu.logprob(c).exp() for c in mu.completions]).detach()
-    k = torch.stack([pi.logprob(c) for c in pi.completions])
-    k = k - torch.stack([replace(pi, table=pi.ref_table, kept={}).logprob(c) for c in pi.completions])
+    chance = mu.logprobs().exp().detach()
+    k = pi.logprobs()
+    k = k - replace(pi, table=pi.ref_table, kept={}).logprobs()
     variance = (chance * k.square()).sum() - (chance * k).sum().square()
     (documented,) = torch.autograd.grad(-BETA / 2 * variance, pi.table)
     got = update_gradient(mu, pi, Penalty(BETA, "k1", "reward"))

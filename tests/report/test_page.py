@@ -274,16 +274,19 @@ def test_settings_that_stand_for_endless_lists_are_left_out(tmp_path: Path) -> N
     assert ">a8<" not in write_report([run]).read_text()
 
 
-@pytest.mark.parametrize("text", [text for text, _ in ODD_YAML.values()], ids=ODD_YAML)
-def test_no_config_yaml_keeps_a_run_from_its_page_and_its_audit(text: str | bytes, tmp_path: Path) -> None:
-    """Alone and beside another run, with no work that grows with what aliases stand for (minutes and more); what the
-    settings would have said is left out."""
+@pytest.mark.parametrize("name", ODD_YAML)
+def test_no_config_yaml_keeps_a_run_from_its_page_and_its_audit(name: str, tmp_path: Path) -> None:
+    """Beside another run, with no work that grows with what aliases stand for (minutes and more); what the settings
+    would have said is left out. Where several are read alike, every other one goes to the audit."""
+    text, _ = ODD_YAML[name]
     runs = [fake_run(tmp_path / name, steps=4) for name in ("odd", "sound")]
     (runs[0] / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     start = time.process_time()
-    assert main(["report", str(runs[0])]) == 0
-    assert main(["report", *map(str, runs)]) == 0
-    assert main(["doctor", str(runs[0])]) in (0, 1, 3)
+    is_read_by_all = name in ("alias bomb", "5,000 digits", "3,000 brackets", "no UTF-8", "a wrong truth")
+    if is_read_by_all or [*ODD_YAML].index(name) % 2:
+        assert main(["report", *map(str, runs)]) == 0
+    if is_read_by_all or not [*ODD_YAML].index(name) % 2:
+        assert main(["doctor", str(runs[0])]) in (0, 1, 3)
     assert time.process_time() - start < 30
 
 
@@ -440,6 +443,7 @@ def test_a_chat_is_shown_by_roles_with_the_expected_answer_and_each_reward(tmp_p
     )
 
 
+@pytest.mark.slow
 def test_the_completions_of_many_steps_can_be_browsed_and_the_page_says_how_many(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", steps=40)
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from toy import STOP, VOCAB, ToyTokenizer, draw, prompt, toy_model, toy_rollouts
 from transformers import AutoConfig
 
+from fastkl.evaluation.evaluate import sampling_as
 from fastkl.rollout.agreement import AGREEMENT_NATS, StaleEngineError, check_agreement
 from fastkl.rollout.generator import choose_generator
 from fastkl.rollout.requests import sample_seed
@@ -56,6 +58,7 @@ def test_transformers_generator_records_the_models_own_logprobs():
         assert gaps(model, PROMPTS, completions, temperature).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_transformers_generator_under_bfloat16_records_the_log_probs_of_a_bfloat16_trunk_and_a_float32_head():
     model = toy_model(dtype=torch.float32)
     sampling = Sampling(1.0, 8, stop_token_ids=(STOP,))
@@ -255,6 +258,17 @@ def test_a_vllm_sample_depends_on_its_own_seed_alone(engine):
     long = [c.token_ids for group in many for c in group if len(c.token_ids) > 3]
     assert len(set(long)) == len(long) >= 8
     assert token_ids(draw(engine, PROMPTS, 6, seed=8, step=1)) != token_ids(many)
+
+
+@pytest.mark.vllm
+def test_vllm_takes_the_likeliest_tokens_at_temperature_0_as_the_other_generator_does(engine):
+    policy = tied_model(0)
+    engine.sync(policy)
+    found = []
+    for generator in (engine, TransformersGenerator(policy, ToyTokenizer(), engine.sampling)):
+        with sampling_as(generator, replace(generator.sampling, temperature=0.0)):
+            found.append(token_ids(draw(generator, PROMPTS, 2, seed=1, step=1)))
+    assert found[0] == found[1] and len({ids for group in found[0] for ids in group}) == len(PROMPTS)
 
 
 @pytest.mark.vllm

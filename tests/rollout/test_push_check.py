@@ -88,7 +88,7 @@ class Spoiled:
         self.llm.collective_rpc(method, kwargs={"weights_iterator": iter(self.change(kwargs["weights_iterator"]))})
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 def engine(request, tmp_path_factory) -> Iterator[VllmGenerator]:
     folder = tmp_path_factory.mktemp(request.param)
     some_model().save_pretrained(folder)

@@ -37,6 +37,7 @@ def asking(folder: Path, world: World, *servers) -> ServerGenerator:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [False, True])
 def test_the_first_of_several_processes_asks_and_pushes_and_all_have_the_completions_of_one(tmp_path, fakes, ahead):
     base, policy, requests, expected = models_and_expected()
@@ -76,6 +77,7 @@ def said_by(size: int, function) -> list[str]:
     return in_threads(size, run, Agreeing)
 
 
+@pytest.mark.slow
 def test_what_fails_between_the_first_process_and_a_server_is_raised_in_all(tmp_path, fakes):
     """A server that does not fit, a push that does not arrive, a request that is refused."""
     base, policy, requests, _ = models_and_expected()
@@ -160,7 +162,8 @@ def assert_alike(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_with_servers_train_as_one_and_go_on_as_two_bit_for_bit_and_as_one(tmp_path, fakes):
+@pytest.mark.parametrize("is_resumed", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_two_processes_with_servers_train_as_one_and_go_on_as_two_bit_for_bit_and_as_one(tmp_path, fakes, is_resumed):
     """With rollouts ahead, and weights in pieces. A server dies in the first run, and is there again in the second; in
     the third a trainer is killed."""
     model = models.load_model(str(model_path()), CPU).requires_grad_(False)
@@ -185,6 +188,8 @@ def test_two_processes_with_servers_train_as_one_and_go_on_as_two_bit_for_bit_an
     two = run("two", 2, shard="full")
     assert_alike(alone, two)
     assert [line["policy_version"] for line in lines(two, "metrics")] == [0, 0, 1]
+    if not is_resumed:
+        return
     output = {"output": str(tmp_path / "again"), "engines": (one.url, dying.url)}
     interrupted = TrainConfig(**output, shard="full", **settings)
     ended = Processes(2, tmp_path / "processes", trained, interrupted).ended()

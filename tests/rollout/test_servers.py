@@ -179,6 +179,7 @@ def test_servers_draw_with_the_weights_that_were_pushed_what_one_process_draws(t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_requests_of_a_server_that_dies_go_to_the_others_with_their_seeds(tmp_path, fakes):
     base, policy, requests, expected = models_and_expected()
     dying, notes = fakes(base, dies_at=2), []
@@ -189,6 +190,7 @@ def test_the_requests_of_a_server_that_dies_go_to_the_others_with_their_seeds(tm
     assert [c.token_ids for c in generator.generate(requests)] == [c.token_ids for c in expected]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_started_again_gets_the_weights_before_it_is_asked(tmp_path, fakes):
     """Both in turn; the one that is back has the weights of the start, which would draw something else."""
     base, policy, requests, expected = models_and_expected()
@@ -209,6 +211,7 @@ def test_a_server_that_is_started_again_gets_the_weights_before_it_is_asked(tmp_
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_a_server_has_drawn_while_it_was_replaced_does_not_count(tmp_path, fakes):
     """It dies and is there again, with other weights, within one call: nothing tells but its instance."""
     base, policy, requests, expected = models_and_expected()
@@ -220,6 +223,7 @@ def test_what_a_server_has_drawn_while_it_was_replaced_does_not_count(tmp_path, 
     assert len(fake.asked) == 2 * len(requests)
 
 
+@pytest.mark.slow
 def test_a_server_of_several_workers_has_the_weights_where_all_of_them_do(tmp_path, fakes):
     """One of them has lost them after the first load."""
     base, policy, requests, expected = models_and_expected()
@@ -242,6 +246,7 @@ def test_where_no_server_is_left_the_run_ends_with_a_sentence(tmp_path, fakes, m
     fake.start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("about", "words"), [
     ({"status": 500}, "the servers answer, but draw nothing .*status 500"),
     ({"status": 400}, "refuses a request with status 400: .*out of memory"),
@@ -279,6 +284,7 @@ def test_what_is_no_server_of_ours_is_refused(tmp_path, fakes):
     fake.start()
 
 
+@pytest.mark.slow
 def test_a_run_whose_servers_do_not_do_is_refused_before_a_model_is_loaded_or_a_folder_made(
     tmp_path, fakes, monkeypatch
 ):
@@ -297,6 +303,7 @@ def test_a_run_whose_servers_do_not_do_is_refused_before_a_model_is_loaded_or_a_
     assert not (tmp_path / "run").exists() and not other.loads and not fitting.loads
 
 
+@pytest.mark.slow
 def test_weights_that_did_not_arrive_stop_the_run_and_those_of_another_run_too(tmp_path, fakes):
     base, policy, requests, _ = models_and_expected()
     with pytest.raises(StaleEngineError, match="did not all arrive"):
@@ -381,6 +388,7 @@ def test_the_server_divides_the_model_among_as_many_gpus_as_asked(monkeypatch, n
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_server_dies_and_comes_back_has_the_samples_of_one_process(tmp_path, fakes):
     """The one dies in step 2, and is there again, as it began, from step 3 on."""
     import fastkl
@@ -443,6 +451,7 @@ def vllm_server(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.long
 def test_a_run_with_a_server_of_vllm_trains_on_what_the_pushed_weights_draw(tmp_path, vllm_server, capsys):
     """Over the network. The canary after each push compares; what the server holds is compared bit by bit."""
     import fastkl
@@ -479,6 +488,7 @@ def policies_and_checksums(url):
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.long
 def test_vllm_says_that_both_ways_leave_the_same_parameters_and_pushes_that_break_off_do_not_matter(
     tmp_path, vllm_server, monkeypatch
 ):

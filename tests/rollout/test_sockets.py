@@ -69,12 +69,14 @@ def listening(tmp_path_factory) -> tuple[str, set[str], set[str]]:
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_engine_listens_on_the_loopback_alone_where_the_host_name_is_the_networks(listening):
     assert listening[1] == {"127.0.0.1"}
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.long
 def test_without_the_guard_it_would_listen_on_the_network(listening):
     """The control."""
     address, _, unguarded = listening

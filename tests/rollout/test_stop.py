@@ -28,6 +28,7 @@ def first_end(texts_of_prefixes: list[str], stop: tuple[str, ...], min_tokens: i
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop", "min_tokens"), [(("w7 w",), 0), (("w7 w", "w1"), 3), (("9",), 0), (("none",), 0)])
 def test_a_completion_is_the_one_without_a_stop_up_to_the_token_that_completes_it(stop, min_tokens):
     model, tokenizer = toy_model(), ToyTokenizer()
@@ -50,6 +51,7 @@ def test_a_completion_is_the_one_without_a_stop_up_to_the_token_that_completes_i
     assert (cut > 20) == (stop != ("none",))
 
 
+@pytest.mark.slow
 def test_stopped_completions_are_a_whole_distribution_so_importance_weights_average_to_one():
     """E over y ~ p of q(y) / p(y) is 1 if every token that was drawn is scored and the end depends on the tokens alone;
     8000 samples, four standard errors."""
@@ -89,7 +91,7 @@ STORY_STOPS = (". ", " and", "day")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+@pytest.mark.parametrize("name", ["transformers", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.long])])
 def test_both_generators_cut_the_stories_at_the_same_token(name, tmp_path):
     source = resolve_model("storyteller")
     model, tokenizer = load_model(source, torch.device("cpu")), load_tokenizer(source)

@@ -168,6 +168,7 @@ def differing(model, policy) -> list[str]:
     return [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, theirs[name])]
 
 
+@pytest.mark.slow
 def test_servers_with_other_weights_hold_the_policys_after_a_push_over_the_network(networked, asking, tmp_path):
     base, policy, requests, expected = models_and_expected()
     one, two = networked(base), networked(toy_model(5, torch.float32))
@@ -185,6 +186,7 @@ def test_servers_with_other_weights_hold_the_policys_after_a_push_over_the_netwo
     assert generator.way() == "engines: weights go to the servers over the network (gloo)"
 
 
+@pytest.mark.slow
 def test_every_worker_of_every_server_has_a_rank_of_its_own(networked):
     """A server with three workers between two with one."""
     policy = toy_model(1, torch.float32)
@@ -213,6 +215,7 @@ def test_what_was_changed_on_the_way_stops_the_run_with_the_names_of_the_tensors
     assert fake.paths[-1] == "/resume", "not left paused"
 
 
+@pytest.mark.slow
 def test_a_second_trainer_does_not_take_the_servers_of_one_that_lives(networked, asking):
     """And does once that one is gone."""
     base, policy = toy_model(0, torch.float32), toy_model(1, torch.float32)
@@ -229,6 +232,7 @@ def test_a_second_trainer_does_not_take_the_servers_of_one_that_lives(networked,
     assert not differing(fake.model, policy)
 
 
+@pytest.mark.slow
 def test_a_trainer_that_died_within_a_push_is_followed_by_another(networked, asking):
     base, policy = toy_model(0, torch.float32), toy_model(1, torch.float32)
     fake = networked(base)
@@ -451,6 +455,7 @@ def in_two_networks():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_connection_that_is_cut_within_a_push_is_noticed_and_the_server_is_filled_when_it_is_back():
     """A cable between two network namespaces is pulled out; nobody is told."""
     command = ["unshare", "--map-root-user", "--net"]

@@ -24,9 +24,12 @@ SAME = Row("llama", "LlamaForCausalLM", "trains", "shared", "shared", 1e-6)
         ("hyperclovax", "shared", "shared"),  # its logits are multiplied by what divides Granite's
         ("falcon_h1", "padded", "shared"),  # lm_head_multiplier; attention beside a state space
         ("modernbert-decoder", "shared", "shared"),  # its head has two layers
-        ("roberta", "padded", "anew"),  # a padding token takes no place
-        ("emu3", "shared", "shared"),  # the text part, saved by itself, is no model type that transformers can choose
-        ("blt", "padded", "anew"),  # its configuration has no number of layers
+        # a padding token takes no place
+        pytest.param("roberta", "padded", "anew", marks=pytest.mark.long),
+        # the text part, saved by itself, is no model type that transformers can choose
+        pytest.param("emu3", "shared", "shared", marks=pytest.mark.long),
+        # its configuration has no number of layers
+        pytest.param("blt", "padded", "anew", marks=pytest.mark.long),
     ],
 )
 def test_architectures_score_like_their_own_logits_and_train(kind, layout, decoding):
@@ -40,8 +43,8 @@ def test_architectures_score_like_their_own_logits_and_train(kind, layout, decod
     ("kind", "words"),
     [
         ("prophetnet", "looks ahead"),
-        ("gemma4_assistant", "gives no logits for .* token ids alone"),
-        ("reformer", "cannot be trained"),
+        pytest.param("gemma4_assistant", "gives no logits for .* token ids alone", marks=pytest.mark.long),
+        pytest.param("reformer", "cannot be trained", marks=pytest.mark.long),
     ],
 )
 def test_what_has_no_next_token_logits_of_its_own_is_refused_in_one_sentence(kind, words):

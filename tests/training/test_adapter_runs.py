@@ -36,7 +36,9 @@ def cut_to(folder: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generator", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+@pytest.mark.parametrize(
+    "generator", ["transformers", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.long])]
+)
 def test_a_run_with_adapters_starts_at_no_kl_the_engine_follows_and_it_resumes_bit_for_bit(tmp_path, generator):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(replace(SMALL, generator=generator, output=str(whole)))
@@ -52,6 +54,16 @@ def test_a_run_with_adapters_starts_at_no_kl_the_engine_follows_and_it_resumes_b
     assert not (whole / "checkpoints/step-4/model.safetensors").exists()
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_draws_with_the_adapters_after_each_step(tmp_path):
+    train(replace(SMALL, generator="vllm", output=str(tmp_path), steps=2, save_every=0, lr=5e-2))
+    first, second = lines(tmp_path)
+    assert first["kl/exact"] == 0.0 and second["kl/exact"] > 0.01
+    assert max(row["mismatch/mean_abs_logprob"] for row in (first, second)) < 1e-5
+
+
+@pytest.mark.slow
 def test_frozen_matrices_are_rounded_before_the_engine_starts(tmp_path, monkeypatch):
     """So the engine's memory comes after theirs has halved, and its first weights are those of all later pushes."""
     seen: dict[str, torch.dtype] = {}

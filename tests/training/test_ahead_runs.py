@@ -125,7 +125,7 @@ def test_the_reports_of_stale_steps_are_those_of_weighted_samples(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_run_that_ended_after_any_step_resumes_to_the_bit(tmp_path, options, whole, step):
     parts = small(tmp_path, **options)
     stop_after(step, parts)

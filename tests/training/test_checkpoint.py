@@ -108,6 +108,7 @@ def test_a_failure_at_any_stage_leaves_the_last_good_checkpoint(tmp_path, monkey
     assert save(tmp_path, 2, model, optimizer).name == "step-2"
 
 
+@pytest.mark.slow
 def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint(tmp_path):
     """A child process is killed at its n-th flush or rename, for every n: step-1 or step-2 opens each time."""
     model, optimizer = trained()

@@ -68,6 +68,7 @@ def long_batch(num_samples: int, lengths: list[int]) -> RolloutBatch:
     return RolloutBatch((prompt(*range(1, 20)),), (group,), rewards, valid, policy_version=0)
 
 
+@pytest.mark.slow
 def test_every_token_of_a_64k_group_comes_once_and_no_part_is_larger_than_16k():
     lengths = [12_000, 300, 7_100, 5_000, 1, 15_900, 9_000, 8_000, 2_000, 5_200]
     batch = long_batch(10, lengths)
@@ -115,6 +116,7 @@ def test_a_64k_group_is_trained_under_a_16k_budget_as_without_one(monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 * float(theirs.abs().max()))
 
 
+@pytest.mark.slow
 def test_groups_that_fit_are_forwarded_as_before(monkeypatch):
     """No first forward for them, and none at all where the KL is not in the reward."""
     forwards: list[list[int] | None] = []

@@ -113,6 +113,7 @@ def test_prompts_are_replaced_no_more_often_than_asked_and_stay_then():
     assert drawn(nothing, 1).redraws.mean_reward is None
 
 
+@pytest.mark.slow
 def test_prompts_are_kept_in_proportion_to_their_chance_of_a_signal():
     run, steps = toy_run(200), 500
     kept = [p.text for step in range(1, steps + 1) for p in drawn(run, step).batch.prompts]
@@ -247,6 +248,7 @@ def test_it_is_refused_where_equal_rewards_are_a_signal():
         check_config(TrainConfig(dynamic_sampling=-1))
 
 
+@pytest.mark.slow
 def test_rewards_are_cut_to_their_range_before_anything_is_computed_from_them(tmp_path):
     config = small(tmp_path, steps=1, reward=("length?target=1",), reward_clip=(-8.0, -2.0), kl_coef=0.0)
     fastkl.train(config)

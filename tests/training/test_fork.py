@@ -68,6 +68,7 @@ def test_a_fork_takes_changed_settings_and_leaves_the_run_as_it_was(whole, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_fork_that_ended_before_its_first_checkpoint_begins_again_on_resume(whole, tmp_path) -> None:
     folder = tmp_path / "fork"
     config = replace(settings_of(whole / "checkpoints" / "step-2"), output=str(folder))

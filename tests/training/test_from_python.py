@@ -35,6 +35,7 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_functions_and_rows_take_the_place_of_names(tmp_path):
     result = fastkl.train(config(tmp_path), reward=[wanted_length, "alliteration"], prompts=ROWS)
     last = metrics(tmp_path)[-1]
@@ -125,6 +126,7 @@ def test_it_runs_in_a_thread_and_inside_a_running_loop(tmp_path):
     assert metrics(tmp_path / "t")[-1]["loss"] == metrics(tmp_path / "l")[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_paths_single_texts_and_lists_are_taken(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     settings = config(tmp_path, model=model_path(), prompts=tmp_path / "p.jsonl", reward="alliteration", stop="day")

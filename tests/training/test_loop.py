@@ -82,6 +82,7 @@ def test_penalised_reward_is_reward_minus_beta_times_the_cross_entropy_gap(tmp_p
         assert s["penalized_reward"] == pytest.approx(s["reward"] + 0.7 * gap, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_samples_without_a_reward_leave_their_group(tmp_path):
     reward = reward_file(tmp_path, "return [None if i % 4 == 0 else float(i) for i in range(len(completions))]")
     config = small(tmp_path, reward=(reward,), steps=1)
@@ -99,6 +100,7 @@ def test_a_step_in_which_no_group_can_be_scored_is_counted_and_survived(tmp_path
     assert [row["groups/skipped"] for row in rows(config)] == [2, 2]
 
 
+@pytest.mark.slow
 def test_three_non_finite_steps_stop_the_run_with_a_diagnosis_and_a_saved_state(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "clip_gradients", lambda policy, max_norm: math.nan)
     config = small(tmp_path, steps=9)
@@ -109,6 +111,7 @@ def test_three_non_finite_steps_stop_the_run_with_a_diagnosis_and_a_saved_state(
     assert saved.step == 3
 
 
+@pytest.mark.slow
 def test_a_failing_reward_keeps_the_completed_steps(tmp_path):
     counter = tmp_path / "calls"
     body = (
@@ -122,6 +125,7 @@ def test_a_failing_reward_keeps_the_completed_steps(tmp_path):
     assert checkpoint.newest_checkpoint(Path(config.output) / "checkpoints").step == 2
 
 
+@pytest.mark.slow
 def test_training_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch, capsys):
     real, calls = checkpoint.save_checkpoint, []
 
@@ -322,6 +326,7 @@ HANGS_AT_STEP_2 = (
 )
 
 
+@pytest.mark.slow
 def test_a_reward_that_hangs_ends_the_run_in_one_sentence_with_its_state_saved(tmp_path):
     reward = reward_file(tmp_path, HANGS_AT_STEP_2)
     config = small(tmp_path, reward=(reward,), reward_timeout=0.5, save_every=0)

@@ -34,7 +34,11 @@ def first_samples(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [DIET, {"optimizer": "adamw8bit", "dtype": "float32"}], ids=["both", "8 bits"])
+@pytest.mark.parametrize(
+    "options",
+    [DIET, pytest.param({"optimizer": "adamw8bit", "dtype": "float32"}, marks=pytest.mark.long)],
+    ids=["both", "8 bits"],
+)
 def test_a_run_resumes_bit_for_bit_and_starts_from_the_same_scores(tmp_path, options):
     config = replace(SMALL, **options)
     whole = train(replace(config, output=str(tmp_path / "whole")))

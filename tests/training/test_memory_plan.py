@@ -164,6 +164,7 @@ print(json.dumps([plans[0].total, peak, dict(plans[0].parts)]))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_plan_is_near_the_measured_peak(tmp_path):
     """A model of 60 million parameters, two steps; the plan is within TOLERANCE of the process's peak."""
     torch.manual_seed(0)

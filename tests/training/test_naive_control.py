@@ -86,6 +86,7 @@ def test_the_trainer_refuses_to_learn_from_naive_scores():
         course(True, tolerant=False)
 
 
+@pytest.mark.slow
 def test_a_run_whose_estimate_is_negative_says_so_once_and_logs_it_at_every_step(tmp_path, monkeypatch, capsys):
     samples = StepReport.samples
     negative = functools.partialmethod(lambda self: [s | {"kl": -1 - 0.1 * i} for i, s in enumerate(samples(self))])

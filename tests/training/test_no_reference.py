@@ -43,7 +43,11 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"lora_rank": 4}], ids=["all weights", "top_k", "adapters"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.long), {"top_k": 20}, {"lora_rank": 4}],
+    ids=["all weights", "top_k", "adapters"],
+)
 def test_the_weights_are_those_of_a_run_that_measures_the_kl_and_charges_nothing(tmp_path, options):
     measured, wanted = run(tmp_path, "measured", **options)
     without, found = run(tmp_path, "without", no_reference=True, **options)

@@ -138,7 +138,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("hook", ["register_step_pre_hook", "register_step_post_hook"])
+@pytest.mark.parametrize(
+    "hook", [pytest.param("register_step_pre_hook", marks=pytest.mark.long), "register_step_post_hook"]
+)
 @pytest.mark.slow
 def test_two_signals_in_the_middle_of_an_update_leave_a_checkpoint_that_is_the_step_it_names(tmp_path, hook, whole):
     broken = tmp_path / "broken"
@@ -187,29 +189,19 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew_on_resume(tmp_path
 
 
 @pytest.mark.slow
-def test_a_resumed_run_names_prompts_and_rewards_that_have_changed(tmp_path):
-    prompts, rewards = tmp_path / "prompts.jsonl", tmp_path / "rewards.py"
+def test_a_resumed_run_names_prompts_and_rewards_that_have_changed_and_logs_that_were_edited(tmp_path):
+    prompts, rewards, samples = (tmp_path / name for name in ("prompts.jsonl", "rewards.py", "run/samples.jsonl"))
     prompts.write_text('{"prompt": "Once upon a time"}\n')
     rewards.write_text("def r(completions):\n    return [float(len(c)) for c in completions]\n")
-    options = ("--prompts", str(prompts), "--reward", f"{rewards}:r", "--save-every", "1")
+    options = ("--prompts", str(prompts), "--reward", f"{rewards}:r")
     finished(tmp_path / "run", "transformers", *options, "--steps", "1")
     unchanged = finished(tmp_path / "run", "transformers", *options, "--steps", "2", "--resume")
-    assert "changed since" not in unchanged
+    assert "changed since" not in unchanged and "edited lines" not in unchanged
     prompts.write_text('{"prompt": "Once there was"}\n')
     rewards.write_text("def r(completions):\n    return [1.0 / len(c) for c in completions]\n")
-    said = finished(tmp_path / "run", "transformers", *options, "--steps", "3", "--resume")
-    assert f"changed since the run was started: prompts, reward {rewards}:r" in " ".join(said.split())
-
-
-@pytest.mark.slow
-def test_a_resumed_run_names_logs_that_were_edited_since_the_checkpoint(tmp_path):
-    output = tmp_path / "run"
-    finished(output, "transformers", "--steps", "2")
-    unchanged = finished(output, "transformers", "--steps", "3", "--resume")
-    assert "edited lines" not in unchanged
-    path = output / "samples.jsonl"
-    path.write_text(path.read_text().replace('"step": 2', '"step": 1', 1))
-    said = " ".join(finished(output, "transformers", "--steps", "4", "--resume").split())
+    samples.write_text(samples.read_text().replace('"step": 2', '"step": 1', 1))
+    said = " ".join(finished(tmp_path / "run", "transformers", *options, "--steps", "3", "--resume").split())
+    assert f"changed since the run was started: prompts, reward {rewards}:r" in said
     assert "samples.jsonl has lost, damaged or edited lines" in said and "metrics.jsonl has" not in said
 
 

@@ -60,6 +60,7 @@ def test_with_float32_moments_it_is_torchs_adamw():
     assert relative(found, wanted) <= 3 * relative(theirs, wanted) + 1e-7
 
 
+@pytest.mark.slow
 def test_eight_bits_go_the_same_way_and_stay_by_it():
     params = parameters()
     found = stepped(params, SmallAdamW(params, lr=1e-2, eight_bit=True), range(60))
@@ -123,6 +124,7 @@ def test_bfloat16_is_rounded_to_a_neighbour_and_right_on_average():
     assert torch.equal(drawn[0][200:203], x[200:203].double())
 
 
+@pytest.mark.slow
 def test_updates_below_half_a_unit_in_the_last_place_add_up_in_bfloat16():
     params = [nn.Parameter(torch.ones(100, 100, dtype=torch.bfloat16))]
     optimizer = SmallAdamW(params, lr=1e-4, eight_bit=True)

@@ -71,7 +71,7 @@ def test_gradient_of_a_step_is_that_of_the_kl_to_the_teacher_over_the_shared_ids
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("direction", ["forward", "jsd"])
+@pytest.mark.parametrize("direction", [pytest.param("forward", marks=pytest.mark.long), "jsd"])
 def test_another_direction_is_trained_on_the_support_with_several_updates_and_logged(tmp_path, student, direction):
     """top_k, clipping, two minibatches: what is charged falls, and the reverse KL keeps its keys."""
     config = small(
@@ -110,6 +110,7 @@ def test_a_student_comes_nearer_to_its_teacher_without_a_reward_and_resumes_to_t
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_adapters_learn_from_a_teacher_and_resume_to_the_bit(tmp_path, student):
     """The policy is the storyteller, the teacher half as wide with random weights."""
     pytest.importorskip("peft")
