@@ -103,6 +103,7 @@ def test_a_module_called_kernels_stays_free_for_others(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_transformers_imports_from_the_root_of_a_checkout_where_a_folder_kernels_lies(tmp_path):
     pytest.importorskip("transformers")
     code = "import transformers.integrations.hub_kernels\nprint(transformers.LlamaForCausalLM.__name__)"

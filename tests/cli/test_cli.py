@@ -344,6 +344,7 @@ def test_names_of_other_trainers_are_answered_with_options_that_exist_and_are_no
     assert all(set(re.findall(r"--[a-z-]+", why)) <= options | TORCHRUN for why in foreign.NOT_HERE.values())
 
 
+@pytest.mark.slow
 def test_names_that_trl_has_are_answered():
     trl = pytest.importorskip("trl")
     classes = (trl.GRPOConfig, trl.RLOOConfig, trl.ModelConfig, trl.ScriptArguments)

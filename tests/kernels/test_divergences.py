@@ -53,6 +53,7 @@ def test_equal_models_have_none_to_the_bit_and_disjoint_ones_have_log_2(support)
     assert bool(scores.forward_kl.isinf().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "beta"), [("forward_kl", 0.0), ("jsd", 0.5), ("kl", 1.0)])
 def test_trl_computes_the_same_divergence_and_gradient(name, beta):
     chunked = pytest.importorskip("trl.kernels.chunked_divergence").ChunkedDivergenceFunction

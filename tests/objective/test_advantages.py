@@ -185,6 +185,7 @@ VERL_LOSSES = {"mean": "seq-mean-token-mean", "token": "token-mean", "max_length
                "sum": "seq-mean-token-sum"}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("level", TRL_LOSSES)
 def test_factors_are_the_gradient_of_trls_loss(level):

@@ -220,6 +220,7 @@ def clip_objective(level: str, clip: tuple[float, float], loss_level: str = "sum
     return Objective(penalty, ADVANTAGES["none"], sampling, loss_level=loss_level, reuse=reuse)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_factors_under_clip_are_the_gradient_of_trls_loss(level):

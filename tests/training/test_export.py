@@ -146,6 +146,7 @@ def run_with_adapters(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_adapters_are_exported_as_peft_loads_them_and_merged_they_are_a_model_that_scores_alike(
     run_with_adapters, tmp_path
 ):
@@ -172,6 +173,8 @@ def test_a_run_without_adapters_has_nothing_to_merge(run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
 def test_an_engine_that_goes_by_the_index_loads_the_model_and_nothing_of_the_trainer(run):
     """vLLM takes every .safetensors file of a folder for weights, unless an index names those that are."""
     loader = pytest.importorskip("vllm.model_executor.model_loader.weight_utils")
