@@ -41,6 +41,11 @@ class FastklWorker:
         on. tied: "True" or "False"."""
         return self._fastkl_engine().load(path, version, int(step), tied == "True")
 
+    def fastkl_leave(self, sender: str) -> dict[str, Any]:
+        """Leaves the group that weights come in over the network, and forgets what has come of a push; does nothing
+        where another run than this one has the server, and its trainer lives."""
+        return self._fastkl_engine().leave(sender)
+
     def _fastkl_engine(self) -> Engine:
         if "fastkl_engine" not in self.__dict__:
             end_with_server()
@@ -105,7 +110,16 @@ class Engine:
         self.version = ""  # until all of it is there
         error = self.workers.attempt(load, in_words)
         self.version = "" if error else version
-        return {"version": self.version, "error": error, "sums": sums}
+        failed = self.receiver.failed if self.receiver and not path else ""
+        return {"version": self.version, "error": error, "sums": sums, "failed": failed}
+
+    def leave(self, sender: str) -> dict[str, Any]:
+        """See FastklWorker."""
+        if self.receiver is not None and not self.receiver.is_anothers(sender):
+            self.receiver.leave()
+            if getattr(self.worker, "_weight_update_active", False):  # vLLM's own raises where none is
+                self.worker.finish_weight_update()
+        return {}
 
     def arrived(self) -> dict[str, torch.Tensor]:
         """What has come over the network."""

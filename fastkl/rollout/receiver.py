@@ -3,6 +3,9 @@
 What comes is kept in the host's memory until all of it is there; only then does the engine's loader get it, as from a
 file (engine_worker.py). So a push that breaks off leaves the engine as it was, and the first push, at which the
 loader's choices are watched, is like any other.
+
+What fails is kept, and raised nowhere: of an engine's workers vLLM reads the answers to a call up to the first failure,
+and takes those that are left for answers to the next call.
 """
 
 from __future__ import annotations
@@ -53,13 +56,17 @@ class Receiver:
 
     def join(self, invitation: Invitation) -> None:
         """Joins a trainer's group, instead of the one before, unless that is another run's that still lives."""
-        with self._saying_why():
-            if self.sender not in ("", invitation.sender) and is_seen(self.sender, self.beacon):
+        with self._keeping_why():
+            if self.is_anothers(invitation.sender):
                 raise RuntimeError(TAKEN)
             self.leave()
             meeting = Meeting(**invitation.meeting)
             self._group = join(meeting, invitation.rank_offset + self.rank, self.device)
             self.sender, self.beacon = invitation.sender, invitation.beacon
+
+    def is_anothers(self, sender: str) -> bool:
+        """Whether another run than this one has this worker, and its trainer lives."""
+        return self.sender not in ("", sender) and is_seen(self.sender, self.beacon)
 
     def begin(self) -> None:
         """New weights are to come; what has come of others is forgotten."""
@@ -67,7 +74,7 @@ class Receiver:
 
     def receive(self, update: Update) -> None:
         """Takes part in the broadcasts. The group is left where one of them fails."""
-        with self._saying_why():
+        with self._keeping_why():
             if self._group is None:
                 raise RuntimeError("this server is in no group; its trainer has to make a new one")
             given = zip(update.names, update.dtype_names, update.shapes, strict=True)
@@ -91,8 +98,8 @@ class Receiver:
         self.begin()
 
     @contextmanager
-    def _saying_why(self) -> Iterator[None]:
-        """Keeps what is raised inside, since vLLM's routes say no more than that something was."""
+    def _keeping_why(self) -> Iterator[None]:
+        """Keeps what is raised inside."""
         self.failed = ""
         try:
             yield
@@ -100,4 +107,3 @@ class Receiver:
             self.failed = (str(failure) or type(failure).__name__).splitlines()[0][:300]
             if self.failed != TAKEN:
                 self.leave()
-            raise

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastkl.address import LOOPBACK
 from fastkl.errors import UserError
-from fastkl.rollout.orphans import SERVER
+from fastkl.rollout.orphans import SERVER, EndWithEngine
 from fastkl.scoring.source import resolve_model
 
 NAME = "fastkl"
@@ -74,6 +74,7 @@ def command(
     words += ["--no-enable-prefix-caching"]  # a completion depends on none before it, whichever server draws it
     words += ["--max-num-seqs", "512", *worker_words(vllm_version())]
     words += ["--disable-uvicorn-access-log"]  # a line for every completion
+    words += ["--middleware", f"{EndWithEngine.__module__}.{EndWithEngine.__name__}"]
     words += ["--max-model-len", str(max_model_len)] if max_model_len else []
     if on_cpu:  # as in vllm.py
         return [*words, "--enforce-eager", "--no-enable-chunked-prefill"]

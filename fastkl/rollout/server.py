@@ -13,7 +13,6 @@ that all processes gather. What fails there is raised in each of them.
 from __future__ import annotations
 
 import asyncio
-import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,23 +26,16 @@ from uuid import uuid4
 import torch
 from torch import nn
 
-from fastkl.address import LOOPBACK
 from fastkl.distributed.world import ALONE, World
 from fastkl.errors import UserError
+from fastkl.rollout import asking
 from fastkl.rollout.agreement import StaleEngineError
+from fastkl.rollout.asking import NoAnswer, client_of, in_thread
 from fastkl.rollout.push_check import Weights
 from fastkl.rollout.receiver import TAKEN
 from fastkl.rollout.requests import EngineOptions, Request, completion
 from fastkl.rollout.serve import NAME
-from fastkl.rollout.transfer import (
-    CONNECT_SECONDS,
-    LOAD_SECONDS,
-    Broken,
-    Member,
-    Transfer,
-    in_thread,
-    transport_of,
-)
+from fastkl.rollout.transfer import LOAD_SECONDS, Broken, Member, Transfer, transport_of
 from fastkl.rollout.weight_sync import by_first
 from fastkl.sampling.params import Sampling, vllm_arguments
 from fastkl.scoring.models import text_config
@@ -69,10 +61,6 @@ ROUNDS = 4
 """How often in a row all servers may fail to draw anything although they answer."""
 
 
-class NoAnswer(Exception):
-    """A server that cannot be reached, or has failed."""
-
-
 @dataclass(slots=True)
 class Server:
     """One server, as it was when the weights reached it."""
@@ -81,11 +69,6 @@ class Server:
     instance: str = ""  # of its process; empty: no weights have reached it
     is_lost: bool = False  # has been said to be
     reason: str = ""  # why it was lost, the last time
-
-    @property
-    def trust_env(self) -> bool:
-        """Whether a proxy may lead there."""
-        return urlsplit(self.url).hostname not in LOOPBACK
 
 
 class ServerGenerator:
@@ -114,8 +97,7 @@ class ServerGenerator:
         self.wanted: dict[str, Any] = {"vocab": vocab, "dtype": dtype, "logprobs": "processed_logprobs"}
         self.max_model_len, self.folder, self.name = max_model_len, folder.resolve(), uuid4().hex[:8]
         self.step, self.version, self.tied = 0, "", False
-        self.world, self.certificates = world, certificates()
-        self.weights, self.device, self.why_folder = weights, device, ""
+        self.world, self.weights, self.device, self.why_folder = world, weights, device, ""
         self.transfer: Transfer | None = None  # in the first process alone
         world.once(self.check_all)
 
@@ -128,7 +110,7 @@ class ServerGenerator:
         by_url = {server.url: about for server, about in zip(self.servers, abouts, strict=True)}
         transport, self.why_folder = transport_of(by_url, self.weights, self.device)
         if transport:
-            self.transfer = Transfer(transport, self.name, self.device, self.certificates)
+            self.transfer = Transfer(transport, self.name, self.device)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See Generator. Each request has its own seed, so that it is the same whichever server draws it."""
@@ -230,23 +212,28 @@ class ServerGenerator:
         """The same in one group, which is made again without those that are lost while it lasts."""
         in_vain = 0
         while members := [(server, about) for server in servers if (about := self.described(server)) is not None]:
-            joining = [Member(s.url, a["instance"], a["workers"], s.trust_env) for s, a in members]
+            joining = [Member(s.url, a["instance"], a["workers"]) for s, a in members]
             try:
                 transfer.send(joining, self.version, self.step, tied=self.tied)
             except Broken as failure:
                 for server, _ in members:
                     if server.url in failure.lost:
                         self.lose(server, failure.lost[server.url])
-                in_vain = 0 if failure.lost else in_vain + 1
-                self.refuse_broken([s for s, _ in members if s.url not in failure.lost], failure, in_vain)
+                left = self.left_of([s for s, _ in members if s.url not in failure.lost])
+                in_vain = in_vain + 1 if len(left) == len(members) else 0
+                self.refuse_broken(left, failure, in_vain)
                 continue
             for server, about in members:
                 self.filled(server, about)
             return
 
-    def refuse_broken(self, left: Sequence[Server], failure: Broken, in_vain: int) -> None:
-        """UserError where a push fails again and again although all servers are there, or would take another run's."""
-        said = {server.url: about["failed"] for server in left if (about := self.described(server)) is not None}
+    def left_of(self, servers: Sequence[Server]) -> dict[str, str]:
+        """Those that are still there after a push that has failed, by address: what has failed there, or nothing."""
+        return {server.url: about["failed"] for server in servers if (about := self.described(server)) is not None}
+
+    def refuse_broken(self, said: Mapping[str, str], failure: Broken, in_vain: int) -> None:
+        """UserError where a push fails again and again although all servers are there, or would take another run's.
+        said: see left_of."""
         for url, reason in said.items():
             if reason == TAKEN:
                 raise UserError(f"engines: {url}: {TAKEN}, and its trainer is alive; let each run have its servers.")
@@ -327,7 +314,7 @@ class ServerGenerator:
     def describe(self, server: Server) -> dict[str, Any]:
         """What its workers say of themselves: each has an instance, and all must have one version. One that is
         lost already is not waited for."""
-        seconds = CONNECT_SECONDS if server.is_lost else ANSWER_SECONDS
+        seconds = asking.CONNECT_SECONDS if server.is_lost else ANSWER_SECONDS
         abouts = self.call(server, "fastkl_describe", {}, seconds)
         instance, versions = "+".join(about["instance"] for about in abouts), {about["version"] for about in abouts}
         failed = next((about["failed"] for about in abouts if about.get("failed")), "")
@@ -350,16 +337,7 @@ class ServerGenerator:
 
     def ask(self, server: Server, path: str, body: Mapping[str, Any], seconds: float) -> httpx.Response:
         """An answer of the server. NoAnswer where there is none in so many seconds."""
-        import httpx
-
-        timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
-        try:
-            with httpx.Client(timeout=timeout, trust_env=server.trust_env, verify=self.certificates) as client:
-                answer = client.post(f"{server.url}/{path}", json=body)
-        except httpx.RequestError as failure:
-            raise NoAnswer(f"{type(failure).__name__}: {str(failure).rstrip('.')}") from None
-        if answer.status_code >= 500:
-            raise NoAnswer(f"status {answer.status_code}")
+        answer: httpx.Response = in_thread(asking.ask, server.url, path, body, seconds)
         return answer
 
     async def draw(self, requests: Mapping[int, Request], servers: Sequence[Server]) -> list[dict[int, Completion]]:
@@ -370,18 +348,13 @@ class ServerGenerator:
 
     async def draw_with(self, server: Server, requests: Mapping[int, Request]) -> dict[int, Completion]:
         """What one server has drawn. Its first failure ends the rest."""
-        import httpx
-
         free, found = asyncio.Semaphore(CONCURRENCY), dict[int, Completion]()
-        limits = httpx.Limits(max_connections=None)
-        timeout = httpx.Timeout(DRAW_SECONDS, connect=CONNECT_SECONDS, pool=None)
 
         async def one(place: int, request: Request) -> None:
             async with free:
                 found[place] = self.completed(request, await self.post(client, server, request))
 
-        options: dict[str, Any] = {"trust_env": server.trust_env, "verify": self.certificates}
-        async with httpx.AsyncClient(timeout=timeout, limits=limits, **options) as client:
+        async with client_of(server.url, DRAW_SECONDS) as client:
             try:
                 async with asyncio.TaskGroup() as group:
                     for place, request in requests.items():
@@ -394,19 +367,12 @@ class ServerGenerator:
 
     async def post(self, client: httpx.AsyncClient, server: Server, request: Request) -> dict[str, Any]:
         """The answer to one request. NoAnswer where another server may do better."""
-        import httpx
-
         arguments = vllm_arguments(self.sampling, self.wanted["vocab"])
         arguments |= {"logprobs": 0, "detokenize": False, "seed": request.seed}
         if self.sampling.stop:
             arguments |= {"detokenize": True, "include_stop_str_in_output": True}
         body = {"model": NAME, "token_ids": list(request.prompt.token_ids), "sampling_params": arguments}
-        try:
-            answer = await client.post(f"{server.url}/inference/v1/generate", json=body)
-        except httpx.RequestError as failure:
-            raise NoAnswer(f"{type(failure).__name__}: {str(failure).rstrip('.')}") from None
-        if answer.status_code >= 500:
-            raise NoAnswer(f"status {answer.status_code}")
+        answer = await asking.post(client, server.url, "inference/v1/generate", body)
         if answer.status_code != 200:
             said = " ".join(answer.text.split())[:160]
             raise UserError(f"engines: {server.url} refuses a request with status {answer.status_code}: {said}")
@@ -421,13 +387,6 @@ class ServerGenerator:
         if len(logprobs) != len(choice["token_ids"]):
             raise UserError(f"engines: {len(logprobs)} log-probs came with {len(choice['token_ids'])} tokens.")
         return completion(request, choice["token_ids"], logprobs, self.sampling, self.tokenizer)
-
-
-def certificates() -> ssl.SSLContext:
-    """What https addresses are trusted by; read once, since that takes longer than a request."""
-    import httpx
-
-    return httpx.create_ssl_context()
 
 
 def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

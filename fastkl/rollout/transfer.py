@@ -1,22 +1,22 @@
 """Transfer: the trainer's side of weights over the network, by vLLM's own routes for their transfer.
 
+    fastkl_leave                         whatever a trainer that was killed has left is forgotten
     init_weight_transfer_engine          all servers join a group with the trainer (meeting.py)
     pause, start_weight_update,          for each push: chunks go to all of them at once (wire.py)
     update_weights, finish_weight_update
     fastkl_load                          loaded, and compared bit by bit (engine_worker.py)
     resume
 
-A group that has lost a member is of no use to the others: it is left, and a new one made of those that are there.
+A group that has lost a member is of no use to the others: it is left, and a new one made of those that are there. None
+of these calls fails in one worker and not in another: vLLM would take the answers to one call for those to the next.
 Left out: sending from several trainer processes; the first one sends what all of them gather.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -27,6 +27,7 @@ import torch
 from fastkl.errors import UserError
 from fastkl.rollout import meeting
 from fastkl.rollout.agreement import StaleEngineError
+from fastkl.rollout.asking import Failed, Unreached, ask, in_thread
 from fastkl.rollout.meeting import (
     Beacon,
     Group,
@@ -40,7 +41,7 @@ from fastkl.rollout.meeting import (
 )
 from fastkl.rollout.wire import Packed, unlike
 
-CONNECT_SECONDS, SLACK_SECONDS, LOAD_SECONDS = 5.0, 5.0, 600.0
+SLACK_SECONDS, LOAD_SECONDS = 5.0, 600.0
 
 NAMED = 4
 """Tensors that an error names; it counts the others."""
@@ -53,7 +54,6 @@ class Member:
     url: str
     instance: str
     num_ranks: int = 1  # workers, each of which takes part
-    trust_env: bool = False  # whether a proxy may lead there
 
 
 class Broken(Exception):
@@ -65,19 +65,11 @@ class Broken(Exception):
         self.lost, self.failed = dict(lost), dict(failed)
 
 
-class Unanswered(Exception):
-    """A server that cannot be reached."""
-
-
-class Failed(Exception):
-    """A server that answers that something has failed."""
-
-
 class Transfer:
     """Sends one run's weights. transport: gloo or nccl. name: the run's. device: where its policy is."""
 
-    def __init__(self, transport: str, name: str, device: torch.device, certificates: ssl.SSLContext) -> None:
-        self.transport, self.name, self.device, self._certificates = transport, name, device, certificates
+    def __init__(self, transport: str, name: str, device: torch.device) -> None:
+        self.transport, self.name, self.device = transport, name, device
         self.packed = Packed()
         self._members: tuple[Member, ...] = ()  # of the group
         self._group: Group | None = None
@@ -118,6 +110,7 @@ class Transfer:
 
     async def _meet(self, members: tuple[Member, ...]) -> None:
         """Makes a group of these. Ranks: the trainer, the workers of the first server, of the second, ..."""
+        await self._leave_servers(members)
         address = own_address([host_and_port(member.url) for member in members])
         store = Store(address)
         if self._beacon is None:
@@ -164,6 +157,9 @@ class Transfer:
             await self._each(members, "finish_weight_update", [{"weight_version": version}] * len(members))
             asked = {"method": "fastkl_load", "kwargs": kwargs}
             answers = await self._each(members, "collective_rpc", [asked] * len(members), seconds=LOAD_SECONDS)
+            pairs = zip(members, answers, strict=True)
+            if failed := {m.url: r["failed"] for m, answer in pairs for r in answer["results"] if r["failed"]}:
+                raise Broken({}, failed)
             for member, answer in zip(members, answers, strict=True):
                 for result in answer["results"]:
                     self._compare(member, result, step)
@@ -200,10 +196,14 @@ class Transfer:
         await asyncio.to_thread(send)
 
     async def _dismiss(self, members: Sequence[Member]) -> None:
+        """The same for servers some of which may be lost."""
+        with suppress(Broken):
+            await self._leave_servers(members)
+
+    async def _leave_servers(self, members: Sequence[Member]) -> None:
         """Has servers leave the group, and end an update that has been broken off."""
-        for path in ("finish_weight_update", "shutdown_weight_transfer_engine"):
-            with suppress(Broken):
-                await self._each(members, path)
+        asked = {"method": "fastkl_leave", "kwargs": {"sender": self.name}}
+        await self._each(members, "collective_rpc", [asked] * len(members))
 
     async def _each(
         self,
@@ -232,10 +232,8 @@ class Transfer:
             if not task.done():
                 task.cancel()
                 lost[member.url] = f"no answer to {path} in time"
-            elif isinstance(why := task.exception(), Unanswered):
-                lost[member.url] = str(why)
-            elif why is not None:
-                failed[member.url] = str(why)
+            elif (why := task.exception()) is not None:
+                (lost if isinstance(why, Unreached) else failed)[member.url] = str(why)
         await asyncio.gather(*tasks, return_exceptions=True)
         if lost or failed:
             raise Broken(lost, failed)
@@ -243,24 +241,10 @@ class Transfer:
 
     async def _post(self, member: Member, path: str, body: Mapping[str, Any]) -> Any:
         """A server's answer; how long that takes is watched elsewhere."""
-        import httpx
-
-        timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
-        options: dict[str, Any] = {"trust_env": member.trust_env, "verify": self._certificates}
-        try:
-            async with httpx.AsyncClient(timeout=timeout, **options) as client:
-                answer = await client.post(f"{member.url}/{path}", json=body)
-        except httpx.RequestError as failure:
-            raise Unanswered(f"{type(failure).__name__}: {str(failure).rstrip('.')}") from None
+        answer = await ask(member.url, path, body)
         if answer.status_code != 200:
             raise Failed(f"{path.partition('?')[0]} answered with status {answer.status_code}")
         return answer.json()
-
-
-def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of an async function, whether or not this thread runs an event loop already."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(function(*arguments))).result()
 
 
 def transport_of(abouts: Mapping[str, Mapping[str, Any]], wanted: str, device: torch.device) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""A server that is killed takes its engine's processes along."""
+"""A server that is killed takes its engine's processes along, and one whose engine is killed ends."""
 
 from __future__ import annotations
 
@@ -43,3 +43,26 @@ def test_an_engine_ends_with_a_server_that_is_killed_and_so_does_a_process_betwe
     while not all(map(is_over, pids)):
         assert time.monotonic() < deadline, "a process outlives the server"
         time.sleep(0.02)
+
+
+SERVER = """
+import multiprocessing, os, threading, time
+from fastkl.rollout import orphans
+
+orphans.GRACE_SECONDS = {grace}
+engine = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+engine.start()
+orphans.EndWithEngine(None)
+print(engine.pid, flush=True)
+threading.Event().wait({answered})
+"""
+
+
+@pytest.mark.parametrize(("answered", "code"), [(60, 1), (1, 0)])
+def test_a_server_that_waits_for_its_dead_engine_ends_and_one_that_does_not_ends_by_itself(answered, code):
+    """Of the latter the engine is dead, too, and it has more time than it needs."""
+    source = SERVER.format(grace=0.2 if code else 30, answered=answered)
+    server = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    os.kill(int(server.stdout.readline()), signal.SIGKILL)
+    assert server.wait(20) == code
+    assert ("the engine has ended, and so does its server" in server.stderr.read()) is bool(code)

@@ -13,6 +13,7 @@ import torch
 from several_processes import Processes, run_in
 from test_servers import PROMPTS, SAMPLING, VOCAB, ToyTokenizer, models_and_expected
 from test_servers import fakes as fakes  # a fixture
+from test_transfer import Networked, differing
 from threaded_world import Agreeing, in_threads
 
 from fastkl.config.settings import TrainConfig
@@ -30,10 +31,10 @@ from fastkl.storyteller import model_path
 CPU = torch.device("cpu")
 
 
-def asking(folder: Path, world: World, *servers) -> ServerGenerator:
+def asking(folder: Path, world: World, *servers, weights: str = "folder") -> ServerGenerator:
     return ServerGenerator(
         [fake.url for fake in servers], ToyTokenizer(), SAMPLING, vocab=VOCAB, dtype="float32", max_model_len=32,
-        folder=folder, note=lambda message: None, world=world,
+        folder=folder, weights=weights, note=lambda message: None, world=world,
     )  # fmt: skip
 
 
@@ -123,6 +124,66 @@ def test_a_push_that_fails_in_the_middle_leaves_no_process_gathering(monkeypatch
 
     assert said_by(3, lambda world: weight_sync.by_first(Policy(world), world, push)) == ["the disk is full"] * 3
     assert sorted(gathered) == sorted([*range(4)] * 3)
+
+
+def test_pieces_of_several_processes_reach_every_worker_of_every_server_over_the_network(tmp_path, monkeypatch):
+    """Each process has half of each tensor; the first of the servers has two workers, and one bit is lost on the way to
+    the second of them, after all is well."""
+    base, policy, requests, expected = models_and_expected()
+    halves = [{n: t.flatten().chunk(2)[rank] for n, t in policy.state_dict().items()} for rank in (0, 1)]
+
+    def gathered(world):
+        for name, tensor in policy.named_parameters():
+            parts = world.everybodys(halves[world.rank][name])
+            yield name, torch.cat(parts).view(tensor.shape)
+
+    class Held:
+        """A policy, as one process of two has it."""
+
+        def __init__(self, world):
+            self.world, self.config, self.parameters = world, policy.config, policy.parameters
+
+    monkeypatch.setattr(weight_sync, "is_sharded", lambda tensor: True)
+    monkeypatch.setattr(weight_sync, "checkpoint_weights", lambda held: gathered(held.world))
+    wide, other = Networked(base, workers=2), Networked(base)
+    taken = [receiver.take for receiver in wide.receivers]
+    came: list[dict] = []
+
+    def run(world: World):
+        generator = asking(tmp_path, world, wide, other, weights="network")
+        generator.sync(Held(world), 3)
+        drawn = generate(generator, requests, world)
+        if world.is_first:
+            wide.receivers[1].take = flipped
+        world.everybodys(None)
+        try:
+            with world.together():
+                generator.sync(Held(world), 4)
+        except StaleEngineError as failure:
+            return drawn, str(failure)
+        finally:
+            generator.close()
+
+    def kept(number):
+        came.append(taken[number]())
+        return came[-1]
+
+    def flipped():
+        tensors = dict(taken[1]())
+        tensors["model.norm.weight"].view(torch.int32)[3] ^= 1
+        return tensors
+
+    wide.receivers[0].take, wide.receivers[1].take = (lambda: kept(0)), (lambda: kept(1))
+    try:
+        found = in_threads(2, run, Agreeing)
+    finally:
+        wide.stop(), other.stop()
+    names = dict(policy.named_parameters())
+    assert len(came) >= 2 and all(torch.equal(tensors[name], names[name]) for tensors in came for name in names)
+    assert not differing(other.model, policy)
+    for drawn, said in found:
+        assert [c.token_ids for c in drawn] == [c.token_ids for c in expected]
+        assert f"{wide.url}: step 4: other weights came over the network than were sent: model.norm.weight; no" in said
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs

@@ -365,6 +365,7 @@ def test_the_server_listens_on_the_loopback_interface_and_its_log_probs_are_of_w
     assert pairs["--host"] == "127.0.0.1" and pairs["--logprobs-mode"] == "processed_logprobs"
     assert json.loads(pairs["--weight-transfer-config"]) == {"backend": "fastkl"}
     assert pairs["--generation-config"] == "vllm" and "--no-enable-prefix-caching" in words
+    assert pairs["--middleware"] == "fastkl.rollout.orphans.EndWithEngine"
     assert serve.worker_words((0, 31)) == ["--worker-extension-cls", "fastkl.rollout.engine_worker.FastklWorker"]
     given = serve.environment({"VLLM_CPU_KVCACHE_SPACE": "7"})
     assert given["VLLM_SERVER_DEV_MODE"] == "1" and given["VLLM_CPU_KVCACHE_SPACE"] == "7"
