@@ -126,6 +126,7 @@ def test_a_push_that_fails_in_the_middle_leaves_no_process_gathering(monkeypatch
     assert sorted(gathered) == sorted([*range(4)] * 3)
 
 
+@pytest.mark.slow
 def test_pieces_of_several_processes_reach_every_worker_of_every_server_over_the_network(tmp_path, monkeypatch):
     """Each process has half of each tensor; the first of the servers has two workers, and one bit is lost on the way to
     the second of them, after all is well."""

@@ -322,6 +322,7 @@ def test_servers_that_answer_and_never_come_end_the_run_with_a_sentence(networke
         generator.sync(toy_model(1, torch.float32), 1)
 
 
+@pytest.mark.slow
 def test_servers_whose_engines_die_within_pushes_are_lost_one_after_the_other_and_the_last_gets_the_weights(
     networked, asking
 ):
@@ -346,6 +347,7 @@ def test_servers_whose_engines_die_within_pushes_are_lost_one_after_the_other_an
     assert [c.token_ids for c in generator.generate(requests)] == [c.token_ids for c in expected]
 
 
+@pytest.mark.slow
 def test_a_server_of_two_workers_serves_on_after_a_push_that_broke_off_and_for_the_next_trainer(networked, asking):
     """No call fails there, since vLLM would then take answers for those to other calls."""
     base, policy = toy_model(0, torch.float32), toy_model(1, torch.float32)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tools.faults import damage, disks, folders, interruptions, runs, servers, table
+from tools.faults import damage, disks, folders, interruptions, runs, server_kills, servers, table
 from tools.faults.fault import Bench, Row
 
 FAULTS: dict[str, Callable[[Bench], Row | Iterable[Row]]] = {
@@ -32,6 +32,8 @@ FAULTS: dict[str, Callable[[Bench], Row | Iterable[Row]]] = {
     "files": damage.changed_files,
     "all-damaged": damage.both_damaged,
     "trainer-kills": servers.trainer_kills,
+    "server-kills": server_kills.server_kills,
+    "wide-server-kills": server_kills.wide_server_kills,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -39,6 +40,10 @@ class Bench:
             raise SystemExit(f"faults: two runs without a fault differ in {', '.join(differ)}.")
         shutil.rmtree(again)
         return cls(folder, seed, quick, whole, duration_s, trial, count)
+
+    def tell(self, words: str) -> None:
+        """How far a row has come whose trials take a minute each."""
+        print(f"         {words} ...", file=sys.stderr, flush=True)
 
     def random(self, name: str, trial: int) -> random.Random:
         """The random numbers of one trial: the same whichever trials come before it."""

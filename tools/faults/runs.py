@@ -115,6 +115,9 @@ def train(output: Path, *more: str, before: Callable[[], None] = lambda: None, j
             from fastkl.cli import main
 
             code = main(arguments)
+            from fastkl.distributed.start import launched
+
+            launched().close()
         except SystemExit as ending:
             code = int(ending.code or 0)
         except BaseException:

@@ -1,33 +1,58 @@
 """A trainer that draws ahead with a server of vLLM, and is killed while the server stays.
 
-It asks for one completion at a time, so that none depends on what is drawn beside it, and a run has to end bit for bit
-as the one that nothing has happened to. Besides, every completion is scored again with the saved weights of the version
-that it is said to be of, and with those of the next one.
+It asks a server for one completion at a time, so that none depends on what is drawn beside it, and a run has to end bit
+for bit as the one that nothing has happened to. Besides, every completion is scored again with the saved weights of the
+version that it is said to be of, and with those of the next one. server_kills.py kills servers in the same way.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
+import re
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fastkl.rollout.serve import environment
 from tools.faults import runs
 from tools.faults.fault import Bench, Row
 
 START_S, MAX_RUN_S = 600.0, 900.0
 PER_STEP = 8  # completions of a step of runs.JOB
+BURIED_S = 20.0  # how long a server's processes may take to end after it
+VICTIMS = {"server": "APIServer", "engine": "EngineCore", "worker": "Worker"}
+"""A server's processes, each started by the one before it, by what they are called in what they print."""
+
+SERVER_MODULES = (
+    *("vllm.entrypoints.launchers.api_server.entry", "vllm.v1.engine.async_llm", "vllm.v1.engine.core"),
+    *("vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker", "vllm.v1.sample.sampler"),
+    *("vllm.model_executor.models.registry", "vllm.model_executor.models.llama", "fastkl.rollout.engine_worker"),
+)
+
 GAP_NATS = 1e-4  # between the server's log-probs and those of the weights that it is said to have had, in float32
+
+
+def import_vllm() -> None:
+    """What a server of vLLM and its engine import, which takes longer than all that they do then."""
+    os.environ |= environment(os.environ)
+    for name in SERVER_MODULES:
+        import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(slots=True)
@@ -36,22 +61,40 @@ class Server:
 
     folder: Path
     port: int
-    process: subprocess.Popen[bytes] | None = None
+    tensor_parallel_size: int = 1
+    pid: int = 0
+    is_up: bool = False  # whether its own process lives, when that was looked at last
 
     @property
-    def job(self) -> tuple[str, ...]:
-        """The settings of a run that it draws for."""
-        ahead = ("--rollout-ahead", "1", "--importance", "sequence", "--save-every", "1", "--keep-checkpoints", "0")
-        there = ("--engines", f"http://127.0.0.1:{self.port}", "--engine-weights", "folder")
-        return (*runs.WORK, *there, "--lr", "2e-3", *ahead)
+    def url(self) -> str:
+        """Its address."""
+        return f"http://127.0.0.1:{self.port}"
 
-    def start(self) -> None:
-        """Starts it; it answers some half a minute later."""
-        words = [sys.executable, "-m", "fastkl", "serve", "storyteller", "--port", str(self.port), "--dtype", "float32"]
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [*words, "--max-model-len", "128"], stdout=log, stderr=log, start_new_session=True
-            )
+    @property
+    def log(self) -> Path:
+        """What it has printed."""
+        return self.folder / f"server-{self.port}.log"
+
+    def start(self, by_fork: bool = True) -> None:
+        """Starts it. by_fork: it and its engine are forks of this process, and answer in some ten seconds; otherwise
+        they import everything anew, as after the command."""
+        words = ["serve", "storyteller", "--port", str(self.port), "--dtype", "float32", "--max-model-len", "128"]
+        words += ["--tensor-parallel-size", str(self.tensor_parallel_size)]
+        sys.stdout.flush(), sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.setsid()
+                log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
+                if not by_fork:
+                    os.execv(sys.executable, [sys.executable, "-m", "fastkl", *words])
+                served_here(words)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        self.is_up = True
 
     def wait(self) -> None:
         """Until it answers."""
@@ -60,29 +103,92 @@ class Server:
             with socket.socket() as there:
                 if there.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
-            if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"faults: no server of vLLM has started; see {self.folder / 'server.log'}.")
+            if self.has_ended() or time.monotonic() > deadline:
+                raise SystemExit(f"faults: no server of vLLM has started:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.2)
+
+    def has_ended(self) -> bool:
+        """Whether its own process has."""
+        if self.is_up:
+            self.is_up = os.waitpid(self.pid, os.WNOHANG)[0] == 0
+        return not self.is_up
+
+    def pids_of(self, victim: str) -> list[int]:
+        """The numbers of its processes of a kind of VICTIMS."""
+        named = re.findall(rf"\({VICTIMS[victim]}\w* pid=(\d+)\)", self.log.read_text())
+        return sorted({*map(int, named)} & {*in_session(self.pid)})
+
+    def buried(self) -> list[str]:
+        """What is wrong with what is left of it once it has ended; whatever is left is ended."""
+        deadline = time.monotonic() + BURIED_S
+        while left := in_session(self.pid):
+            if time.monotonic() > deadline:
+                self.kill()
+                return [f"{len(left)} of the server's processes outlive it"]
+            time.sleep(0.05)
+        return []
 
     def kill(self) -> None:
         """Ends it, and all of its processes."""
-        if self.process is not None:
+        for pid in in_session(self.pid) if self.pid else ():
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+                os.kill(pid, signal.SIGKILL)
+        while not self.has_ended():
+            time.sleep(0.01)
+
+
+def served_here(words: Sequence[str]) -> None:
+    """`fastkl serve` in this process: where it would become vLLM's server, that is run here, and what that starts is a
+    fork of it."""
+    from fastkl.cli import main
+
+    def become(program: str, command: Sequence[str], given: Mapping[str, str]) -> None:
+        os.environ |= given
+        sys.argv = [program, *command[3:]]
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork
+    os.execve = become
+    main([*words])
+
+
+def in_session(session: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state not in "ZX":
+                found.append(int(path.parent.name))
+    return found
 
 
 @contextmanager
-def served(bench: Bench) -> Iterator[Server]:
-    """A server that answers, until the end of the row."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        server = Server(bench.folder, free.getsockname()[1])
-    server.start()
+def served(bench: Bench, count: int = 1, tensor_parallel_size: int = 1) -> Iterator[list[Server]]:
+    """Servers that answer, until the end of the row."""
+    with ExitStack() as stack:
+        free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        servers = [Server(bench.folder, there.getsockname()[1], tensor_parallel_size) for there in free]
+    import_vllm()
     try:
-        server.wait()
-        yield server
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait()
+        yield servers
     finally:
-        server.kill()
+        for server in servers:
+            server.kill()
+
+
+def job(servers: Sequence[Server], weights: str, max_new_tokens: int = 16) -> tuple[str, ...]:
+    """The settings of a run that they draw for. weights: the way that these take, network or folder."""
+    ahead = ("--rollout-ahead", "1", "--importance", "sequence", "--save-every", "1", "--keep-checkpoints", "0")
+    there = ("--engines", *(server.url for server in servers), "--engine-weights", weights)
+    work = [*runs.WORK]
+    work[work.index("--max-new-tokens") + 1] = str(max_new_tokens)
+    return (*work, *there, "--lr", "2e-3", *ahead)
 
 
 def asking_for_one() -> None:
@@ -94,17 +200,17 @@ def asking_for_one() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """The run with a server that nothing has happened to."""
+    """The run with servers that nothing has happened to."""
 
     output: Path
     duration_s: float
 
     @classmethod
-    def of(cls, bench: Bench, server: Server) -> Whole:
+    def of(cls, bench: Bench, run: Callable[[Path], runs.Child]) -> Whole:
         """Does it twice: two runs must be equal before a fault can show."""
         for name in ("served-again", "served"):
             output = bench.folder / name
-            child = finished(server, output)
+            child = run(output)
             duration_s = time.monotonic() - child.started
             if wrong := runs.damaged_beyond_one_line(child, (0,)) or proved(output):
                 raise SystemExit(f"faults: a run without a fault failed ({'; '.join(wrong)}):\n{child.text}")
@@ -114,9 +220,9 @@ class Whole:
         return cls(output, duration_s)
 
 
-def finished(server: Server, output: Path, *more: str) -> runs.Child:
-    """A run with the server, ended."""
-    return runs.finished(output, *more, before=asking_for_one, job=server.job, seconds=MAX_RUN_S)
+def finished(servers: Sequence[Server], output: Path, *more: str) -> runs.Child:
+    """A run with these servers, ended."""
+    return runs.finished(output, *more, before=asking_for_one, job=job(servers, "folder"), seconds=MAX_RUN_S)
 
 
 def trainer_kills(bench: Bench) -> Row:
@@ -125,43 +231,44 @@ def trainer_kills(bench: Bench) -> Row:
         "SIGKILL of a trainer whose server stays",
         "kill -9 at a uniform moment of a run that draws ahead with a server of vLLM, 3 in 10 again after --resume",
     )
-    if _skipped(row, bench):
+    if skipped(row, bench):
         return row
-    with served(bench) as server:
-        whole = Whole.of(bench, server)
+    with served(bench) as servers:
+        whole = Whole.of(bench, lambda output: finished(servers, output))
         for trial in bench.trials():
             if row.runs >= bench.times(20, 1):
                 break
-            trainer_killed(bench, row, trial, server, whole)
+            trainer_killed(bench, row, trial, servers, whole)
         bench.clear(whole.output)
     row.outcome = "ends bit for bit like an uninterrupted run, every completion by the weights one update before"
     return row
 
 
-def trainer_killed(bench: Bench, row: Row, trial: int, server: Server, whole: Whole) -> None:
+def trainer_killed(bench: Bench, row: Row, trial: int, servers: Sequence[Server], whole: Whole) -> None:
     """One run that is killed, once or more often."""
     rng, output = bench.random("trainer kills", trial), bench.output("trainer-kill", trial)
     moments: list[str] = []
     while not moments or rng.random() < 0.3:
         moment_s = rng.random() * whole.duration_s
         more = ["--resume"] * (output / "config.yaml").is_file()
-        child = runs.train(output, *more, before=asking_for_one, job=server.job)
+        child = runs.train(output, *more, before=asking_for_one, job=job(servers, "folder"))
         if child.until(moment_s):
             break  # it was over already
         child.send(signal.SIGKILL)
         child.wait()
         row.runs += 1
         moments.append(f"{moment_s:.3f} s")
-    child = finished(server, output, "--resume")
+    child = finished(servers, output, "--resume")
     if child.code == 2 and "start without --resume" in child.text:
-        child = finished(server, output)
+        child = finished(servers, output)
     wrong = runs.damaged_beyond_one_line(child, (0,)) or runs.differences(output, whole.output) or proved(output)
     row.failed(trial, f"killed after {', '.join(moments)}", wrong)
+    bench.tell(f"{row.runs} trainers killed")
     if not wrong:
         bench.clear(output)
 
 
-def _skipped(row: Row, bench: Bench) -> bool:
+def skipped(row: Row, bench: Bench) -> bool:
     """Whether no engine can be started, or none is worth it."""
     if find_spec("vllm") is None:
         row.skipped = "vLLM is not installed"
