@@ -35,14 +35,11 @@ FAMILIES = ("divergences", "gradient in the forward", "half precision", "strided
 
 COVERING = {
     "heads {'support': 'all three', 'softcap': 4.0, 'bias': True, 'per_row_temperature': True, 'num_rows': 9}",
-    "heads {'support': 'top_p', 'reference': False, 'num_rows': 9}",
     "heads {'support': 'banned', 'reference': False, 'num_rows': 9}",
-    "heads {'support': 'recorded', 'seed': 3, 'num_rows': 9}",
     "heads {'support': 'top_k', 'mask': 'some', 'per_row_temperature': True, 'num_rows': 9}",
     "heads {'support': 'top_p', 'vocab': 1, 'num_rows': 9}",
-    "divergences {}",
     "divergences {'reference': False}",
-    "divergences {'softcap': 4.0, 'bias': True, 'per_row_temperature': True, 'support': 'banned', 'num_rows': 9}",
+    "divergences {'softcap': 4.0, 'bias': True, 'per_row_temperature': True, 'support': 'top_k', 'num_rows': 4}",
     "divergences {'support': 'all three', 'seed': 3, 'num_rows': 9}",
     "excluded logits with divergences on support none",
     "gradient in the forward, mask some, support None",
@@ -188,11 +185,11 @@ BANS = {"banned_ids": torch.tensor([7, 299]), "banned_rows": torch.tensor([1, 1,
         pytest.param(flat_logits, {"top_p": 0.9}, 0, marks=REST),  # two hundred ids are kept: pivots, sums apart
         pytest.param(flat_logits, {"top_p": torch.tensor([0.9, 1.0, 0.02, 1.5, 0.3, 0.999])}, 0, marks=REST),
         pytest.param(flat_logits, {"top_k": torch.tensor([0, 3, 300, 1, 7, -1])}, 0, marks=REST),
-        (flat_logits, {"top_k": 200}, 6),  # more than the lanes: no bound, a list that is too long
+        pytest.param(flat_logits, {"top_k": 200}, 6, marks=REST),  # more than the lanes: no bound
         pytest.param(flat_logits, {"top_p": 0.9, **BANS}, 0, marks=REST),
         pytest.param(tied_logits, {"top_k": 5}, 0, marks=REST),
         pytest.param(tied_logits, {"top_p": 0.5}, None, marks=REST),  # equal logits are cut where the definition's are
-        (tied_logits, {"min_p": 0.05, "top_k": 4, "top_p": 0.7}, None),
+        pytest.param(tied_logits, {"min_p": 0.05, "top_k": 4, "top_p": 0.7}, None, marks=REST),
         pytest.param(tied_logits, {"top_k": 5, "ties": "lowest_ids"}, 0, marks=REST),
         pytest.param(tied_logits, {"top_p": 0.5, "ties": "lowest_ids"}, 0, marks=REST),
         pytest.param(flat_logits, {"top_p": 0.9, "ties": "lowest_ids", **BANS}, 0, marks=REST),

@@ -205,6 +205,7 @@ APART: list[dict] = [
     {},
     {"reference": False},
     {**MIXED, "support": "banned", **SIZED},
+    {**MIXED, "support": "top_k", "num_rows": 4},
     {"scale": 300.0},
     {"hot": True, "scale": 20.0, "mask": "some"},
     *({"support": name, "seed": 3, **SIZED} for name in ("top_k", "all three", "recorded")),
