@@ -1,22 +1,24 @@
 """SmolLM2-135M-Instruct learns to add, with fastkl and with TRL's RLOOTrainer: seconds per step and reward per step.
 
     python bench/real/model.py MODEL
-    python bench/real/against_trl.py MODEL [--steps 4] [--rounds 3]         seconds per step, in turn
-    python bench/real/against_trl.py MODEL --steps 25 --rounds 1 --seeds 0 1 2      reward curves
+    python bench/real/against_trl.py MODEL [--steps 6] [--seeds 0 1 2] [--task sums]
+    python bench/real/against_trl.py --picture     draws docs/against_trl.png from the file; needs Chromium
 
 Both get the same model (float32 weights; bfloat16 products where the processor is fast at them), prompts, reward, 6
-prompts x 8 samples x 24 new tokens, learning rate, KL coefficient and clipping. Every run is a process of its own, one
-after another. The time of a step is the wall time between the ends of two steps, logging included; the first two steps
-do not count. TRL generates with transformers, since its vLLM mode needs a GPU. Writes
-bench/results/real_against_trl.json as it goes.
+prompts x 8 samples x 16 new tokens, learning rate, KL coefficient and clipping. Every run is a process of its own, one
+after another, fastkl and TRL in turn, and each seed gives one of both. The time of a step is the wall time between the
+ends of two steps, logging included; the first two steps do not count. TRL generates with transformers, since its vLLM
+mode needs a GPU. Writes bench/results/cpu/real_against_trl.json as it goes.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import resource
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,8 +28,8 @@ import torch
 from bench import common
 from bench.real import task
 
-B, K, T = 6, 8, 24
-LR, BETA = 2e-5, 0.05
+B, K, T = 6, 8, 16
+LR, BETA = 3e-5, 0.05
 NUM_QUESTIONS = 2000
 
 
@@ -43,14 +45,14 @@ def in_bfloat16() -> bool:
     return bfloat16_is_fast(torch.device("cpu"))
 
 
-def fastkl_run(model: str, steps: int, seed: int) -> dict[str, Any]:
+def fastkl_run(model: str, chosen: str, steps: int, seed: int) -> dict[str, Any]:
     """`fastkl train`."""
     from fastkl import TrainConfig, train
 
     seen = common.Steps()
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "questions.jsonl"
-        task.write_questions(prompts, NUM_QUESTIONS, seed=1)
+        task.write_questions(prompts, chosen, NUM_QUESTIONS, seed=1)
         train(
             TrainConfig(
                 model=model, prompts=str(prompts), reward=(f"{task.__file__}:right",), kl_coef=BETA, lr=LR,
@@ -65,7 +67,7 @@ def fastkl_run(model: str, steps: int, seed: int) -> dict[str, Any]:
     return {"step_s": common.step_seconds(seen.ends), "rewards": rewards, "peak_gib": peak_gib(), "stages": stages}
 
 
-def trl_run(model: str, steps: int, seed: int) -> dict[str, Any]:
+def trl_run(model: str, chosen: str, steps: int, seed: int) -> dict[str, Any]:
     """TRL's RLOOTrainer, all 48 sequences at a time."""
     rewards: list[float] = []
 
@@ -74,7 +76,7 @@ def trl_run(model: str, steps: int, seed: int) -> dict[str, Any]:
         rewards.append(fmean(values))
         return values
 
-    rows = task.questions(NUM_QUESTIONS, seed=1)
+    rows = task.questions(chosen, NUM_QUESTIONS, seed=1)
     prompts, answers = ([row[name] for row in rows] for name in ("prompt", "answer"))
     with tempfile.TemporaryDirectory() as folder:
         trainer, ends = common.trl_run(
@@ -89,23 +91,63 @@ def trl_run(model: str, steps: int, seed: int) -> dict[str, Any]:
 CONTENDERS = {"fastkl": fastkl_run, "trl": trl_run}
 
 
+def curve(runs: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """The mean reward of each step over the runs, and its standard error over them."""
+    by_step = list(zip(*(run["rewards"] for run in runs), strict=True))
+    return [fmean(step) for step in by_step], [statistics.stdev(step) / len(step) ** 0.5 for step in by_step]
+
+
+def apart(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> list[float]:
+    """How far the two curves are apart at each step, in standard errors of their difference.
+
+    The errors of single steps come from few runs and are themselves uncertain, so that one error holds for all steps:
+    the root of the mean of their squares.
+    """
+    (mean, error), (mean2, error2) = curve(ours), curve(theirs)
+    whole = fmean(a * a + b * b for a, b in zip(error, error2, strict=True)) ** 0.5
+    return [(a - b) / whole for a, b in zip(mean, mean2, strict=True)]
+
+
+def picture(found: dict[str, Any], output: Path) -> None:
+    """Both curves with bands of one standard error, as a PNG."""
+    from bench.training.pictures import screenshot
+    from fastkl.report.charts import line_chart
+    from fastkl.report.svg import Series
+
+    series = []
+    for number, (name, label) in enumerate({"fastkl": "fastkl", "trl": "TRL's RLOOTrainer"}.items()):
+        mean, error = curve(found["results"][name])
+        series.append(Series(label, list(range(1, len(mean) + 1)), mean, number, spread=error))
+    chart = line_chart(
+        series, title="reward by step", y_label="answers that are right", share=True, width=860, height=380
+    )
+    screenshot(f"<figure>{chart}</figure>", output, height=430)
+
+
 def main() -> None:
-    p = common.parser(__doc__, "real_against_trl.json")
-    p.add_argument("model", type=Path)
-    p.add_argument("--steps", type=int, default=4, help="counted steps of a run")
-    p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--seeds", type=int, nargs="+", default=[0])
+    p = common.parser(__doc__, "cpu/real_against_trl.json")
+    p.add_argument("model", type=Path, nargs="?")
+    p.add_argument("--task", choices=tuple(task.TASKS), default="sums")
+    p.add_argument("--steps", type=int, default=6, help="counted steps of a run")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--only", nargs="+", choices=tuple(CONTENDERS), default=tuple(CONTENDERS))
+    p.add_argument("--picture", action="store_true")
     given = p.parse_args()
+    if given.picture:
+        found = json.loads(given.output.read_text())
+        print("apart, in standard errors:", [round(z, 1) for z in apart(*found["results"].values())])
+        return picture(found, common.ROOT / "docs" / "against_trl.png")
+    if given.model is None:
+        p.error("name the folder of the model")
     job = {
-        "prompts": B, "samples": K, "new_tokens": T, "lr": LR, "kl_coef": BETA, "task": {"chain_sum": task.TASK},
+        "prompts": B, "samples": K, "new_tokens": T, "lr": LR, "kl_coef": BETA, "task": task.TASKS[given.task],
         "trl": importlib.metadata.version("trl"), "seeds": given.seeds, "bfloat16": in_bfloat16(),
     }  # fmt: skip
-    seeds = iter([seed for _ in range(given.rounds) for seed in given.seeds for _ in given.only])
+    seeds = iter([seed for seed in given.seeds for _ in given.only])
     common.take_turns(
         given.only,
-        given.rounds * len(given.seeds),
-        lambda name: common.run_alone(CONTENDERS[name], str(given.model), given.steps, next(seeds)),
+        len(given.seeds),
+        lambda name: common.run_alone(CONTENDERS[name], str(given.model), given.task, given.steps, next(seeds)),
         lambda name, runs: (
             f"{name:7} {statistics.median(s for run in runs for s in run['step_s']):6.2f} s per step, "
             f"{max(run['peak_gib'] for run in runs):.1f} GiB, rewards {[round(r, 2) for r in runs[-1]['rewards']]}"

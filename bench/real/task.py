@@ -1,4 +1,4 @@
-"""The task of the comparisons: sums of two numbers from reasoning-gym, as chat prompts with their answers."""
+"""The tasks of the comparisons, from reasoning-gym: chat prompts with their answers, and rewards."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-TASK: dict[str, Any] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sums": (
+        "basic_arithmetic",
+        {"operators": ["+"], "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2,
+         "allow_parentheses": False, "allow_negation": False},
+    ),
+    "differences": ("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
+}  # fmt: skip
+"""Sums of two numbers; sums and differences of two. Each is a task of reasoning-gym and its options."""
 
 
-def questions(size: int, seed: int) -> list[dict[str, Any]]:
+def questions(task: str, size: int, seed: int) -> list[dict[str, Any]]:
     """Rows with the columns `prompt` (chat messages) and `answer`."""
     import reasoning_gym
 
+    name, options = TASKS[task]
     return [
         {"prompt": [{"role": "user", "content": entry["question"]}], "answer": entry["answer"]}
-        for entry in reasoning_gym.create_dataset("chain_sum", size=size, seed=seed, **TASK)
+        for entry in reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
     ]
 
 
@@ -46,6 +55,6 @@ def _digits(number: str, expected: str) -> float:
     return 0.5 * same / max(len(number), len(expected))
 
 
-def write_questions(path: Path, size: int, seed: int) -> None:
+def write_questions(path: Path, task: str, size: int, seed: int) -> None:
     """The rows as a JSONL file."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in questions(size, seed)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in questions(task, size, seed)))
