@@ -60,6 +60,12 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Http(ThreadingHTTPServer):
+    """All requests of a step may connect at once: the system refuses none for a second, as it does beyond a queue."""
+
+    request_queue_size = 128
+
+
 class Fake:
     """A server with weights of its own. `dies_at`: the request that it dies at."""
 
@@ -76,7 +82,7 @@ class Fake:
     def start(self):
         """With the weights that it began with, as a new process."""
         self.replace_process()
-        self.http = ThreadingHTTPServer((self.host, self.port), Handler)
+        self.http = Http((self.host, self.port), Handler)
         self.http.fake, self.http.daemon_threads, self.port = self, True, self.http.server_port
         self.url = f"http://{self.host}:{self.port}"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
