@@ -1,14 +1,14 @@
 """SmolLM2-135M-Instruct learns to add, with fastkl and with TRL's RLOOTrainer: seconds per step and reward per step.
 
     python bench/real/model.py MODEL
-    python bench/real/against_trl.py MODEL [--steps 6] [--seeds 0 1 2] [--task sums]
+    python bench/real/against_trl.py MODEL [--seeds 0 1 2] [--task sums] [--new-tokens 16]
     python bench/real/against_trl.py --picture     draws docs/against_trl.png from the file; needs Chromium
 
 Both get the same model (float32 weights; bfloat16 products where the processor is fast at them), prompts, reward, 6
-prompts x 8 samples x 16 new tokens, learning rate, KL coefficient and clipping. Every run is a process of its own, one
-after another, fastkl and TRL in turn, and each seed gives one of both. The time of a step is the wall time between the
-ends of two steps, logging included; the first two steps do not count. TRL generates with transformers, since its vLLM
-mode needs a GPU. Writes bench/results/cpu/real_against_trl.json as it goes.
+prompts x 8 samples, learning rate, KL coefficient and clipping. Every run is a process of its own, fastkl and TRL in
+turn, and each seed gives one of both. The time of a step is the wall time between the ends of two steps, logging
+included; the first two steps do not count. TRL generates with transformers, since its vLLM mode needs a GPU. Writes
+bench/results/cpu/real_against_trl.json as it goes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from bench import common
 from bench.real import task
 
-B, K, T = 6, 8, 16
+B, K = 6, 8
 LR, BETA = 3e-5, 0.05
 NUM_QUESTIONS = 2000
 
@@ -45,7 +45,7 @@ def in_bfloat16() -> bool:
     return bfloat16_is_fast(torch.device("cpu"))
 
 
-def fastkl_run(model: str, chosen: str, steps: int, seed: int) -> dict[str, Any]:
+def fastkl_run(model: str, chosen: str, new_tokens: int, steps: int, seed: int) -> dict[str, Any]:
     """`fastkl train`."""
     from fastkl import TrainConfig, train
 
@@ -57,7 +57,7 @@ def fastkl_run(model: str, chosen: str, steps: int, seed: int) -> dict[str, Any]
             TrainConfig(
                 model=model, prompts=str(prompts), reward=(f"{task.__file__}:right",), kl_coef=BETA, lr=LR,
                 warmup_steps=0, lr_decay="constant", steps=steps + common.WARM_UP_STEPS, prompts_per_step=B,
-                num_samples=K, max_new_tokens=T, dtype="auto", seed=seed, save_every=0, sample_every=0,
+                num_samples=K, max_new_tokens=new_tokens, dtype="auto", seed=seed, save_every=0, sample_every=0,
                 report_to=(), output=f"{folder}/run",
             ),
             callbacks=[seen],
@@ -67,7 +67,7 @@ def fastkl_run(model: str, chosen: str, steps: int, seed: int) -> dict[str, Any]
     return {"step_s": common.step_seconds(seen.ends), "rewards": rewards, "peak_gib": peak_gib(), "stages": stages}
 
 
-def trl_run(model: str, chosen: str, steps: int, seed: int) -> dict[str, Any]:
+def trl_run(model: str, chosen: str, new_tokens: int, steps: int, seed: int) -> dict[str, Any]:
     """TRL's RLOOTrainer, all 48 sequences at a time."""
     rewards: list[float] = []
 
@@ -81,7 +81,7 @@ def trl_run(model: str, chosen: str, steps: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer, ends = common.trl_run(
             Path(model), prompts, logged, steps, columns={"answer": answers},
-            output_dir=folder, per_device_train_batch_size=B * K, num_generations=K, max_completion_length=T,
+            output_dir=folder, per_device_train_batch_size=B * K, num_generations=K, max_completion_length=new_tokens,
             learning_rate=LR, lr_scheduler_type="constant", temperature=1.0, bf16=in_bfloat16(), seed=seed,
         )  # fmt: skip
         trainer.train()
@@ -128,6 +128,7 @@ def main() -> None:
     p = common.parser(__doc__, "cpu/real_against_trl.json")
     p.add_argument("model", type=Path, nargs="?")
     p.add_argument("--task", choices=tuple(task.TASKS), default="sums")
+    p.add_argument("--new-tokens", type=int, default=16)
     p.add_argument("--steps", type=int, default=6, help="counted steps of a run")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--only", nargs="+", choices=tuple(CONTENDERS), default=tuple(CONTENDERS))
@@ -140,14 +141,17 @@ def main() -> None:
     if given.model is None:
         p.error("name the folder of the model")
     job = {
-        "prompts": B, "samples": K, "new_tokens": T, "lr": LR, "kl_coef": BETA, "task": task.TASKS[given.task],
-        "trl": importlib.metadata.version("trl"), "seeds": given.seeds, "bfloat16": in_bfloat16(),
+        "prompts": B, "samples": K, "new_tokens": given.new_tokens, "lr": LR, "kl_coef": BETA,
+        "task": task.TASKS[given.task], "trl": importlib.metadata.version("trl"), "seeds": given.seeds,
+        "bfloat16": in_bfloat16(),
     }  # fmt: skip
     seeds = iter([seed for seed in given.seeds for _ in given.only])
     common.take_turns(
         given.only,
         len(given.seeds),
-        lambda name: common.run_alone(CONTENDERS[name], str(given.model), given.task, given.steps, next(seeds)),
+        lambda name: common.run_alone(
+            CONTENDERS[name], str(given.model), given.task, given.new_tokens, given.steps, next(seeds)
+        ),
         lambda name, runs: (
             f"{name:7} {statistics.median(s for run in runs for s in run['step_s']):6.2f} s per step, "
             f"{max(run['peak_gib'] for run in runs):.1f} GiB, rewards {[round(r, 2) for r in runs[-1]['rewards']]}"
