@@ -4,7 +4,7 @@
     python bench/real/against_trl.py MODEL [--seeds 0 1 2] [--task sums] [--new-tokens 16]
     python bench/real/against_trl.py --picture     draws docs/against_trl.png from the file; needs Chromium
 
-Both get the same model (float32 weights; bfloat16 products where the processor is fast at them), prompts, reward, 6
+Both get the same model (float32 weights; bfloat16 products where the processor is fast at them), questions in the same order, reward, 6
 prompts x 8 samples, learning rate, KL coefficient and clipping. Every run is a process of its own, fastkl and TRL in
 turn, and each seed gives one of both. The time of a step is the wall time between the ends of two steps, logging
 included; the first two steps do not count. TRL generates with transformers, since its vLLM mode needs a GPU. Writes
@@ -45,6 +45,13 @@ def in_bfloat16() -> bool:
     return bfloat16_is_fast(torch.device("cpu"))
 
 
+def in_order(chosen: str, seed: int) -> list[dict[str, Any]]:
+    """The questions in the order in which both take them: that in which TRL's own sampler would, with this seed. Some
+    steps have harder questions than others, and few steps would not average that out."""
+    rows = task.questions(chosen, NUM_QUESTIONS, seed=1)
+    return [rows[at] for at in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()]
+
+
 def fastkl_run(model: str, chosen: str, new_tokens: int, steps: int, seed: int) -> dict[str, Any]:
     """`fastkl train`."""
     from fastkl import TrainConfig, train
@@ -52,10 +59,10 @@ def fastkl_run(model: str, chosen: str, new_tokens: int, steps: int, seed: int) 
     seen = common.Steps()
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "questions.jsonl"
-        task.write_questions(prompts, chosen, NUM_QUESTIONS, seed=1)
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in in_order(chosen, seed)))
         train(
             TrainConfig(
-                model=model, prompts=str(prompts), reward=(f"{task.__file__}:right",), kl_coef=BETA, lr=LR,
+                model=model, prompts=str(prompts), shuffle=False, reward=(f"{task.__file__}:right",), kl_coef=BETA, lr=LR,
                 warmup_steps=0, lr_decay="constant", steps=steps + common.WARM_UP_STEPS, prompts_per_step=B,
                 num_samples=K, max_new_tokens=new_tokens, dtype="auto", seed=seed, save_every=0, sample_every=0,
                 report_to=(), output=f"{folder}/run",
@@ -76,13 +83,14 @@ def trl_run(model: str, chosen: str, new_tokens: int, steps: int, seed: int) -> 
         rewards.append(fmean(values))
         return values
 
-    rows = task.questions(chosen, NUM_QUESTIONS, seed=1)
+    rows = in_order(chosen, seed)
     prompts, answers = ([row[name] for row in rows] for name in ("prompt", "answer"))
     with tempfile.TemporaryDirectory() as folder:
         trainer, ends = common.trl_run(
             Path(model), prompts, logged, steps, columns={"answer": answers},
             output_dir=folder, per_device_train_batch_size=B * K, num_generations=K, max_completion_length=new_tokens,
             learning_rate=LR, lr_scheduler_type="constant", temperature=1.0, bf16=in_bfloat16(), seed=seed,
+            shuffle_dataset=False,
         )  # fmt: skip
         trainer.train()
     return {"step_s": common.step_seconds(ends), "rewards": rewards, "peak_gib": peak_gib()}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,8 +51,3 @@ def _digits(number: str, expected: str) -> float:
         return 1.0
     same = sum(a == b for a, b in zip(reversed(number), reversed(expected), strict=False))
     return 0.5 * same / max(len(number), len(expected))
-
-
-def write_questions(path: Path, task: str, size: int, seed: int) -> None:
-    """The rows as a JSONL file."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in questions(task, size, seed)))
