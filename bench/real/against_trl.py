@@ -4,11 +4,11 @@
     python bench/real/against_trl.py MODEL [--seeds 0 1 2] [--task sums] [--new-tokens 16]
     python bench/real/against_trl.py --picture     draws docs/against_trl.png from the file; needs Chromium
 
-Both get the same model (float32 weights; bfloat16 products where the processor is fast at them), questions in the same order, reward, 6
-prompts x 8 samples, learning rate, KL coefficient and clipping. Every run is a process of its own, fastkl and TRL in
-turn, and each seed gives one of both. The time of a step is the wall time between the ends of two steps, logging
-included; the first two steps do not count. TRL generates with transformers, since its vLLM mode needs a GPU. Writes
-bench/results/cpu/real_against_trl.json as it goes.
+Both get the same model (float32 weights; bfloat16 products where the processor is fast at them), questions in the same
+order, reward, 6 prompts x 8 samples, learning rate, KL coefficient and clipping. Every run is a process of its own,
+fastkl and TRL in turn, and each seed gives one of both. The time of a step is the wall time between the ends of two
+steps, logging included; the first two steps do not count. TRL generates with transformers, since its vLLM mode needs a
+GPU. Writes bench/results/cpu/real_against_trl.json as it goes.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def fastkl_run(model: str, chosen: str, new_tokens: int, steps: int, seed: int) 
         prompts.write_text("".join(json.dumps(row) + "\n" for row in in_order(chosen, seed)))
         train(
             TrainConfig(
-                model=model, prompts=str(prompts), shuffle=False, reward=(f"{task.__file__}:right",), kl_coef=BETA, lr=LR,
-                warmup_steps=0, lr_decay="constant", steps=steps + common.WARM_UP_STEPS, prompts_per_step=B,
-                num_samples=K, max_new_tokens=new_tokens, dtype="auto", seed=seed, save_every=0, sample_every=0,
+                model=model, prompts=str(prompts), shuffle=False, reward=(f"{task.__file__}:right",), kl_coef=BETA,
+                lr=LR, warmup_steps=0, lr_decay="constant", steps=steps + common.WARM_UP_STEPS,
+                prompts_per_step=B, num_samples=K, max_new_tokens=new_tokens, dtype="auto", seed=seed, save_every=0, sample_every=0,
                 report_to=(), output=f"{folder}/run",
             ),
             callbacks=[seen],
