@@ -64,8 +64,8 @@ def fastkl_run(model: str, chosen: str, new_tokens: int, steps: int, seed: int) 
             TrainConfig(
                 model=model, prompts=str(prompts), shuffle=False, reward=(f"{task.__file__}:right",), kl_coef=BETA,
                 lr=LR, warmup_steps=0, lr_decay="constant", steps=steps + common.WARM_UP_STEPS,
-                prompts_per_step=B, num_samples=K, max_new_tokens=new_tokens, dtype="auto", seed=seed, save_every=0, sample_every=0,
-                report_to=(), output=f"{folder}/run",
+                prompts_per_step=B, num_samples=K, max_new_tokens=new_tokens, dtype="auto", seed=seed,
+                save_every=0, sample_every=0, report_to=(), output=f"{folder}/run",
             ),
             callbacks=[seen],
         )  # fmt: skip
