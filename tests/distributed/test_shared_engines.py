@@ -197,8 +197,8 @@ class Worker:
 
 
 def loaded(folder, places: tuple[int, ...], fault: str = "") -> list[tuple[str, str]]:
-    """(version, error) of three loads, as the workers of one server say; the last of them has the fault in the second one. places: the
-    half that each holds."""
+    """(version, error) of three loads, as the workers of one server say; the last of them has the fault in the
+    second one. places: the half that each holds."""
 
     def run(world) -> list[dict[str, str]]:
         worker, said = Worker(places[world.rank]), []
