@@ -35,28 +35,23 @@ def drawn(*, drift=0.6, top_k=0, min_tokens=0, engine_noise=0.0, engine_bias=Non
     ref = noise(1.0, LENGTH, VOCAB)
     move = noise(drift, LENGTH, VOCAB)
     move[:, END] += 3.0 * (min_tokens > 0)
+    step = 1 + torch.arange(NUM) * steps // NUM
+    policy = ref + move * ((step - 1) / max(1, steps - 1))[:, None, None]  # f64 [NUM, LENGTH, VOCAB]
+    engine = policy + noise(engine_noise, NUM, LENGTH, VOCAB)
+    if engine_bias is not None:
+        engine = ref + (engine - ref) * engine_bias
+    if top_k:
+        engine = engine.masked_fill(engine < engine.topk(top_k).values[..., -1:], -torch.inf)
+    engine[:, :min_tokens, END] = -torch.inf
+    drawn = torch.multinomial(engine.softmax(-1).flatten(0, 1), 1, generator=g).view(NUM, LENGTH, 1)
+    seen = policy + noise(dropout, NUM, LENGTH, VOCAB), ref + noise(dropout, NUM, LENGTH, VOCAB), engine
+    columns = [drawn[..., 0], *(table.log_softmax(-1).gather(-1, drawn)[..., 0] for table in seen)]
     rows = []
-    for i in range(NUM):
-        step = 1 + i * steps // NUM
-        policy = ref + move * (step - 1) / max(1, steps - 1)
-        row = {"logprobs": [], "ref_logprobs": [], "sampler_logprobs": [], "token_ids": [], "step": step}
-        for t in range(LENGTH):
-            engine = policy[t] + noise(engine_noise, VOCAB)
-            if engine_bias is not None:
-                engine = ref[t] + (engine - ref[t]) * engine_bias
-            if top_k:
-                engine = engine.masked_fill(engine < engine.topk(top_k).values[-1], -torch.inf)
-            if t < min_tokens:
-                engine = engine.index_fill(0, torch.tensor([END]), -torch.inf)
-            y = int(torch.multinomial(engine.softmax(0), 1, generator=g))
-            row["token_ids"].append(y)
-            row["sampler_logprobs"].append(float(engine.log_softmax(0)[y]))
-            row["logprobs"].append(float((policy[t] + noise(dropout, VOCAB)).log_softmax(0)[y]))
-            row["ref_logprobs"].append(float((ref[t] + noise(dropout, VOCAB)).log_softmax(0)[y]))
-            if y == END:
-                break
-        row["finish_reason"] = "stop" if row["token_ids"][-1] == END else "length"
-        rows.append(row)
+    for at, (token_ids, *logprobs) in zip(step.tolist(), zip(*(x.tolist() for x in columns), strict=True), strict=True):
+        length = token_ids.index(END) + 1 if END in token_ids else LENGTH
+        names = ("token_ids", "logprobs", "ref_logprobs", "sampler_logprobs")
+        row = {name: x[:length] for name, x in zip(names, (token_ids, *logprobs), strict=True)}
+        rows.append(row | {"step": at, "finish_reason": "stop" if row["token_ids"][-1] == END else "length"})
     return json.dumps(rows)
 
 

@@ -72,6 +72,7 @@ def test_jsonl_gives_prompts_columns_and_line_numbers(tokenizer, tmp_path):
     assert [p.columns for p in prompts] == [{"level": 1}, {"level": None}, {"level": 3}]
 
 
+@pytest.mark.slow
 def test_every_kind_of_data_set_gives_the_same_prompts(tokenizer, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow
 from several_processes import run_in
 from toy import toy_model
 
@@ -28,9 +29,9 @@ def saved(folder: Path, files: int = 1, dtype: torch.dtype = torch.float32, **op
     return str(folder)
 
 
-@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("files", [*slow(1), 3])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [*slow(torch.float32), torch.bfloat16])
 def test_a_model_that_is_filled_is_the_model_that_is_loaded(files, tied, dtype, tmp_path):
     source = saved(tmp_path, files, dtype, tie_word_embeddings=tied)
     one, other = models.load_model(source, CPU), models.load_model(source, META)

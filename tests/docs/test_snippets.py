@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cases import slow_where
 from packaging.requirements import Requirement
 from pages import PAGES, ROOT, Snippet, commands, snippets
 from torch.distributed.run import get_args_parser
@@ -152,12 +153,10 @@ def test_what_a_command_prints_is_what_the_page_shows(snippet, page_folder, caps
 
 
 CASES = sorted({(page, command) for page in PAGES for command in commands(page)})
-SLOW = "TRITON_INTERPRET=1"  # what runs in a process of its own
+FIRST = ("README.md", "CONTRIBUTING.md", "install.md", "first-run.md", "your-own.md", "recipes.md")  # pages
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] if SLOW in case[1] else []) for case in CASES], ids=place
-)
+@pytest.mark.parametrize("case", slow_where(lambda case: case[0].name not in FIRST, CASES), ids=place)
 def test_commands_are_understood(case, page_folder, monkeypatch):
     page, line = case
     folder = page_folder(page)
@@ -358,7 +357,7 @@ def test_the_pages_server_gives_rewards(page_folder):
     score = importlib.import_module("score_server").Score
     score.log_message = lambda *arguments: None
     server = ThreadingHTTPServer(("127.0.0.1", 0), score)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     rewards = load_rewards([f"http://127.0.0.1:{server.server_port}/score"], None)
     completions = [Completion((1,), (0.0,), "stop", text) for text in ("it is 51", "it is 50")]
     result = compute_rewards(rewards, [Prompt((1,), "p", "p", 1, {"answer": "51"})], [completions], step=1)

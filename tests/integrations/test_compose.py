@@ -157,6 +157,7 @@ def test_nothing_of_the_operators_gets_into_a_graph(graphs):
     assert called == {"sin", "tanh", "exp", "mul", "add", "sum"}  # of the step itself
 
 
+@pytest.mark.slow
 def test_one_graph_without_breaks_is_refused_with_the_reason(graphs):
     compiled = torch.compile(step_linear_token_scores, backend=graphs[0], fullgraph=True)
     with pytest.raises(Exception, match="fastkl's scoring operators loop over chunks of rows"):

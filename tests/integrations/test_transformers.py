@@ -9,6 +9,7 @@ import commands
 import pytest
 import torch
 import transformers
+from cases import slow
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from toy import STOP, toy_model
@@ -132,7 +133,7 @@ def test_scores_and_gradients_are_those_of_the_models_own_logits(family, rows):
     assert tied == policy.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "gemma2", "gpt2", "cohere", "granite", "phi"])
+@pytest.mark.parametrize("family", ["llama_tied", "gemma2", *slow("gpt2", "cohere", "granite", "phi")])
 def test_backbone_and_head_feed_the_operators(family, rows):
     """The long way round: [B, T, H] hidden states of left-padded rows, selected by hand."""
     policy, reference = make_model(family), make_model(family, seed=1)

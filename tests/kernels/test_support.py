@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,7 +140,7 @@ def test_flat_rows_are_settled_without_sorting_them(monkeypatch):
     assert sum(sorted_rows) <= 10
 
 
-@pytest.mark.parametrize("limits", [{"top_k": 50}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.8, "min_p": 0.001}])
+@pytest.mark.parametrize("limits", [{"top_k": 50}, *slow({"top_p": 0.9}, {"top_k": 40, "top_p": 0.8, "min_p": 0.001})])
 def test_rows_of_bfloat16_logits_whose_ties_go_to_the_lowest_ids_are_settled_without_sorting_them(limits, monkeypatch):
     g = torch.Generator().manual_seed(0)
     z = (torch.randn(200, 8000, generator=g) * 3).bfloat16().float()

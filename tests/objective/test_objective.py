@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 
 import pytest
 import torch
+from cases import slow
 
 from fastkl.errors import UserError
 from fastkl.kernels.operators import token_scores
@@ -267,7 +268,7 @@ def test_the_mean_over_tokens_in_the_reward_has_the_gradient_of_the_mean_kl():
     torch.testing.assert_close(got, exact_gradient(world, "exact", "reward", "mean"), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("sampling", ["whole", "top_k", "min_tokens"])
+@pytest.mark.parametrize("sampling", ["top_k", *slow("whole", "min_tokens")])
 @pytest.mark.parametrize(("estimator", "placement"), REFUSED)
 def test_every_refused_pair_is_biased(estimator, placement, sampling):
     world, penalty = make_world(sampling), Penalty(BETA, estimator, placement)

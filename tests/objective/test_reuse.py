@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from cases import slow
 from group_case import LONGEST, G, K, group_case
 from test_advantages import trl_loss
 from test_objective import ALLOWED, BETA, DIRECTED, World, exact_gradient, make_world, picked, scores_of, values_of
@@ -168,7 +169,9 @@ def test_a_second_epoch_is_biased_since_the_policy_was_fitted_to_the_same_comple
     assert abs(z["same"]) > 5 and abs(z["other"]) < 4, z
 
 
-@pytest.mark.parametrize("reuse", [CLIPPING, replace(CLIPPING, level="sequence"), replace(CLIPPING, old="engine")])
+@pytest.mark.parametrize(
+    "reuse", [CLIPPING, *slow(replace(CLIPPING, level="sequence"), replace(CLIPPING, old="engine"))]
+)
 @pytest.mark.parametrize(("estimator", "placement"), ALLOWED)
 def test_where_the_policy_has_not_moved_the_clipped_surrogate_has_the_exact_gradient(estimator, placement, reuse):
     first, now = two_policies("all", drift=0.0)

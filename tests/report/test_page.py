@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
-from odd_yaml import ODD_YAML
+from odd_yaml import ODD_NAMES, ODD_YAML
 
 from fastkl.cli import main
 from fastkl.errors import UserError
@@ -274,7 +274,7 @@ def test_settings_that_stand_for_endless_lists_are_left_out(tmp_path: Path) -> N
     assert ">a8<" not in write_report([run]).read_text()
 
 
-@pytest.mark.parametrize("name", ODD_YAML)
+@pytest.mark.parametrize("name", ODD_NAMES)
 def test_no_config_yaml_keeps_a_run_from_its_page_and_its_audit(name: str, tmp_path: Path) -> None:
     """Beside another run, with no work that grows with what aliases stand for (minutes and more); what the settings
     would have said is left out. Where several are read alike, every other one goes to the audit."""

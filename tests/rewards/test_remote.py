@@ -48,7 +48,7 @@ class Judge(BaseHTTPRequestHandler):
         elif action == "hang up":
             self.connection.shutdown(socket.SHUT_RDWR)
         elif action == "late":
-            time.sleep(1.0)
+            time.sleep(0.5)
             self.say(200, {"rewards": rewards})
         elif isinstance(action, int):
             self.say(action, {"detail": "out of memory\nin line 3"})
@@ -78,7 +78,7 @@ def judge(monkeypatch):
     server.daemon_threads, server.lock, server.released = True, threading.Lock(), threading.Event()
     server.plan, server.requests, server.at_once, server.most_at_once = [], [], 0, 0
     server.url = f"http://127.0.0.1:{server.server_port}/v1/score"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.released.set()
     server.shutdown()
@@ -132,7 +132,7 @@ def test_two_servers_wait_at_the_same_time(judge):
     rewards = load_rewards([judge.url, f"{judge.url}/again"], None)
     result = rewards_of(rewards, [["a", "bb"]])
     assert judge.most_at_once == 2 and result.total.tolist() == [[0.5, 1.0]]
-    assert all(seconds >= 1.0 for seconds in result.notes.seconds.values())
+    assert all(seconds >= 0.5 for seconds in result.notes.seconds.values())
 
 
 def test_what_was_asked_once_is_not_asked_again(judge, tmp_path):

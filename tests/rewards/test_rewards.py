@@ -116,7 +116,7 @@ def test_async_functions_run_concurrently_in_one_lasting_loop():
         async def reward(completions):
             loops.append(asyncio.get_running_loop())
             began.append(time.perf_counter())
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.2)
             ended.append(time.perf_counter())
             return [value] * len(completions)
 
@@ -175,18 +175,18 @@ def test_log_extra_wants_one_value_per_completion():
 
 def test_the_wall_time_of_each_function_is_noted():
     def slow(completions):
-        time.sleep(0.6)
+        time.sleep(0.3)
         return [0.0] * len(completions)
 
     async def waits(completions):
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.1)
         return [0.0] * len(completions)
 
     quick = RewardFunction("quick", lambda completions: [0.0] * len(completions))
     functions = [RewardFunction("waits", waits), RewardFunction("slow", slow), quick]
     seconds = compute_rewards(functions, *rollouts([["a", "b"]]), step=1).notes.seconds
     assert list(seconds) == ["waits", "slow", "quick"]
-    assert seconds["quick"] < 0.2 <= seconds["waits"] and seconds["slow"] >= 0.6
+    assert seconds["quick"] < 0.1 <= seconds["waits"] and seconds["slow"] >= 0.3
 
 
 THOUGHTS = ["<think>\nIt is 3.\n</think>\nThe answer is $\\boxed{3}$.", "\\boxed{\\frac{6}{2}}", "$\\boxed{4}$", "none"]

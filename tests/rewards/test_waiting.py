@@ -38,7 +38,7 @@ class Sleeping(BaseHTTPRequestHandler):
 def sleeping_server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Sleeping)
     server.daemon_threads, server.asked, server.released = True, [], threading.Event()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.released.set()
     server.shutdown()
@@ -78,7 +78,7 @@ def waits_for_a_lock(completions):
     threading.Event().wait()
 
 
-def late(function, seconds: float = 0.4) -> str:
+def late(function, seconds: float = 0.2) -> str:
     """What is said of a function that hangs."""
     began = time.monotonic()
     with pytest.raises(UserError) as refused:
@@ -183,13 +183,13 @@ def test_functions_that_wait_overlap_with_each_other_and_with_those_that_do_not(
 
     async def asks(completions):
         began.append(time.monotonic())
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.5)
         ended.append(time.monotonic())
         return [1.0] * len(completions)
 
     def computes(completions):
         began.append(time.monotonic())
-        time.sleep(1.0)
+        time.sleep(0.5)
         ended.append(time.monotonic())
         return [2.0] * len(completions)
 
@@ -228,6 +228,7 @@ print(late)
 """
 
 
+@pytest.mark.slow
 def test_the_clock_and_the_timer_of_processor_time_may_strike_at_once_and_do_not_kill():
     """A signal that was on its way when the handler had been put back would end the process."""
     done = subprocess.run([sys.executable, "-c", SPINNING], capture_output=True, text=True, timeout=120)

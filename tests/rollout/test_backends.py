@@ -40,6 +40,7 @@ def mine(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_a_generator_in_the_registry_is_chosen_by_name_and_makes_a_runs_completions(mine, tmp_path):
     assert "mine" in settings()["generator"].choices, "though the table of settings is older than the entry"
     assert choose_generator("mine", None, CPU) == ("mine", "asked for")

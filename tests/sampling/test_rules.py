@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from cases import slow_where
 from toy import STOP, VOCAB, ToyTokenizer, draw, prompt, toy_model
 
 from fastkl.errors import UserError
@@ -102,7 +103,7 @@ def by_hand(row: torch.Tensor, position: int, s: Sampling) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", slow_where(lambda s: s not in (SETTINGS[0], SETTINGS[-1]), SETTINGS), ids=str)
 def test_the_transformers_generator_records_the_logprobs_of_what_it_drew_from(settings):
     model, s = toy_model(), sampling(**settings)
     groups = draw(TransformersGenerator(model, ToyTokenizer(), s), PROMPTS, 8, seed=3, step=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import slow
 from toy import prompt, toy_batch, toy_model
 from transformers import (
     AutoConfig,
@@ -73,7 +74,7 @@ def equal_lengths_batch():
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
-@pytest.mark.parametrize("make_batch", [toy_batch, lambda model: equal_lengths_batch()], ids=["ragged", "equal"])
+@pytest.mark.parametrize("make_batch", [toy_batch, *slow(lambda model: equal_lengths_batch())], ids=["ragged", "equal"])
 @pytest.mark.parametrize("make_model", [toy_model, lambda: toy_gpt2()], ids=["llama", "gpt2"])
 def test_batched_forward_and_gradient_equal_separate_forwards(layout, make_batch, make_model):
     """Llama's norms round to float32, so the sum of a shared prompt's gradients is rounded once, not K times."""
@@ -118,7 +119,7 @@ def test_choose_layout_computes_prompts_once_for_llama_and_leaves_the_models_own
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed"])
-@pytest.mark.parametrize("window", [2, 3, 7])
+@pytest.mark.parametrize("window", [*slow(2), 3, *slow(7)])
 def test_sliding_windows_are_respected(layout, window):
     check_sliding_window(layout, window)
 

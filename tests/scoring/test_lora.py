@@ -70,6 +70,7 @@ def test_only_adapters_are_trained_and_the_reference_stays_the_base_model_to_the
             assert torch.equal(parameter, names[name.replace(".base_layer", "")])
 
 
+@pytest.mark.slow
 def test_merged_weights_are_those_of_a_model_that_scores_like_the_adapters():
     model = with_adapters()
     trained(model)
@@ -132,6 +133,7 @@ def test_adapters_start_at_numbers_that_depend_on_the_seed_alone():
     assert not torch.equal(first_matrix(1), first_matrix(2))
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_gradient_of_an_adapter():
     plain, frugal = with_adapters(), with_adapters()
     frugal.gradient_checkpointing_enable()

@@ -243,6 +243,7 @@ def test_a_pronoun_of_the_wrong_gender_is_rejected():
     assert len(rejected) > 200 and sum(rejected) / len(rejected) >= 0.99
 
 
+@pytest.mark.slow
 def test_dropping_a_word_that_is_no_adjective_or_adverb_is_rejected():
     optional = ADJECTIVES | set(WORDS["manner"])
 

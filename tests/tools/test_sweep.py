@@ -54,6 +54,7 @@ def test_what_has_no_next_token_logits_of_its_own_is_refused_in_one_sentence(kin
     assert "\n" not in row.sentence
 
 
+@pytest.mark.slow
 def test_an_architecture_that_crashes_or_hangs_is_a_row(monkeypatch):
     def attempt(kind):
         if kind == "gpt2":

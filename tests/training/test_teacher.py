@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import slow
 from test_loop import rows, small
 from toy import half_storyteller, toy_batch, toy_config, toy_model
 from toy_step import step_gradient
@@ -27,7 +28,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize("padding", [*slow(0), 9])
 @pytest.mark.parametrize(("placement", "direction"), [
     ("loss", "reverse"), ("loss", "forward"), ("loss", "jsd"), ("reward", "reverse"),
 ])  # fmt: skip

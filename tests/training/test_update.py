@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import slow
 from toy import STOP, ToyTokenizer, draw, prompt, toy_batch, toy_config, toy_model
 from toy_step import step_gradient, toy_update
 
@@ -57,7 +58,7 @@ def written_out_loss(policy, reference, batch, config) -> torch.Tensor:
     {"temperature": 0.7},
     {"kl_coef": 0.0},
 ], ids=["default", "mean", "reinforce", "temperature", "beta-0"])  # fmt: skip
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, *slow(False)])
 def test_gradient_of_the_whole_step_equals_autograd_of_the_written_out_objective(options, tied):
     policy = toy_model(0, tie_word_embeddings=tied)
     reference = toy_model(1, tie_word_embeddings=tied).requires_grad_(False)
@@ -90,9 +91,7 @@ def scored_by(policy, batch, temperature: float):
 
 
 @pytest.mark.parametrize("options", [
-    {"top_k": 4},
-    {"top_p": 0.8, "temperature": 0.7},
-    {"min_p": 0.1},
+    *slow({"top_k": 4}, {"top_p": 0.8, "temperature": 0.7}, {"min_p": 0.1}),
     {"min_tokens": 3},
     {"banned_token_ids": (2, 7), "top_k": 5},
 ], ids=str)  # fmt: skip
