@@ -70,8 +70,11 @@ def fastkl_run(model: str, chosen: str, new_tokens: int, steps: int, seed: int) 
             callbacks=[seen],
         )  # fmt: skip
     stages = {key: [row[key] for row in seen.metrics] for key in seen.metrics[0] if key.startswith("time/")}
-    rewards = [row["reward/raw"] for row in seen.metrics]
-    return {"step_s": common.step_seconds(seen.ends), "rewards": rewards, "peak_gib": peak_gib(), "stages": stages}
+    rewards, lengths = ([row[key] for row in seen.metrics] for key in ("reward/raw", "completion/mean_length"))
+    return {
+        "step_s": common.step_seconds(seen.ends), "rewards": rewards, "lengths": lengths, "peak_gib": peak_gib(),
+        "stages": stages,
+    }  # fmt: skip
 
 
 def trl_run(model: str, chosen: str, new_tokens: int, steps: int, seed: int) -> dict[str, Any]:

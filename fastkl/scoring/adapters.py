@@ -33,15 +33,29 @@ def check_adapters(rank: int, targets: Sequence[str]) -> None:
     if not rank:
         return
     try:
-        import peft  # noqa: F401
+        import peft
     except ModuleNotFoundError as missing:
         raise UserError(
             "lora_rank: adapters need PEFT, which is not installed; pip install peft brings it."
         ) from missing
+    _check_version(peft.__version__)
     if heads := [target for target in targets if "head" in target or "embed" in target]:
         raise UserError(
             f"lora_targets: {heads[0]!r} is the output head or an embedding, which is scored without adapters; leave "
             "it out."
+        )
+
+
+def _check_version(installed: str) -> None:
+    """UserError for a PEFT that is too old for this transformers, whose own ValueError would look like a layer's."""
+    from packaging.version import Version
+    from transformers import __version__
+    from transformers.integrations import peft
+
+    if Version(installed) < Version(lowest := getattr(peft, "MIN_PEFT_VERSION", "0")):
+        raise UserError(
+            f"lora_rank: transformers {__version__} asks for PEFT {lowest} or newer, and {installed} is installed; "
+            "pip install -U peft, or an older transformers."
         )
 
 

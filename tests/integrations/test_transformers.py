@@ -136,7 +136,9 @@ def test_scores_and_gradients_are_those_of_the_models_own_logits(family, rows):
 @pytest.mark.parametrize("family", ["llama_tied", "gemma2", *slow("gpt2", "cohere", "granite", "phi")])
 def test_backbone_and_head_feed_the_operators(family, rows):
     """The long way round: [B, T, H] hidden states of left-padded rows, selected by hand."""
-    policy, reference = make_model(family), make_model(family, seed=1)
+    policy, reference, close = make_model(family), make_model(family, seed=1), 1e-6
+    if family == "gemma2":  # in float64 the mask of transformers' eager attention makes padded rows NaN
+        policy, reference, close = policy.float(), reference.float(), 1e-5
     ids, exists, scored = rows
     sides = []
     for model in (policy, reference):
@@ -144,7 +146,7 @@ def test_backbone_and_head_feed_the_operators(family, rows):
         sides += [hidden[:, :-1][scored[:, 1:]], head]
     scores = head_scores(*sides, ids[scored], temperature=TEMPERATURE)
     for name, values in own_scores(policy.eval(), reference.eval(), rows).items():
-        torch.testing.assert_close(getattr(scores, name), values, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(getattr(scores, name), values, rtol=0, atol=close, msg=name)
 
 
 def test_softcapped_attention_of_the_eager_implementation_counts(rows):

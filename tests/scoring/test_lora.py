@@ -150,6 +150,12 @@ def test_head_and_embeddings_carry_no_adapters(targets, message):
         adapters.check_adapters(4, targets)
 
 
+def test_a_peft_that_is_too_old_for_transformers_is_named_before_a_model_is_read(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.1")
+    with pytest.raises(UserError, match=r"^lora_rank: transformers [\d.]+ asks for PEFT 99.1 or newer, and [\d.]+ is"):
+        adapters.check_adapters(4, ("all-linear",))
+
+
 def test_a_layer_that_does_not_exist_is_named():
     with pytest.raises(UserError, match=r"^lora_targets: no_such_proj cannot carry adapters"):
         adapters.add_adapters(toy_model(), 3, 6.0, ("no_such_proj",), 0)
