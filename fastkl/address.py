@@ -1,15 +1,28 @@
 """Addresses: NAME?KEY=VALUE&KEY=VALUE, the way in which one setting says where something is and which part is meant;
-and which hosts are this machine itself."""
+which hosts are this machine itself, and by what the others are trusted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from fastkl.errors import UserError, nearest
 
+if TYPE_CHECKING:
+    import ssl
+
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Hosts that nobody else reaches, and to which no proxy leads."""
+
+
+@cache
+def certificates() -> ssl.SSLContext:
+    """What https addresses are trusted by; read once, since that takes longer than a request."""
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 def name_and_options(setting: str, address: str) -> tuple[str, dict[str, str]]:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from fastkl.address import LOOPBACK, check_options, name_and_options
+from fastkl.address import LOOPBACK, certificates, check_options, name_and_options
 from fastkl.errors import UserError
 from fastkl.rewards.prepared import PreparedReward
 
@@ -119,7 +119,9 @@ class RemoteReward(PreparedReward):
         free = asyncio.Semaphore(self.options.concurrency)
         limits = httpx.Limits(max_connections=None)  # who waits for the semaphore has not been asked yet
         own_network = self.host in LOOPBACK  # where no proxy leads
-        async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=not own_network) as client:
+        async with httpx.AsyncClient(
+            timeout=None, limits=limits, trust_env=not own_network, verify=certificates()
+        ) as client:
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [

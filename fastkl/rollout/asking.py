@@ -7,14 +7,12 @@ apart, or takes both alike.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from fastkl.address import LOOPBACK
+from fastkl.address import LOOPBACK, certificates
 
 if TYPE_CHECKING:
     import httpx
@@ -70,11 +68,3 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     """The result of an async function, whether or not this thread runs an event loop already."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(lambda: asyncio.run(function(*arguments))).result()
-
-
-@cache
-def certificates() -> ssl.SSLContext:
-    """What https addresses are trusted by; read once, since that takes longer than a request."""
-    import httpx
-
-    return httpx.create_ssl_context()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ import torch
 from test_rewards import rollouts
 
 import fastkl
+from fastkl.address import certificates
 from fastkl.errors import UserError
 from fastkl.rewards import remote
 from fastkl.rewards.call import compute_rewards
@@ -133,6 +135,17 @@ def test_two_servers_wait_at_the_same_time(judge):
     result = rewards_of(rewards, [["a", "bb"]])
     assert judge.most_at_once == 2 and result.total.tolist() == [[0.5, 1.0]]
     assert all(seconds >= 0.5 for seconds in result.notes.seconds.values())
+
+
+def test_certificates_are_read_once_and_not_for_every_step(judge, monkeypatch):
+    read, original = [], ssl.SSLContext.load_verify_locations
+    monkeypatch.setattr(
+        ssl.SSLContext, "load_verify_locations", lambda self, *a, **k: read.append(1) or original(self, *a, **k)
+    )
+    certificates.cache_clear()
+    for text in ("a", "bb"):
+        rewards_of(load_rewards([judge.url], None), [[text]])
+    assert len(judge.requests) == 2 and len(read) == 1
 
 
 def test_what_was_asked_once_is_not_asked_again(judge, tmp_path):
