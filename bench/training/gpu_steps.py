@@ -6,8 +6,9 @@
 The job: 8 prompts x 8 samples, prompts of 100 tokens, completions of exactly 256 (1,024 where the name says so; one
 prompt x 16 samples x 4,096 for the long group, whose memory is what counts), beta 0.05, AdamW, random weights of the
 shapes of Qwen2.5 (gpu_models.py). Both sides train float32 weights under bfloat16 autocast without gradient
-checkpointing; "bf16 weights" lets TRL keep policy, reference and moments in bfloat16, which is the least work. Both
-read prompts of one length, so that TRL pads nothing. TRL scores through its fused head.
+checkpointing; "bf16 weights" lets TRL keep policy, reference and moments in bfloat16, which is the least work;
+"compiled" is fastkl with --compile. Both read prompts of one length, so that TRL pads nothing. TRL scores through its
+fused head.
 
 Models are written where temporary files go, in 2 bytes a parameter: TMPDIR may name a folder in memory.
 
@@ -46,6 +47,7 @@ BF16_WEIGHTS = {"model_init_kwargs": {"dtype": "bfloat16"}}
 PHASES: list[list[Job]] = [
     [
         Job("fastkl-0.5B", "fastkl", "0.5B", profiled=3),
+        Job("fastkl-0.5B-compiled", "fastkl", "0.5B", profiled=3, options={"compile": True}),
         Job("trl-0.5B", "trl", "0.5B", options={"per_device_train_batch_size": 32}),
         Job("trl-0.5B-bf16-weights", "trl", "0.5B", options={"per_device_train_batch_size": 32} | BF16_WEIGHTS),
         Job("fastkl-1.5B", "fastkl", "1.5B"),
@@ -80,6 +82,7 @@ PHASES: list[list[Job]] = [
 ]
 TINY = [
     Job("fastkl-tiny", "fastkl", "tiny", 2, 4, 8, 8, steps=2, profiled=2),
+    Job("fastkl-tiny-compiled", "fastkl", "tiny", 2, 4, 8, 8, steps=2, profiled=2, options={"compile": True}),
     Job(
         "fastkl-tiny-lora",
         "fastkl",

@@ -32,9 +32,11 @@ from fastkl.types import PackedBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TOLERANCE = 1e-3
+"""How far layouts may differ in float32, relative to the largest hidden value."""
+
 HALF_TOLERANCE = 0.05
-"""How far half-precision layouts may differ, relative to the largest hidden value, since they round in a different
-order."""
+"""And in half precision, where they round in a different order."""
 
 LONGEST_PROBE = 12_288
 """Tokens that the packed layout is tried on at most; beyond, a model with windows is scored in padded rows."""
@@ -214,7 +216,7 @@ def choose_layout(
     probe: PackedBatch,
     dtype: torch.dtype = torch.float32,
     *,
-    tolerance: float = 1e-3,
+    tolerance: float = TOLERANCE,
     layouts: Sequence[str] = ("shared", "packed", "padded"),
     max_tokens: int | None = None,
 ) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from fastkl.sampling.params import Sampling
 from fastkl.sampling.replay import support_of
 from fastkl.scoring import backbone
 from fastkl.scoring.adapters import switched_off
+from fastkl.scoring.compiled import Compiled, running
 from fastkl.scoring.head import head_of
 from fastkl.scoring.placement import HeadCopy, fetched, moved
 from fastkl.scoring.shard import rest
@@ -64,6 +65,7 @@ class ScoredModel(nn.Module):
         self.dtype = dtype
         self.head_copy: HeadCopy | None = None  # where the operator runs, if the model is elsewhere
         self.scores_on: torch.device | None = None  # where it forwards, if it waits elsewhere
+        self.compiled: Compiled = {}  # its layers, where they are to run compiled (compiled.py)
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +75,7 @@ class ScoredModel(nn.Module):
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """Around every forward and the backward through it: the model's attention is the layout's, dropout is off."""
-        with fetched(self.model, self.scores_on), backbone.scoring(self.model, self.layout):
+        with fetched(self.model, self.scores_on), backbone.scoring(self.model, self.layout), running(self.compiled):
             try:
                 yield
             finally:

@@ -26,6 +26,7 @@ from fastkl.rollout.generator import choose_generator
 from fastkl.sampling.params import Sampling, check_ids
 from fastkl.scoring import models
 from fastkl.scoring.adapters import check_adapters
+from fastkl.scoring.compiled import check_compiler
 from fastkl.scoring.source import resolve_model
 from fastkl.training import checkpoint
 from fastkl.training.engines import check_engine_groups, check_engine_tp
@@ -75,6 +76,8 @@ def check_inputs(
     check_report_to(config.report_to)
     check_adapters(config.lora_rank, config.lora_targets)
     device = choose_device(config.device, world)
+    if config.compile:
+        check_compiler(device)
     rewards = load_rewards(given.rewards or config.reward, config.reward_weights, taken_reward_names())
     rewards_of_held = eval_rewards(config, rewards)
     models.quiet_transformers()

@@ -14,7 +14,7 @@ from fastkl.config.settings import TrainConfig
 from fastkl.distributed.world import World
 from fastkl.errors import UserError
 from fastkl.report.terminal import View
-from fastkl.scoring import backbone, models
+from fastkl.scoring import backbone, compiled, models
 from fastkl.scoring.adapters import WEIGHTS, add_adapters, load_adapters
 from fastkl.scoring.head import check_head, head_of
 from fastkl.scoring.pack import pack
@@ -179,6 +179,22 @@ def store_frozen(
     if referred and "reference" in config.offload:
         referred.scores_on = inputs.device
         put_away(referred.model)
+    give_back_gpu_memory(inputs.device)
+
+
+def compile_layers(
+    config: TrainConfig, inputs: Inputs, scored: ScoredModel, referred: ScoredModel | None, view: View
+) -> None:
+    """Has policy and reference run their layers compiled, if that is asked for. UserError where it changes anything."""
+    if not config.compile:
+        return
+    slow = ", which makes nothing faster on a CPU" if inputs.device.type == "cpu" else ""
+    view.note(f"compiling the layers{slow}; half a minute to some minutes ...")
+    probe, layers = probe_batch(inputs.prompts[0], inputs.device), compiled.compiled_layers(scored.model)
+    view.note(f"compiled: the policy's {compiled.use(scored, layers, probe, learns=True)}")
+    if referred:
+        theirs = layers if referred.model is scored.model else compiled.compiled_layers(referred.model)
+        view.note(f"compiled: the reference's {compiled.use(referred, theirs, probe, learns=False)}")
     give_back_gpu_memory(inputs.device)
 
 

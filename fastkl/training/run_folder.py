@@ -20,7 +20,7 @@ STARTED_BY = "FASTKL_STARTED_BY"
 
 MAY_CHANGE_ON_RESUME = (
     *("output", "resume", "steps", "save_every", "keep_checkpoints", "sample_every", "report_to", "device"),
-    *("micro_batch_tokens", "gradient_checkpointing", "shard", "gpu_memory_utilization", "engine_sleep"),
+    *("micro_batch_tokens", "gradient_checkpointing", "compile", "shard", "gpu_memory_utilization", "engine_sleep"),
     *("engine_tp", "engines", "engine_weights"),
     *("eval_every", "best"),
 )

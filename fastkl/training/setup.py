@@ -50,7 +50,7 @@ from fastkl.training.memory_plan import (
     plan_of,
 )
 from fastkl.training.places import check_storage, compute_dtype, is_apart, keep_freed_memory, reference_place
-from fastkl.training.ready_models import ready_models, store_frozen
+from fastkl.training.ready_models import compile_layers, ready_models, store_frozen
 from fastkl.training.resume import fingerprints, resume
 from fastkl.training.sharding import settled_shard
 from fastkl.training.small_adamw import SmallAdamW
@@ -86,6 +86,7 @@ def load(config: TrainConfig, inputs: Inputs, callbacks: tuple[object, ...], vie
     limits = limits_of(config, scored, world)
     hashes = fingerprints(config, inputs.prompts, first, inputs.evaluator, inputs.given.rewards)
     store_frozen(config, inputs, scored, referred, dtype, world)
+    compile_layers(config, inputs, scored, referred, view)
     view.note(f"starting {inputs.generator} ...")
     generator = start_generator(inputs, config, scored, view.note, world)
     if inputs.is_fork and resumed and world.is_first:
