@@ -168,7 +168,7 @@ def draw_axes(x: Scale, y: Scale, x_label: str, y_label: str, x_ticks: Sequence[
 
 
 def shortened(name: str, most: int = 28) -> str:
-    """The name, without its middle where it is too long for a chart."""
+    """The name, without its middle where it is longer than `most` characters."""
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
 
 

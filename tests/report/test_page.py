@@ -410,11 +410,12 @@ def test_a_comparison_has_a_verdict_for_every_run(tmp_path: Path) -> None:
     assert re.findall(r'<th scope="row">(. .*?)</th>', section) == ["✓ seed-0", "✗ seed-1"]
 
 
+SOURCE = "x" * 991 + " #### 72"
 CHAT = {
     "row": 17,
     "prompt": "<|im_start|>system\nBe <brief>.<|im_end|>",
     "messages": [{"role": "system", "content": "Be <brief>."}, {"role": "user", "content": "What is 3 + 4?"}],
-    "columns": {"question": "What is 3 + 4?", "answer": 7, "parts": {"terms": [3, 4]}, "source": "x" * 999},
+    "columns": {"question": "What is 3 + 4?", "answer": 7, "parts": {"terms": [3, 4]}, "source": SOURCE},
     "completion": "It was\na big bear: <7>.",
     "rewards": {"alliteration": 1.0, "format": 0.25},
     "extra": {"parsed": "<7>"},
@@ -433,7 +434,8 @@ def test_a_chat_is_shown_by_roles_with_the_expected_answer_and_each_reward(tmp_p
     assert texts[2] == "It was\na <mark>big bear:</mark> &lt;7&gt;."
     plain = html.unescape(re.sub("<.*?>", "", card))
     assert "alliteration 1.00 · format 0.25 · KL" in plain
-    assert 'row 17 · answer 7 · parts {"terms": [3, 4]} · source ' + "x" * 200 + "… · parsed <7>" in plain
+    source = "x" * 47 + "…" + "x" * 40 + " #### 72"  # without its middle: what it ends with is the answer
+    assert f'row 17 · answer 7 · parts {{"terms": [3, 4]}} · source {source} · parsed <7>' in plain
     text = re.sub("<style>.*?</style>", "", page, flags=re.S)
     assert (
         "im_start" not in text

@@ -18,18 +18,13 @@ from fastkl.audit.json_lines import is_number
 from fastkl.report import conversation
 from fastkl.report.numbers import number
 from fastkl.report.page.run_files import BROWSED_SAMPLES, RunFiles
+from fastkl.report.svg import shortened
 from fastkl.rewards.built_in import Span, reward_spans
 
 SHOWN_CHARACTERS = 900  # the rest unfolds
-
-
 MOST_CHARACTERS = 6000
-
-
 PROMPT_CHARACTERS = 300  # the end of a longer prompt, of each message of a chat
-
-
-COLUMN_CHARACTERS = 200  # of a data set's column, such as the expected answer
+COLUMN_CHARACTERS = 96  # of a data set's column, such as the expected answer, which ends many solutions
 
 
 def pieces(text: str, spans: Iterable[Span]) -> list[tuple[str, bool]]:
@@ -112,10 +107,10 @@ def extra_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _in_short(values: Any) -> list[tuple[str, str]]:
-    """Names and texts, of no more than COLUMN_CHARACTERS each."""
+    """Names and texts, without their middle beyond COLUMN_CHARACTERS."""
     named = values.items() if isinstance(values, dict) else ()
     texts = [(str(name), v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for name, v in named]
-    return [(name, text if len(text) <= COLUMN_CHARACTERS else f"{text[:COLUMN_CHARACTERS]}…") for name, text in texts]
+    return [(name, shortened(text, COLUMN_CHARACTERS)) for name, text in texts]
 
 
 def _written(value: float) -> str:
