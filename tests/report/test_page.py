@@ -445,6 +445,20 @@ def test_a_chat_is_shown_by_roles_with_the_expected_answer_and_each_reward(tmp_p
     )
 
 
+def test_a_column_that_says_the_same_of_every_prompt_is_left_out(tmp_path: Path) -> None:
+    run, prompts = fake_run(tmp_path / "run", steps=3), itertools.count()
+
+    def columns(row: int) -> dict[str, object]:
+        return {"answer": 100 + row, "task": "the same task", "nested": {"letters": "y" * 99}}
+
+    rewrite(run / "samples.jsonl", lambda row: row | {"row": (at := next(prompts)), "columns": columns(at)})
+    text = html.unescape(re.sub("<.*?>", "", write_report([run]).read_text()))
+    assert "the same task" not in text and "answer 10" in text and "nested" not in text
+    rewrite(run / "samples.jsonl", lambda row: row | {"row": 1, "columns": columns(1)})  # of one prompt it may matter
+    text = html.unescape(re.sub("<.*?>", "", write_report([run]).read_text()))
+    assert "task the same task" in text and 'nested {"letters": "' + "y" * 10 + "…" + "y" * 22 + '"}' in text
+
+
 @pytest.mark.slow
 def test_the_completions_of_many_steps_can_be_browsed_and_the_page_says_how_many(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", steps=40)

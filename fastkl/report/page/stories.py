@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +25,7 @@ SHOWN_CHARACTERS = 900  # the rest unfolds
 MOST_CHARACTERS = 6000
 PROMPT_CHARACTERS = 300  # the end of a longer prompt, of each message of a chat
 COLUMN_CHARACTERS = 96  # of a data set's column, such as the expected answer, which ends many solutions
+NESTED_CHARACTERS = 48  # of one that is not a text
 
 
 def pieces(text: str, spans: Iterable[Span]) -> list[tuple[str, bool]]:
@@ -50,8 +51,10 @@ def marked_text(prompt: str, completion: str, reward_names: Sequence[str]) -> Ma
     return html
 
 
-def story(sample: dict[str, Any], rank: str, reward_names: Sequence[str]) -> dict[str, Any]:
-    """One completion for the page, with its prompt; a long one is folded after SHOWN_CHARACTERS."""
+def story(
+    sample: dict[str, Any], rank: str, reward_names: Sequence[str], untold: Container[str] = ()
+) -> dict[str, Any]:
+    """One completion for the page, with its prompt; a long one is folded after SHOWN_CHARACTERS. untold: columns."""
     completion = conversation.completion_text(sample)
     head, rest = completion[:SHOWN_CHARACTERS], completion[SHOWN_CHARACTERS:]
     if len(rest) < 100:
@@ -61,7 +64,7 @@ def story(sample: dict[str, Any], rank: str, reward_names: Sequence[str]) -> dic
         "rest": marked_text("", rest[:MOST_CHARACTERS], reward_names) + ("…" if len(rest) > MOST_CHARACTERS else ""),
         "rest_title": f"the rest ({len(rest):,} characters)",
         "rank": rank,
-        "columns": [*columns_of(sample), *extra_of(sample)],
+        "columns": [*columns_of(sample, untold), *extra_of(sample)],
         "numbers": numbers_of(sample),
         "cut": sample.get("finish_reason") == "length",
     }
@@ -93,12 +96,24 @@ def numbers_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
     return [(str(name), _written(value)) for name, value in values if is_number(value)]
 
 
-def columns_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
+def columns_of(sample: dict[str, Any], untold: Container[str] = ()) -> list[tuple[str, str]]:
     """The row in the prompt file, and what the data set says of it beyond the prompt, where it says something."""
-    shown, given = [text for _, text in conversation.prompt_turns(sample)], sample.get("columns")
-    columns = _in_short({k: v for k, v in given.items() if v not in shown} if isinstance(given, dict) else None)
+    shown = [text for _, text in conversation.prompt_turns(sample)]
+    columns = _in_short({k: v for k, v in _given(sample).items() if v not in shown and k not in untold})
     row = [("row", str(sample["row"]))] if columns and is_number(sample.get("row")) else []
     return [*row, *columns]
+
+
+def same_everywhere(run: RunFiles) -> set[str]:
+    """Columns that say the same of every prompt in the first and the last step, and so nothing of one of them."""
+    of_rows = {sample.get("row"): _given(sample) for sample in (*run.first_samples, *run.last_samples)}
+    first, *others = of_rows.values() or [{}]
+    return {name for name, value in first.items() if others and all(row.get(name) == value for row in others)}
+
+
+def _given(sample: dict[str, Any]) -> dict[str, Any]:
+    columns = sample.get("columns")
+    return columns if isinstance(columns, dict) else {}
 
 
 def extra_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
@@ -107,10 +122,15 @@ def extra_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _in_short(values: Any) -> list[tuple[str, str]]:
-    """Names and texts, without their middle beyond COLUMN_CHARACTERS."""
+    """Names and texts, without their middle where they are long."""
     named = values.items() if isinstance(values, dict) else ()
-    texts = [(str(name), v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for name, v in named]
-    return [(name, shortened(text, COLUMN_CHARACTERS)) for name, text in texts]
+    return [(str(name), _short(value)) for name, value in named]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str):
+        return shortened(value, COLUMN_CHARACTERS)
+    return shortened(json.dumps(value, ensure_ascii=False), NESTED_CHARACTERS)
 
 
 def _written(value: float) -> str:
@@ -125,12 +145,13 @@ def column(
     places = {"highest": 0, "median": len(ranked) // 2, "lowest": len(ranked) - 1}
     chosen = {places[rank]: rank for rank in reversed(ranks)}  # with few samples one may hold several ranks
     texts = {(str(sample.get("prompt")), str(sample.get("completion"))) for sample in samples}
+    untold = same_everywhere(run)
     return {
         "title": title,
         "colour": colour,
         "more": f"{len(samples)} completions, {len(texts)} of them different",
         "stories": [
-            story(ranked[place], f"{rank.capitalize()} reward", run.reward_names)
+            story(ranked[place], f"{rank.capitalize()} reward", run.reward_names, untold)
             for place, rank in sorted(chosen.items())
         ],
     }
@@ -143,13 +164,13 @@ def _reward(sample: dict[str, Any]) -> float:
 
 def browse(run: RunFiles) -> list[dict[str, Any]]:
     """Steps with their completions, under the prompts that they answer, in the order of the file."""
-    steps = []
+    steps, untold = [], same_everywhere(run)
     for number_of_step, step in run.browsed.items():
         rewards = [sample["reward"] for sample in step.samples if is_number(sample.get("reward"))]
         span = f", rewards {number(min(rewards))} to {number(max(rewards))}" if rewards else ""
         shown = len(step.samples)
         count = f"{shown} completions" if shown == step.num_samples else f"{shown} of {step.num_samples} completions"
-        asked = [_prompt_group(run, list(group)) for _, group in groupby(step.samples, key=_prompt_of)]
+        asked = [_prompt_group(run, list(group), untold) for _, group in groupby(step.samples, key=_prompt_of)]
         steps.append({"title": f"Step {number_of_step}: {count}{span}", "prompts": asked})
     return steps
 
@@ -166,7 +187,7 @@ def _prompt_of(sample: dict[str, Any]) -> tuple[str, str]:
     return str(sample.get("row")), conversation.prompt_text(sample)
 
 
-def _prompt_group(run: RunFiles, samples: list[dict[str, Any]]) -> dict[str, Any]:
+def _prompt_group(run: RunFiles, samples: list[dict[str, Any]], untold: Container[str]) -> dict[str, Any]:
     asked = [(role, _end_of(text)) for role, text in conversation.prompt_turns(samples[0])]
     answers = [
         {
@@ -176,7 +197,7 @@ def _prompt_group(run: RunFiles, samples: list[dict[str, Any]]) -> dict[str, Any
         }
         for sample in samples
     ]
-    return {"turns": asked, "columns": columns_of(samples[0]), "answers": answers}
+    return {"turns": asked, "columns": columns_of(samples[0], untold), "answers": answers}
 
 
 def first_and_last(run: RunFiles) -> list[dict[str, Any]]:
