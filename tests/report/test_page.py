@@ -445,6 +445,15 @@ def test_a_chat_is_shown_by_roles_with_the_expected_answer_and_each_reward(tmp_p
     )
 
 
+def test_the_opening_says_what_came_of_held_out_prompts(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=5)
+    rewrite(run / "metrics.jsonl", lambda row: row | ({"eval/reward": 0.5 + row["step"]} if row["step"] % 2 else {}))
+    before = json.dumps({"step": 0, "eval/reward": 0.25})
+    (run / "metrics.jsonl").write_text(f"{before}\n{(run / 'metrics.jsonl').read_text()}")
+    text = re.sub("<.*?>", "", write_report([run]).read_text())
+    assert "The reward on held-out prompts went from 0.25 to 5.50." in text
+
+
 def test_a_column_that_says_the_same_of_every_prompt_is_left_out(tmp_path: Path) -> None:
     run, prompts = fake_run(tmp_path / "run", steps=3), itertools.count()
 

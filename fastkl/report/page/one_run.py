@@ -25,7 +25,7 @@ FRONTIER_SIZES = ((1120, 470), (400, 380))  # of the frontier, for wide and narr
 
 
 def lead(run: RunFiles) -> Markup:
-    """The run in a sentence or three."""
+    """The run in a sentence or four."""
     config, (start, end) = run.config, run.means("reward/raw")
     parts = []
     if {"model", "reward", "kl_coef"} <= config.keys():
@@ -37,6 +37,10 @@ def lead(run: RunFiles) -> Markup:
         factor = f" ({times:.1f}×)" if math.isfinite(times) else ""
         over = f" (means of the first and the last {run.window} steps)" if run.window > 1 else ""
         parts.append(text.format(number(start), number(end), factor, shown(run.means(run.kl_key)[1]), over))
+    held_start, held = run.ends("eval/reward")
+    if held_start != held and math.isfinite(held):
+        text = Markup("The reward on held-out prompts went from {} to <b>{}</b>.")
+        parts.append(text.format(number(held_start), number(held)))
     well_formed, (varied_start, varied) = run.means("grammar/well_formed")[1], run.means("diversity/distinct_2")
     if math.isfinite(well_formed):
         parts.append(Markup("<b>{}</b> of the sentences are well formed.").format(percent(well_formed)))
