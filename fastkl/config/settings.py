@@ -205,7 +205,7 @@ class TrainConfig(SamplingSettings):
     """Gradients are scaled down to this global norm; 0 does not clip."""
     micro_batch_tokens: Annotated[int, AT_LEAST_0] = 0
     """Packed tokens per forward and backward; the result does not depend on it. A larger prompt group is cut between
-    samples, at one more forward of both models where the KL is in the reward. 0: as many as activations of 1 GiB (on a
+    samples, at one more forward of both models where the KL is in the reward. 0: as many as activations of 2 GiB (on a
     GPU an eighth of its memory) hold, at most 4,096 (on a GPU 16,384)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, one more forward."""
