@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.common import Steps, parser, run_alone, write
-from bench.training.pictures import DOCS, screenshot
+from bench.common import ROOT, Steps, parser, run_alone, write
+from bench.training.pictures import screenshot
 from fastkl.audit.alarm import mean_and_error
 from fastkl.config.settings import TrainConfig
 from fastkl.report.charts import line_chart
@@ -142,7 +142,7 @@ def picture(result: Path) -> None:
     )
     title = "The same run, scored twice: top_k 20, min_tokens 32"
     figure = f"<figure><figcaption><h3>{title}</h3><p>{caption}</p></figcaption>{chart}</figure>"
-    screenshot(figure, DOCS / "naive-control.png", height=505)
+    screenshot(figure, ROOT / "docs" / "naive-control.png", height=505)
 
 
 def main() -> None:
