@@ -23,8 +23,9 @@ forward without gradients and one with its backward).
 CPU_BYTES = 2 << 30
 """What a micro-batch's activations may take on a CPU.
 
-Every micro-batch reads all weights and adds to all gradients: a step of SmolLM2-135M with 880 packed tokens took 10.2 s
-in one and 10.8 s in two, and the same memory, whose peak is elsewhere."""
+Every micro-batch reads all weights and adds to all gradients: a step of SmolLM2-135M with some 750 tokens in its rows
+(bench/real/against_trl.py, medians of five steps, twice in turn) took 10.2 s in one and 10.8 s in two, and the same
+memory, whose peak is elsewhere."""
 
 GPU_SHARE = 1 / 8
 """The share of a GPU's memory that they may take."""
