@@ -51,10 +51,9 @@ def marked_text(prompt: str, completion: str, reward_names: Sequence[str]) -> Ma
     return html
 
 
-def story(
-    sample: dict[str, Any], rank: str, reward_names: Sequence[str], untold: Container[str] = ()
-) -> dict[str, Any]:
-    """One completion for the page, with its prompt; a long one is folded after SHOWN_CHARACTERS. untold: columns."""
+def story(sample: dict[str, Any], rank: str, reward_names: Sequence[str], untold: Container[str]) -> dict[str, Any]:
+    """One completion for the page, with its prompt; a long one is folded after SHOWN_CHARACTERS. untold:
+    columns to leave out."""
     completion = conversation.completion_text(sample)
     head, rest = completion[:SHOWN_CHARACTERS], completion[SHOWN_CHARACTERS:]
     if len(rest) < 100:
@@ -96,7 +95,7 @@ def numbers_of(sample: dict[str, Any]) -> list[tuple[str, str]]:
     return [(str(name), _written(value)) for name, value in values if is_number(value)]
 
 
-def columns_of(sample: dict[str, Any], untold: Container[str] = ()) -> list[tuple[str, str]]:
+def columns_of(sample: dict[str, Any], untold: Container[str]) -> list[tuple[str, str]]:
     """The row in the prompt file, and what the data set says of it beyond the prompt, where it says something."""
     shown = [text for _, text in conversation.prompt_turns(sample)]
     columns = _in_short({k: v for k, v in _given(sample).items() if v not in shown and k not in untold})
