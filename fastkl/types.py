@@ -16,7 +16,7 @@ stands beside the operators in kernels/reference.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # settings and messages should not wait for torch
@@ -90,6 +90,45 @@ class Redraws:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixTree:
+    """Packed tokens as a tree of sequences that begin alike: the m tokens of a row in which none is computed twice.
+
+    The row is in depth-first order, so that the tokens which see one, directly or not, stand end to end behind it.
+    """
+
+    source: torch.Tensor  # i64 [m]; the packed position of every token of the row
+    place: (
+        torch.Tensor
+    )  # i64 [M]; where each packed token stands in the row; m for the last of a sequence, not computed
+    starts: tuple[int, ...]  # where a sequence begins to differ from all before it, ascending
+    depth: (
+        torch.Tensor
+    )  # i64 [m], on the CPU, where attention is laid out; how many tokens of its sequences come before
+    end: torch.Tensor  # i64 [m], on the CPU; row[i : end[i]] see token i
+
+    def before(self, token: int) -> torch.Tensor:
+        """The row's tokens that this one sees before it, i64, on the CPU."""
+        return (self.end[:token] > token).nonzero().flatten()
+
+    def to(self, device: torch.device) -> PrefixTree:
+        """With `source` and `place` on the device."""
+        return replace(self, source=self.source.to(device), place=self.place.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class Distinct:
+    """Which of a micro-batch's N scored tokens are the same: equal, after equal tokens, in samples of one prompt."""
+
+    rows: torch.Tensor  # i64 [U]; one of each kind, group by group; indices into N
+    copies: torch.Tensor  # i64 [N]; the kind of each scored token; indices into U
+    splits: tuple[int, ...]  # len G + 1; group g owns rows[splits[g] : splits[g + 1]]
+
+    def to(self, device: torch.device) -> Distinct:
+        """With its tensors on the device."""
+        return replace(self, rows=self.rows.to(device), copies=self.copies.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class PackedBatch:
     """Whole prompt groups laid end to end without padding: one micro-batch of G groups, s = G * K sequences. Or a part
     of one group, in which the samples of the other parts are not valid.
@@ -109,9 +148,15 @@ class PackedBatch:
     rewards: torch.Tensor  # f32 [G, K]
     valid: torch.Tensor  # bool [G, K]
     lengths: tuple[int, ...]  # the sequences' lengths as Python ints (no device round trip); len s
-    prompt_lengths: tuple[int, ...] = ()  # tokens of each group's prompt, len G; () where groups share none
+    tree: PrefixTree | None = None  # None: not looked for, so that only layouts that compute every sequence apart do
+    distinct: Distinct | None = None  # None: each of the N has a row of its own
     advantages: torch.Tensor | None = None  # f32 [N], where they are known beforehand
     old_logprobs: torch.Tensor | None = None  # f32 [N], where the policy is no longer the one that sampled
+
+    @property
+    def state_positions(self) -> torch.Tensor:
+        """The packed positions whose states the heads take, i64 [U]: N of them, or one for each distinct token."""
+        return self.score_positions if self.distinct is None else self.score_positions[self.distinct.rows]
 
     @property
     def completion_lengths(self) -> torch.Tensor:

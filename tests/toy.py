@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastkl.config.settings import TrainConfig
 from fastkl.rollout.generator import Generator
@@ -45,7 +47,17 @@ def toy_model(seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> n
         "initializer_range": 0.3,
     }
     model = LlamaForCausalLM(LlamaConfig(**(settings | options)))
+    if dtype == torch.float64:
+        for module in model.modules():
+            if isinstance(module, LlamaRMSNorm):
+                module.forward = partial(in_float64, module)
     return without_dropout(model.to(dtype))
+
+
+def in_float64(norm: LlamaRMSNorm, states: torch.Tensor) -> torch.Tensor:
+    """What the norm computes, which rounds states and their gradients to float32 in its own forward: sums of gradients
+    would then depend on what is summed before it is rounded."""
+    return torch.nn.functional.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def half_storyteller(folder: Path, **options) -> None:

@@ -141,7 +141,7 @@ def main() -> None:
     p.add_argument("--seconds", type=float, default=10.0, help="how long each contender is timed in each setting")
     p.add_argument("--settings", nargs="*", default=[*SETTINGS], choices=[*SETTINGS])
     p.add_argument("--contenders", nargs="*", default=[*CONTENDERS], choices=[*CONTENDERS])
-    p.add_argument("--append", action="store_true", help="keep what the output has of other settings")
+    p.add_argument("--append", action="store_true", help="keep what the output has of others")
     options = p.parse_args()
     shape = options.rows, options.hidden, options.vocab
     contenders = ["one head product", *options.contenders]
@@ -151,7 +151,7 @@ def main() -> None:
     results = []
     if options.append and options.output.exists():
         earlier = json.loads(options.output.read_text())["results"]
-        results = [row for row in earlier if row["setting"] not in options.settings]
+        results = [r for r in earlier if r["setting"] not in options.settings or r["name"] not in contenders]
     job = {"shape": dict(zip(("rows", "hidden", "vocab"), shape, strict=True)), "dtype": "float32"}
     with tempfile.TemporaryDirectory() as folder:
         truth = Path(folder) / "truth.pt"

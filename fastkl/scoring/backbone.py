@@ -1,11 +1,13 @@
 """Backbone: packed tokens through a transformer, without its head and without cross-talk between sequences.
 
-In: a Hugging Face causal language model and a PackedBatch. Out: hidden states [N, H] that predict the scored tokens.
+In: a Hugging Face causal language model and a PackedBatch. Out: hidden states [U, H] that predict the scored tokens,
+one row for tokens that are the same (PackedBatch.distinct).
 
 "packed": the M tokens are one row, so that no matrix product is spent on padding; only attention (attention.py) knows
 where sequences begin.
-"shared": such a row in which the K samples of a prompt stand behind one copy of it, and the last token of a sequence,
-which predicts nothing that is scored, is left out: P + sum of (T_i - 1) tokens instead of K * P + sum of T_i.
+"shared": such a row in which what sequences begin with alike stands once (prefixes.py), and the last token of a
+sequence, which predicts nothing that is scored, is left out: at most P + sum of (T_i - 1) tokens for the K samples of a
+prompt instead of K * P + sum of T_i.
 "padded": right-padded rows through the model's own attention, for architectures that do not take an attention
 implementation from outside. `choose_layout` compares with one-at-a-time forwards before the first step and decides;
 where the configuration names a window, on sequences that are longer than it, too.
@@ -17,16 +19,16 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fastkl.errors import UserError
-from fastkl.scoring.attention import ATTENTION, Row, prompts_once, register_packed_attention, sequences_of
+from fastkl.scoring.attention import ATTENTION, branches_of, register_packed_attention, sequences_of
 from fastkl.scoring.models import backbone_of, context_length, text_config
 from fastkl.scoring.pack import cumulative
+from fastkl.scoring.prefixes import tree_of
 from fastkl.types import PackedBatch
 
 if TYPE_CHECKING:
@@ -65,65 +67,31 @@ def scoring(model: PreTrainedModel, layout: str) -> Iterator[None]:
 
 
 def packed_hidden_states(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """The backbone over one packed row; returns the hidden states [N, H] that predict the scored tokens."""
+    """The backbone over one packed row; returns the hidden states [U, H] that predict the distinct scored tokens."""
     hidden = backbone_of(model)(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
         packed_rows=sequences_of(batch.lengths, batch.input_ids.device),
     ).last_hidden_state[0]
-    return hidden.index_select(0, batch.score_positions)
+    return hidden.index_select(0, batch.state_positions)
 
 
 def shared_hidden_states(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """The backbone over one row in which every prompt stands once; returns [N, H] as above."""
-    row = shared_row(batch)
+    """The backbone over one row in which no beginning stands twice; returns [U, H] as above."""
+    tree = batch.tree
+    assert tree is not None, "a batch whose sequences were packed for it"
     hidden = backbone_of(model)(
-        input_ids=batch.input_ids[row.source][None],
-        position_ids=batch.position_ids[row.source][None],
+        input_ids=batch.input_ids[tree.source][None],
+        position_ids=batch.position_ids[tree.source][None],
         use_cache=False,
-        packed_rows=row.attention,
+        packed_rows=branches_of(tree, batch.input_ids.device),
     ).last_hidden_state[0]
-    return hidden.index_select(0, row.place[batch.score_positions])
-
-
-@dataclass(frozen=True, slots=True)
-class SharedRow:
-    """Which packed tokens are computed, and where they and their copies stand then."""
-
-    source: torch.Tensor  # i64 [m]; the packed position of every token in the row
-    place: torch.Tensor  # i64 [M]; where each packed token stands in the row; m for the last of a sequence
-    attention: Row
-
-
-def shared_row(batch: PackedBatch) -> SharedRow:
-    """The row for a batch whose groups share a prompt. A prompt is taken from the first sequence that is not empty."""
-    samples, device = batch.rewards.shape[1], batch.input_ids.device
-    source: list[torch.Tensor] = []
-    place: list[torch.Tensor] = []
-    groups: list[tuple[int, list[int]]] = []
-    computed = packed = 0  # tokens so far: in the row, and in the batch
-    for g, prompt in enumerate(batch.prompt_lengths):
-        lengths = [length for length in batch.lengths[g * samples : (g + 1) * samples] if length]
-        if not lengths:
-            continue
-        own = [length - prompt - 1 for length in lengths]  # without a sequence's last token
-        prompt_at = torch.arange(computed, computed + prompt)
-        source.append(torch.arange(packed, packed + prompt))
-        computed += prompt
-        for length, count in zip(lengths, own, strict=True):
-            source.append(torch.arange(packed + prompt, packed + length - 1))
-            place += [prompt_at, torch.arange(computed, computed + count), torch.tensor([-1])]
-            computed += count
-            packed += length
-        groups.append((prompt, own))
-    places = torch.cat(place)
-    places[places < 0] = computed  # no state: to ask for one is an error
-    return SharedRow(torch.cat(source).to(device), places.to(device), prompts_once(groups, device))
+    return hidden.index_select(0, tree.place[batch.state_positions])
 
 
 def padded_hidden_states(model: PreTrainedModel, batch: PackedBatch, rows_at_once: int = 32) -> torch.Tensor:
-    """The backbone over right-padded rows, sorted by length, `rows_at_once` at a time; returns [N, H] as above.
+    """The backbone over right-padded rows, sorted by length, `rows_at_once` at a time; returns [U, H] as above.
 
     No attention mask is needed: attention is causal, and every pad lies to the right of the tokens that count.
     """
@@ -139,11 +107,12 @@ def padded_hidden_states(model: PreTrainedModel, batch: PackedBatch, rows_at_onc
         hidden += [states[row, : len(span)] for row, span in enumerate(spans)]
         packed_position += spans
     place = torch.cat(packed_position).argsort()  # undoes the sorting: place[m] is where packed token m now stands
-    return torch.cat(hidden).index_select(0, place[batch.score_positions])
+    return torch.cat(hidden).index_select(0, place[batch.state_positions])
 
 
 def hidden_states(model: PreTrainedModel, batch: PackedBatch, layout: str) -> torch.Tensor:
-    """Hidden states [N, H] of the scored positions, in the layout that `scoring` was entered with. Differentiable."""
+    """Hidden states [U, H] that predict the distinct scored tokens, in the layout that `scoring` was entered with.
+    Differentiable."""
     return LAYOUTS[layout](model, batch)
 
 
@@ -187,13 +156,15 @@ def long_probe(model: PreTrainedModel, window: int) -> PackedBatch:
 
 
 def probe_of(model: PreTrainedModel, lengths: tuple[int, ...]) -> PackedBatch:
-    """Sequences of so many tokens, half of each its prompt; all tokens but their last are scored."""
+    """Sequences of so many tokens; all tokens but their last are scored."""
     device, total = model.device, sum(lengths)
     ids = torch.arange(total, device=device) * 7919 % model.get_input_embeddings().weight.shape[0]  # spread out
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
     scored = torch.ones(total, dtype=torch.bool, device=device)
     scored[torch.tensor(lengths).cumsum(0) - 1] = False
     places = scored.nonzero().flatten()
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()[:-1]]
+    tree = tree_of([tuple(sequence.tolist()) for sequence in ids.cpu().split(lengths)], starts, total)
     return PackedBatch(
         input_ids=ids,
         position_ids=positions,
@@ -206,7 +177,7 @@ def probe_of(model: PreTrainedModel, lengths: tuple[int, ...]) -> PackedBatch:
         rewards=torch.zeros(len(lengths), 1, device=device),
         valid=torch.ones(len(lengths), 1, dtype=torch.bool, device=device),
         lengths=lengths,
-        prompt_lengths=tuple(length // 2 for length in lengths),
+        tree=tree.to(device),
     )
 
 
@@ -268,6 +239,6 @@ def _difference(model: PreTrainedModel, batch: PackedBatch, layout: str) -> floa
     rows = batch.input_ids.split([length for length in batch.lengths if length])
     backbone = backbone_of(model)
     states = [backbone(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
-    separate = torch.cat(states).index_select(0, batch.score_positions)
+    separate = torch.cat(states).index_select(0, batch.state_positions)
     with scoring(model, layout):
         return float((hidden_states(model, batch, layout) - separate).abs().max() / separate.abs().max())

@@ -6,6 +6,8 @@ part holds some of its samples, and only a single sample may be larger than the 
 apply keeps its place in the group with length zero: it is neither forwarded nor scored. Groups in which no sample can
 have an advantage are left out by the caller.
 
+Beginnings that sequences have in common are found here, while their ids are at hand (prefixes.py).
+
 There is no padding, so none can be scored. The end-of-sequence token is scored once, as the token that the policy
 chose.
 """
@@ -18,6 +20,7 @@ from dataclasses import replace
 import torch
 
 from fastkl.distributed.world import ALONE, World
+from fastkl.scoring.prefixes import Begun, distinct_of, tree_of
 from fastkl.types import Completion, PackedBatch, Prompt, RolloutBatch, Settled
 
 
@@ -69,26 +72,26 @@ def pack(
     micro_batch_tokens: int,
     device: torch.device,
     *,
-    prompts_once: bool = False,
+    once: bool = False,
     cut: bool = False,
     world: World = ALONE,
     equally: bool = False,
 ) -> list[tuple[list[int], PackedBatch]]:
     """Packs the named groups of `batch`; returns (group indices, PackedBatch) per micro-batch, tensors on `device`.
 
-    prompts_once: micro_batch_tokens counts a group's prompt once, for a layout that computes it once. cut: a group that
-    is larger comes in parts, in which the other samples are not valid. world: only this process's share of the groups
-    is packed; equally: into as many micro-batches as every other process has, the last ones without a scored token
-    (their forwards are collective).
+    once: micro_batch_tokens counts what samples of a group begin with alike once, for a layout that computes it once.
+    cut: a group that is larger comes in parts, in which the other samples are not valid. world: only this process's
+    share of the groups is packed; equally: into as many micro-batches as every other process has, the last ones without
+    a scored token (their forwards are collective).
     """
-    tokens = [sum(sample_tokens(batch, g, prompts_once=prompts_once)) for g in groups]
+    tokens = [sum(sample_tokens(batch, g, once=once)) for g in groups]
 
     def parts_for(share: Sequence[int]) -> list[tuple[list[int], RolloutBatch]]:
         found: list[tuple[list[int], RolloutBatch]] = []
         for run in split_groups([tokens[i] for i in share], micro_batch_tokens):
             members, parts = [groups[share[i]] for i in run], [batch]
             if cut and tokens[share[run[0]]] > micro_batch_tokens:
-                parts = parts_of(batch, members[0], micro_batch_tokens, prompts_once=prompts_once)
+                parts = parts_of(batch, members[0], micro_batch_tokens, once=once)
             found += [(members, part) for part in parts]
         return found
 
@@ -99,33 +102,37 @@ def pack(
     return packed + [([], nothing(batch, device))] * missing
 
 
-def sample_tokens(batch: RolloutBatch, group: int, *, prompts_once: bool) -> list[int]:
+def sample_tokens(batch: RolloutBatch, group: int, *, once: bool) -> list[int]:
     """The tokens that each sample [K] of a group adds to a micro-batch; 0 for one that is not valid."""
-    prompt, free, found = len(batch.prompts[group].token_ids), False, []
-    for completion, valid in zip(batch.completions[group], batch.valid[group].tolist(), strict=True):
-        found.append((len(completion.token_ids) + (0 if free else prompt)) if valid else 0)
-        free |= valid and prompts_once  # the others find the prompt there
+    begun, found = Begun(), []
+    for ids, valid in zip(_ids(batch, group), batch.valid[group].tolist(), strict=True):
+        found.append(0 if not valid else begun.add(ids[:-1]) if once else len(ids))
     return found
 
 
-def too_large(batch: RolloutBatch, groups: Sequence[int], micro_batch_tokens: int, *, prompts_once: bool) -> list[int]:
+def too_large(batch: RolloutBatch, groups: Sequence[int], micro_batch_tokens: int, *, once: bool) -> list[int]:
     """Those of the groups that `pack` would cut."""
-    return [g for g in groups if sum(sample_tokens(batch, g, prompts_once=prompts_once)) > micro_batch_tokens]
+    return [g for g in groups if sum(sample_tokens(batch, g, once=once)) > micro_batch_tokens]
 
 
-def parts_of(batch: RolloutBatch, group: int, micro_batch_tokens: int, *, prompts_once: bool) -> list[RolloutBatch]:
+def parts_of(batch: RolloutBatch, group: int, micro_batch_tokens: int, *, once: bool) -> list[RolloutBatch]:
     """The batch several times, each with a run of the group's samples for its only valid ones, in their order."""
-    prompt = len(batch.prompts[group].token_ids)
-    runs: list[list[int]] = []
-    filled = 0
+    sequences, runs = _ids(batch, group), list[list[int]]()
+    filled, begun = 0, Begun()
     for k in batch.valid[group].nonzero()[:, 0].tolist():
-        tokens = len(batch.completions[group][k].token_ids)
-        if not runs or filled + tokens + (0 if prompts_once else prompt) > micro_batch_tokens:
+        tokens = begun.add(sequences[k][:-1]) if once else len(sequences[k])
+        if not runs or filled + tokens > micro_batch_tokens:
             runs.append([])
-            filled = prompt if prompts_once else 0
+            filled, begun = 0, Begun()
+            tokens = begun.add(sequences[k][:-1]) if once else len(sequences[k])
         runs[-1].append(k)
-        filled += tokens + (0 if prompts_once else prompt)
+        filled += tokens
     return [_only(batch, group, run) for run in runs]
+
+
+def _ids(batch: RolloutBatch, group: int) -> list[tuple[int, ...]]:
+    """The token ids of a group's sequences, [K]."""
+    return [batch.prompts[group].token_ids + completion.token_ids for completion in batch.completions[group]]
 
 
 def _only(batch: RolloutBatch, group: int, samples: Sequence[int]) -> RolloutBatch:
@@ -166,7 +173,7 @@ def nothing(batch: RolloutBatch, device: torch.device) -> PackedBatch:
         rewards=torch.zeros(1, num_samples, device=device),
         valid=torch.zeros(1, num_samples, dtype=torch.bool, device=device),
         lengths=lengths,
-        prompt_lengths=(1,),
+        tree=tree_of([(0, 0)], [0], 2).to(device),
         advantages=None if settled.advantages is None else empty(torch.float32),
         old_logprobs=None if settled.old_logprobs is None else empty(torch.float32),
     )
@@ -181,9 +188,13 @@ def _pack_groups(batch: RolloutBatch, groups: Sequence[int], device: torch.devic
     engine_logprobs: list[float] = []
     lengths: list[int] = []
     scored: list[int] = []
+    sequences: list[tuple[int, ...]] = []
+    starts: list[int] = []
     for prompt, completion in _sequences(batch, groups):
         ids = prompt.token_ids + completion.token_ids if completion else ()
         if completion:
+            sequences.append(ids)
+            starts.append(len(input_ids))
             # Token t of the completion is predicted at the position before it: the only shift by one in the project.
             first = len(input_ids) + len(prompt.token_ids) - 1
             score_positions.extend(range(first, first + len(completion.token_ids)))
@@ -194,6 +205,11 @@ def _pack_groups(batch: RolloutBatch, groups: Sequence[int], device: torch.devic
         position_ids.extend(range(len(ids)))
         lengths.append(len(ids))
         scored.append(len(completion.token_ids) if completion else 0)
+
+    tree = tree_of(sequences, starts, len(input_ids))
+    owners = torch.arange(len(groups)).repeat_interleave(torch.tensor(scored).view(len(groups), -1).sum(1))
+    positions, targets = (torch.tensor(values, dtype=torch.int64) for values in (score_positions, target_ids))
+    distinct = distinct_of(tree, positions, targets, owners, len(groups))
 
     def int64(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
@@ -206,15 +222,16 @@ def _pack_groups(batch: RolloutBatch, groups: Sequence[int], device: torch.devic
         input_ids=int64(input_ids),
         position_ids=int64(position_ids),
         cu_seqlens=cumulative(lengths, device),
-        score_positions=int64(score_positions),
-        target_ids=int64(target_ids),
+        score_positions=positions.to(device),
+        target_ids=targets.to(device),
         completion_cu_seqlens=cumulative(scored, device),
         completion_positions=int64(completion_positions),
         engine_logprobs=torch.tensor(engine_logprobs, dtype=torch.float32, device=device),
         rewards=batch.rewards[list(groups)].to(device),
         valid=batch.valid[list(groups)].to(device),
         lengths=tuple(lengths),
-        prompt_lengths=tuple(len(batch.prompts[g].token_ids) for g in groups),
+        tree=tree.to(device),
+        distinct=distinct.to(device) if distinct else None,
         advantages=settled(batch.settled.advantages),
         old_logprobs=settled(batch.settled.old_logprobs),
     )

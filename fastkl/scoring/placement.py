@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastkl.kernels.types import Head
-from fastkl.types import PackedBatch
+from fastkl.types import Distinct, PackedBatch, PrefixTree
 
 
 @contextmanager
@@ -56,7 +56,8 @@ def moved(batch: PackedBatch, device: torch.device) -> PackedBatch:
     if batch.input_ids.device == device:
         return batch
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    there: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, torch.Tensor)}
+    tensors = torch.Tensor, PrefixTree, Distinct
+    there: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, tensors)}
     return replace(batch, **there)
 
 

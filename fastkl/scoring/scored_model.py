@@ -23,6 +23,7 @@ from fastkl.sampling.replay import support_of
 from fastkl.scoring import backbone
 from fastkl.scoring.adapters import switched_off
 from fastkl.scoring.compiled import Compiled, running
+from fastkl.scoring.distinct import of_copies, spread
 from fastkl.scoring.head import head_of
 from fastkl.scoring.placement import HeadCopy, fetched, moved
 from fastkl.scoring.shard import rest
@@ -35,7 +36,7 @@ T = TypeVar("T")
 class Hidden:
     """What the operator needs of one model."""
 
-    states: torch.Tensor  # [N, H]; row n predicts target_ids[n]
+    states: torch.Tensor  # [U, H]; row u predicts the u-th distinct token (PackedBatch.state_positions)
     head: Head
 
 
@@ -129,18 +130,26 @@ class ScoredModel(nn.Module):
         """
         policy = self._hidden(batch)  # a hook around `hidden` would take it for another forward
         models = policy.states, policy.head, *((reference.states, reference.head) if reference else (None, None))
-        support = support_of(sampling, batch.completion_positions, len(policy.head.weight))
+        distinct, target_ids, positions = batch.distinct, batch.target_ids, batch.completion_positions
+        if distinct:
+            target_ids, positions = target_ids[distinct.rows], positions[distinct.rows]
         options: dict[str, Any] = {
             "temperature": sampling.temperature,
-            "support": support,
+            "support": support_of(sampling, positions, len(policy.head.weight)),
             "outputs": outputs,
             "gradient_dtype": "bfloat16" if self.dtype == torch.bfloat16 else "float32",
         }
         if reference and len(reference.head.weight) != len(policy.head.weight):
             options["valid_vocab"] = len(policy.head.weight)  # a teacher's head may be padded further
         if coefficients is None:
-            return Scored(None, head_token_scores(*models, batch.target_ids, **options))
-        return Scored(*head_token_loss(*models, batch.target_ids, coefficients, row_splits=row_splits, **options))
+            loss, scores = None, head_token_scores(*models, target_ids, **options)
+        else:
+            if distinct:
+                assert row_splits is not None, "the bounds of the groups, within which tokens may be the same"
+                coefficients = of_copies(coefficients, row_splits, distinct)
+                row_splits = distinct.splits
+            loss, scores = head_token_loss(*models, target_ids, coefficients, row_splits=row_splits, **options)
+        return Scored(loss, spread(scores, distinct.copies) if distinct else scores)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:

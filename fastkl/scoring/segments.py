@@ -5,7 +5,8 @@ token is laid next to a pad, no mask is read, and one call serves all sequences 
 (attention.py), every group of samples takes calls of its own, and masked scores are computed to be thrown away.
 
 A segment is a run of queries that stand end to end, and its keys, of which the queries' own are the last: a sequence
-sees itself; a completion sees its prompt, computed once, and itself. Query i of n sees all but the last n - 1 - i keys.
+sees itself; one that begins as another does sees what they share, computed once, and itself. Query i of n sees all but
+the last n - 1 - i keys.
 
 Left out: float32 and head sizes that the kernel does not take, which `takes` tells.
 """
@@ -19,6 +20,8 @@ from inspect import signature
 from typing import Any
 
 import torch
+
+from fastkl.types import PrefixTree
 
 OLDEST_CAPABILITY = (8, 0)
 LARGEST_HEAD, HEAD_UNIT = 256, 8
@@ -78,27 +81,16 @@ def whole_sequences(lengths: Sequence[int], device: torch.device) -> Segments:
     return Segments(None, ends, ends, longest, longest)
 
 
-def behind_prompts(groups: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> Segments:
-    """Groups end to end: a prompt of so many tokens, then its completions of so many, the empty ones left out."""
-    queries: list[int] = []
-    seen: list[torch.Tensor] = []  # by segment
-    start = 0
-    for prompt, completions in groups:
-        own = torch.arange(start, start + prompt)
-        queries.append(prompt)
-        seen.append(own)
-        start += prompt
-        for length in filter(None, completions):
-            queries.append(length)
-            seen.append(torch.cat([own, torch.arange(start, start + length)]))
-            start += length
-    lengths = [len(keys) for keys in seen]
+def behind_prefixes(tree: PrefixTree, device: torch.device) -> Segments:
+    """A tree's row: what a sequence has for itself sees what it shares with others before it, and itself."""
+    bounds = [*tree.starts, len(tree.end)]
+    seen = [
+        torch.cat([tree.before(start), torch.arange(start, end)])
+        for start, end in zip(bounds, bounds[1:], strict=False)
+    ]
+    queries, keys = torch.tensor(bounds).diff().tolist(), [len(found) for found in seen]
     return Segments(
-        torch.cat(seen).to(device),
-        _cumulative(queries, device),
-        _cumulative(lengths, device),
-        max(queries),
-        max(lengths),
+        torch.cat(seen).to(device), _cumulative(queries, device), _cumulative(keys, device), max(queries), max(keys)
     )
 
 

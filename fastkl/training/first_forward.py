@@ -57,7 +57,7 @@ def with_advantages(
         return batch
     groups = scorable_groups(batch.valid, objective.advantage.min_samples)
     if not objective.advantage.whole_step:
-        groups = too_large(batch, groups, micro_batch_tokens, prompts_once=policy.layout == "shared")
+        groups = too_large(batch, groups, micro_batch_tokens, once=policy.layout == "shared")
     if not groups:
         return batch
     penalty = objective.penalty
@@ -101,7 +101,7 @@ def first_forward(
     once, equally = policy.layout == "shared", policy.is_sharded
     with policy.scoring(), reference.scoring() if reference else nullcontext(), watch("score"), torch.no_grad():
         for members, micro in pack(
-            batch, groups, micro_batch_tokens, policy.device, prompts_once=once, cut=True, world=world, equally=equally
+            batch, groups, micro_batch_tokens, policy.device, once=once, cut=True, world=world, equally=equally
         ):
             ref_hidden = reference.hidden(micro) if reference else None
             outputs = objective.penalty.outputs

@@ -192,7 +192,7 @@ def update(
             groups,
             limits.micro_batch_tokens,
             policy.device,
-            prompts_once=once,
+            once=once,
             cut=True,
             world=world,
             equally=equally,

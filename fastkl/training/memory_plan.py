@@ -139,6 +139,8 @@ def _activation_bytes(model_config: Any) -> float:
     config = text_config(model_config)
     hidden = getattr(config, "hidden_size", 0)
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    if isinstance(inner, list | tuple):  # a width for each layer, as in Gemma 3n
+        inner = max(inner)
     return 4.0 * getattr(config, "num_hidden_layers", 0) * (8 * hidden + 4 * inner)
 
 

@@ -231,9 +231,13 @@ def check_same_shape(policy: nn.Module, reference: nn.Module, resumed: checkpoin
 
 
 def probe_batch(prompt: Prompt, device: torch.device) -> PackedBatch:
-    """Three sequences of different lengths, made of the prompt's own tokens, to try a backbone layout on."""
+    """Sequences of different lengths, made of the prompt's own tokens, to try a backbone layout on: one that begins as
+    the longest does, and two that go on otherwise after two tokens and at once."""
     ids = (prompt.token_ids * 9)[: max(9, min(64, len(prompt.token_ids)))]
-    completions = tuple(Completion(ids[:n], (0.0,) * n, "length", "") for n in (len(ids), 3, 5))
-    batch = RolloutBatch((prompt,), (completions,), torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), 0)
+    others = tuple(token - 1 if token else 1 for token in ids)
+    samples = ids, ids[:3], ids[:2] + others[2:7], others[:4]
+    completions = tuple(Completion(sample, (0.0,) * len(sample), "length", "") for sample in samples)
+    rewards = torch.zeros(1, len(samples))
+    batch = RolloutBatch((prompt,), (completions,), rewards, torch.ones_like(rewards, dtype=torch.bool), 0)
     short = dataclasses.replace(batch, prompts=(dataclasses.replace(prompt, token_ids=prompt.token_ids[:64]),))
     return pack(short, [0], 1 << 30, device)[0][1]

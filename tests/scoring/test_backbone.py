@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import slow
@@ -35,6 +37,14 @@ def only_micro_batch(batch):
     return micro
 
 
+def states_of(model, batch, layout: str) -> torch.Tensor:
+    """Hidden states of all N scored tokens."""
+    micro = only_micro_batch(batch)
+    with backbone.scoring(model, layout):
+        states = backbone.hidden_states(model, micro, layout)
+    return states if micro.distinct is None else states[micro.distinct.copies]
+
+
 def check_sliding_window(layout: str, window: int) -> None:
     """Hidden states of a model that looks back `window` tokens are those of separate forwards."""
     torch.manual_seed(0)
@@ -43,10 +53,9 @@ def check_sliding_window(layout: str, window: int) -> None:
         num_key_value_heads=2, sliding_window=window, initializer_range=0.5,
     )  # fmt: skip
     model = MistralForCausalLM(config).double().eval()
-    batch = toy_batch(toy_model(), max_new_tokens=9)
-    with backbone.scoring(model, layout):
-        hidden = backbone.hidden_states(model, only_micro_batch(batch), layout)
-    torch.testing.assert_close(hidden, separate_hidden_states(model, batch), rtol=0, atol=1e-10)
+    for batch in (toy_batch(toy_model(), max_new_tokens=9), alike_batch()):
+        states, expected = states_of(model, batch, layout), separate_hidden_states(model, batch)
+        torch.testing.assert_close(states, expected, rtol=0, atol=1e-10)
 
 
 def separate_hidden_states(model, batch) -> torch.Tensor:
@@ -73,24 +82,43 @@ def equal_lengths_batch():
     return RolloutBatch((prompt(1, 2),), (completions,), torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), 0)
 
 
+def alike_batch(long: int = 0) -> RolloutBatch:
+    """Prompts that begin alike, one of them twice; samples that are equal, that begin as others do, that are the
+    beginning of others, or that do not count. long: tokens more in the last prompt's samples."""
+    samples = [
+        [(4, 5, 6), (4, 5, 6), (4, 5), (9, 5, 6)],
+        [(4, 5, 7, 8, 22), (4, 5, 7, 9, 22), (4, 5, 7, 8, 22), (4,)],
+        [(7, 4, 5), (7, 4, 6), (8, 8, 8), (7, 4, 6, 5)],
+        [(3, *(i % 22 for i in range(long)), 2), (3, *(i % 21 for i in range(long)), 2), (3,), (3, 22)],
+    ]
+    completions = tuple(
+        tuple(Completion(ids, (0.0,) * len(ids), "length", "") for ids in group) for group in samples
+    )  # fmt: skip
+    valid = torch.ones(4, 4, dtype=torch.bool)
+    valid[2, 2] = False
+    return RolloutBatch(
+        (prompt(1, 2, 3), prompt(1, 2), prompt(1, 2, 3), prompt(5)), completions, torch.zeros(4, 4), valid, 0
+    )
+
+
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
-@pytest.mark.parametrize("make_batch", [toy_batch, *slow(lambda model: equal_lengths_batch())], ids=["ragged", "equal"])
+@pytest.mark.parametrize(
+    "make_batch",
+    [toy_batch, lambda model: alike_batch(), *slow(lambda model: equal_lengths_batch())],
+    ids=["ragged", "alike", "equal"],
+)
 @pytest.mark.parametrize("make_model", [toy_model, lambda: toy_gpt2()], ids=["llama", "gpt2"])
 def test_batched_forward_and_gradient_equal_separate_forwards(layout, make_batch, make_model):
-    """Llama's norms round to float32, so the sum of a shared prompt's gradients is rounded once, not K times."""
     model = make_model()
     batch = make_batch(toy_model())
-    tolerance = 1e-5 if layout == "shared" and make_model is toy_model else 1e-11
-    with backbone.scoring(model, layout):
-        hidden = backbone.hidden_states(model, only_micro_batch(batch), layout)
-    expected = separate_hidden_states(model, batch)
+    hidden, expected = states_of(model, batch, layout), separate_hidden_states(model, batch)
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(expected)
     gradients = [
         torch.autograd.grad((h * weights).sum(), list(model.base_model.parameters())) for h in (hidden, expected)
     ]
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed"])
@@ -148,9 +176,7 @@ def test_a_layout_that_leaks_between_sequences_is_never_chosen(family):
     layout, reason = backbone.choose_layout(model, micro)
     expected = separate_hidden_states(model, batch)
     tolerance = 1e-10 if family == "gpt2" else 1e-5  # GPT-Neo computes its attention in float32
-    with backbone.scoring(model, layout):
-        hidden = backbone.hidden_states(model, micro, layout)
-    torch.testing.assert_close(hidden, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(states_of(model, batch, layout), expected, rtol=0, atol=tolerance)
     if family == "gpt_neo":
         assert layout == "padded", reason
 
@@ -195,7 +221,7 @@ def test_a_window_longer_than_every_sequence_costs_no_probe():
     model.model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
     layout, reason = backbone.choose_layout(model, short, max_tokens=16)
     assert layout == "shared" and "window" not in reason
-    rows = len(short.input_ids), len(backbone.shared_row(short).source)
+    rows = len(short.input_ids), len(short.tree.source)
     assert max(length for _, length in seen if length not in rows) == max(short.lengths)
 
 
@@ -233,26 +259,52 @@ def test_the_packed_row_without_its_attention_would_leak():
     assert (leaking - separate_hidden_states(model, batch)).abs().max() > 0.1
 
 
-def test_a_prompt_is_computed_once_and_the_last_token_of_a_sequence_not_at_all():
+def test_what_begins_alike_is_computed_once_and_the_last_token_of_a_sequence_not_at_all():
+    """By counting the beginnings of all sequences, of which each may be computed once."""
     model = toy_model()
-    batch = toy_batch(model)
-    micro, seen = only_micro_batch(batch), []
-    model.model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
-    with backbone.scoring(model, "shared"):
-        backbone.hidden_states(model, micro, "shared")
-    needed = sum(
-        len(p.token_ids) + sum(len(c.token_ids) - 1 for c, ok in zip(group, valid, strict=True) if ok)
-        for p, group, valid in zip(batch.prompts, batch.completions, batch.valid.tolist(), strict=True)
+    for batch in (toy_batch(model), alike_batch()):
+        micro, seen = only_micro_batch(batch), []
+        hook = model.model.register_forward_pre_hook(
+            lambda m, a, kwargs, seen=seen: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+        )
+        with backbone.scoring(model, "shared"):
+            backbone.hidden_states(model, micro, "shared")
+        hook.remove()
+        beginnings = {
+            (p.token_ids + c.token_ids)[:end]
+            for p, group, valid in zip(batch.prompts, batch.completions, batch.valid.tolist(), strict=True)
+            for c, ok in zip(group, valid, strict=True)
+            for end in range(1, len(p.token_ids + c.token_ids))
+            if ok
+        }
+        assert seen == [(1, len(beginnings))]
+
+
+@pytest.mark.parametrize("blocks", [(1, 8), (5, 8), (64, 1 << 30), (64, 2)])
+def test_blocks_of_any_width_give_the_states_of_separate_forwards(monkeypatch, blocks):
+    """Bounds of blocks fall on and between those of sequences; the last block is filled up."""
+    monkeypatch.setattr(attention, "LEAST_BLOCK", blocks[0])
+    monkeypatch.setattr(attention, "MOST_COPIES", blocks[1])
+    model = toy_model(max_position_embeddings=512)
+    batch = alike_batch(long=150 if blocks[0] == 64 else 0)
+    torch.testing.assert_close(
+        states_of(model, batch, "shared"), separate_hidden_states(model, batch), rtol=0, atol=1e-12
     )
-    assert seen == [(1, needed)] and needed < len(micro.input_ids)
 
 
-def test_a_completion_that_sees_its_neighbours_would_be_noticed(monkeypatch):
-    """The control: without the mask, a completion's tokens see those behind them."""
+@pytest.mark.parametrize("change", ["end", "before"])
+def test_a_completion_that_sees_its_neighbours_would_be_noticed(monkeypatch, change):
+    """The controls: a token sees what stands before it on other branches, or not all that it begins with."""
     model = toy_model()
-    micro = only_micro_batch(toy_batch(model))
-    monkeypatch.setattr(attention, "seen_by", lambda before, width, *_: torch.ones(width, before + width).bool())
-    layout, reason = backbone.choose_layout(model, micro)
+    micro = pack(alike_batch(), [0, 1], 1 << 30, CPU)[0][1]
+    tree = micro.tree
+    if change == "end":
+        wrong = replace(tree, end=torch.full_like(tree.end, len(tree.end)))
+    else:
+        monkeypatch.setattr(attention, "LEAST_BLOCK", 2)
+        monkeypatch.setattr(type(tree), "before", lambda self, token: torch.zeros(0, dtype=torch.int64))
+        wrong = tree
+    layout, reason = backbone.choose_layout(model, replace(micro, tree=wrong))
     assert layout == "packed" and "shared differs from separate forwards by" in reason
 
 

@@ -20,7 +20,7 @@ from fastkl.scoring import backbone, memory
 from fastkl.scoring.scored_model import ScoredModel
 torch.set_num_threads(1)
 backbone.register_packed_attention()
-config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4)
+config = LlamaConfig(vocab_size=101, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4)
 policy = ScoredModel(LlamaForCausalLM(config).eval(), "shared")
 measured = memory.activation_bytes_per_token(policy)
 def peak():

@@ -241,14 +241,15 @@ def test_on_a_gpu_the_head_is_multiplied_in_the_backbones_dtype_and_keeps_a_floa
     """Scores are those of rounded states and weights, computed in float64; the gradient is not rounded to bfloat16."""
     backbone.register_packed_attention()
     model = toy_model(dtype=torch.float32, tie_word_embeddings=False).cuda()
-    ((_, micro),) = pack(toy_batch(toy_model()), range(3), 1 << 30, model.device, prompts_once=True)
+    ((_, micro),) = pack(toy_batch(toy_model()), range(3), 1 << 30, model.device, once=True)
     policy = ScoredModel(model, "shared", torch.bfloat16)
     with policy.scoring():
         hidden = policy.hidden(micro)
         scores = policy(micro, sampling=Sampling()).scores
     assert hidden.states.dtype == torch.bfloat16
     logits = hidden.states.double() @ model.lm_head.weight.bfloat16().double().T
-    expected = logits.log_softmax(-1).gather(1, micro.target_ids[:, None])[:, 0]
+    rows, copies = micro.distinct.rows, micro.distinct.copies
+    expected = logits.log_softmax(-1).gather(1, micro.target_ids[rows, None])[copies, 0]
     torch.testing.assert_close(scores.policy_logprobs.double(), expected, rtol=0, atol=1e-5)
     scores.policy_logprobs.sum().backward()
     gradient = model.lm_head.weight.grad

@@ -31,7 +31,7 @@ def packed_attention():
 
 
 def micro_batch(device: torch.device = CPU):
-    ((_, micro),) = pack(toy_batch(toy_model()), [0, 1, 2], 1 << 30, device, prompts_once=True)
+    ((_, micro),) = pack(toy_batch(toy_model()), [0, 1, 2], 1 << 30, device, once=True)
     return micro
 
 
@@ -47,7 +47,7 @@ def test_a_reference_forwards_where_it_is_and_sends_hidden_states_and_head_to_th
         again = reference.hidden(micro_batch())
     assert {x.device for x in tensors_of(reference.model)} == {CPU}
     assert sent.states.device == sent.head.weight.device == ELSEWHERE
-    assert sent.states.shape == (len(micro_batch().target_ids), 48) and sent.head.weight.shape == (23, 48)
+    assert sent.states.shape == (len(micro_batch().state_positions), 48) and sent.head.weight.shape == (23, 48)
     assert again.head.weight is sent.head.weight, "the head is copied once"
 
 
@@ -57,6 +57,8 @@ def test_a_batch_goes_to_where_the_reference_is_whole():
     kinds = {name: getattr(there, name) for name in there.__slots__}
     held = {name: x for name, x in kinds.items() if isinstance(x, torch.Tensor)}
     assert {x.device for x in held.values()} == {ELSEWHERE} and len(held) >= 10
+    assert {there.tree.source.device, there.tree.place.device, there.distinct.rows.device} == {ELSEWHERE}
+    assert there.distinct.copies.device == ELSEWHERE and there.tree.end.device == CPU, "attention is laid out here"
     assert there.lengths == micro.lengths and moved(micro, CPU) is micro
 
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import slow_where
-from test_backbone import check_sliding_window, equal_lengths_batch, only_micro_batch, separate_hidden_states
+from test_backbone import alike_batch, check_sliding_window, equal_lengths_batch, separate_hidden_states, states_of
 from toy import toy_batch, toy_model
 
 from fastkl.scoring import attention, backbone, segments
+from fastkl.scoring.prefixes import tree_of
 
 
 def slow_kernel(query, key, value, cu_queries, cu_keys, max_queries, max_keys, *, scale, window_size):
@@ -40,20 +41,22 @@ def segments_everywhere(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed"])
-@pytest.mark.parametrize("make_batch", [toy_batch, lambda model: equal_lengths_batch()], ids=["ragged", "equal"])
+@pytest.mark.parametrize(
+    "make_batch",
+    [toy_batch, lambda model: alike_batch(), lambda model: equal_lengths_batch()],
+    ids=["ragged", "alike", "equal"],
+)
 def test_segments_give_the_states_and_gradients_of_separate_forwards(segments_everywhere, layout, make_batch):
     model = toy_model()
     batch = make_batch(model)
-    with backbone.scoring(model, layout):
-        hidden = backbone.hidden_states(model, only_micro_batch(batch), layout)
-    expected = separate_hidden_states(model, batch)
+    hidden, expected = states_of(model, batch, layout), separate_hidden_states(model, batch)
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(expected)
     ours, theirs = (
         torch.autograd.grad((h * weights).sum(), list(model.base_model.parameters())) for h in (hidden, expected)
     )
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # Llama's norms round to float32
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed"])
@@ -69,10 +72,19 @@ def test_what_the_kernel_does_not_take_is_laid_side_by_side(monkeypatch):
     model = toy_model()  # float64
     batch = toy_batch(model)
     for layout in ("shared", "packed"):
-        with backbone.scoring(model, layout):
-            hidden = backbone.hidden_states(model, only_micro_batch(batch), layout)
-        torch.testing.assert_close(hidden, separate_hidden_states(model, batch), rtol=0, atol=1e-12)
+        states, expected = states_of(model, batch, layout), separate_hidden_states(model, batch)
+        torch.testing.assert_close(states, expected, rtol=0, atol=1e-12)
     assert not segments.takes(torch.zeros(1, 64), torch.zeros(1, 64))
+
+
+def tree_of_groups(groups):
+    """Sequences of (tokens of the prompt, tokens of each completion), the prompts of a group equal."""
+    sequences, ids = [], iter(range(1 << 30))
+    for prompt, completions in groups:
+        begins = [next(ids) for _ in range(prompt)]
+        sequences += [(*begins, *(next(ids) for _ in range(count + 1))) for count in completions]
+    starts = [0, *torch.tensor([len(s) for s in sequences]).cumsum(0).tolist()]
+    return tree_of(sequences, starts[:-1], starts[-1])
 
 
 @pytest.mark.gpu
@@ -82,7 +94,8 @@ def test_the_kernel_agrees_with_query_by_query_on_a_gpu(head_dim, window):
     """Errors of values and gradients are at most twice and three times those of bfloat16 arithmetic query by query."""
     torch.manual_seed(0)
     device = torch.device("cuda")
-    places = segments.behind_prompts([(7, [5, 0, 9]), (3, [1]), (40, [33, 70])], device)
+    tree = tree_of_groups([(7, [5, 0, 9]), (3, [1]), (40, [33, 70])])
+    places = segments.behind_prefixes(tree, device)
     tokens = int(places.cu_queries[-1])
     inputs = [torch.randn(heads, tokens, head_dim, device=device) for heads in (14, 2, 2)]
     weights = torch.randn(tokens, 14, head_dim, device=device)

@@ -74,7 +74,7 @@ def test_every_token_of_a_64k_group_comes_once_and_no_part_is_larger_than_16k():
     batch = long_batch(10, lengths)
     assert sum(lengths) > 64_000
     for once in (True, False):
-        parts = pack(batch, [0], 16_000, CPU, prompts_once=once, cut=True)
+        parts = pack(batch, [0], 16_000, CPU, once=once, cut=True)
         assert len(parts) == 5
         seen = torch.zeros(10, dtype=torch.int64)
         for members, part in parts:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from toy import toy_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from fastkl.config.settings import TrainConfig
 from fastkl.scoring.models import load_tokenizer
@@ -124,6 +124,17 @@ def test_vllm_takes_a_copy_of_the_weights_and_its_cache(tmp_path, monkeypatch):
     model = toy_model(dtype=torch.float32)
     half = plan(model, tmp_path, generator="vllm", dtype=torch.bfloat16)
     assert half.parts["vLLM"] == 2 * num_parameters(str(tmp_path)) + 2 * 2**30
+
+
+def test_a_configuration_may_have_a_width_for_each_layer():
+    """Gemma 3n's does; the plan takes the widest."""
+
+    def parts(widths: list[int]) -> object:
+        config = AutoConfig.for_model("gemma3n_text", num_hidden_layers=2, intermediate_size=widths)
+        options = {"generator": "transformers", "device": CPU, "dtype": torch.float32, "max_tokens": 20}
+        return plan_of(TrainConfig(), config, 1000, **options).parts
+
+    assert parts([64, 8]) == parts([64, 64]) != parts([128, 8])
 
 
 def test_the_line_says_whether_it_fits_and_what_to_change(tmp_path, monkeypatch):

@@ -31,8 +31,8 @@ all, in some minutes on two cores, and writes this page; it fails where one does
 
 ## Those that train
 
-* **layout** of what is scored: one row without padding, which holds a prompt once for all of its completions
-  ("shared") or once for each ("packed"); or a padded row for each sequence ("padded").
+* **layout** of what is scored: one row without padding, which holds what sequences begin with alike once
+  ("shared") or every sequence whole ("packed"); or a padded row for each sequence ("padded").
 * **decoding** in the transformers generator: "shared" pads prompts of different lengths and repeats their caches;
   "alike" takes prompts of one length at a time; "anew" forwards all tokens at each step, since the cache cannot be
   repeated or its logits are others.

@@ -20,8 +20,8 @@ from tools.models.tiny import kinds, save, tiny_config, tiny_model
 LENGTHS = (3, (11, 4)), (6, (30, 22)), (1, (5, 8))
 """Tokens of the prompts that are scored, and of the completions of each; some are longer than every window."""
 
-TOLERANCE = 1e-5
-"""Nats."""
+TOLERANCE = 2e-5
+"""Nats. Two computations in float32 differ by so much: Gemma-4's own logits are 6e-6 off those in float64."""
 
 
 @dataclass(frozen=True, slots=True)
