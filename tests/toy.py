@@ -47,16 +47,19 @@ def toy_model(seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> n
         "initializer_range": 0.3,
     }
     model = LlamaForCausalLM(LlamaConfig(**(settings | options)))
-    if dtype == torch.float64:
-        for module in model.modules():
-            if isinstance(module, LlamaRMSNorm):
-                module.forward = partial(in_float64, module)
-    return without_dropout(model.to(dtype))
+    return without_dropout(norms_in_float64(model.double()) if dtype == torch.float64 else model.to(dtype))
 
 
-def in_float64(norm: LlamaRMSNorm, states: torch.Tensor) -> torch.Tensor:
-    """What the norm computes, which rounds states and their gradients to float32 in its own forward: sums of gradients
-    would then depend on what is summed before it is rounded."""
+def norms_in_float64(model: nn.Module) -> nn.Module:
+    """A Llama in float64 whose norms round neither states nor gradients to float32, as they do in their own forward:
+    sums of gradients would then depend on what is summed before it is rounded."""
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.forward = partial(_norm, module)
+    return model
+
+
+def _norm(norm: LlamaRMSNorm, states: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 

@@ -18,9 +18,11 @@ from fastkl.errors import UserError
 from fastkl.kernels.operators import Support, TokenScores, head_token_scores
 from fastkl.kernels.types import OUTPUTS, Head
 from fastkl.scoring import backbone
+from fastkl.scoring.distinct import spread
 from fastkl.scoring.head import check_head, head_of
 from fastkl.scoring.models import backbone_of, dropouts, first_line
 from fastkl.scoring.pack import cumulative
+from fastkl.scoring.prefixes import distinct_of, tree_of
 from fastkl.types import PackedBatch
 
 _LAYOUTS: WeakKeyDictionary[nn.Module, dict[tuple[bool, torch.dtype], str]] = WeakKeyDictionary()
@@ -77,6 +79,8 @@ def score_tokens(
 ) -> TokenScores:
     """Scores of the tokens that `completion_mask` marks, under policy and reference: TokenScores of [B, T] each.
 
+    What rows begin with alike, such as the prompt of several samples, goes through the models once (prefixes.py).
+
     input_ids i64 [B, T]: prompts and completions, padded on any side. completion_mask bool or 0/1 [B, T]: the tokens to
     score; scores are zero elsewhere. attention_mask bool or 0/1 [B, T]: the tokens that exist; None: all up to a row's
     last scored one, so padding on the left must be declared here. temperature: a number, or a tensor that broadcasts to
@@ -88,29 +92,34 @@ def score_tokens(
     not fit together and for a model that would be mis-scored. Formulas: fastkl.TokenScores.
     """
     mask = _same_shape("completion_mask", completion_mask, _checked_ids(input_ids))
-    batch = _packed(input_ids, mask, attention_mask)
+    per_token = isinstance(temperature, Tensor) or support is not None  # equal tokens may have other scores then
+    batch = _packed(input_ids, mask, attention_mask, find_equal=not per_token)
     ref_hidden, ref_head = None, None
     if reference is not None:
         ref_head = head_of(_plain(reference))
         check_same_logits(head_of(_plain(policy)), ref_head)  # before any forward
         with torch.no_grad():
             ref_hidden = _hidden(reference, batch)
+    distinct = batch.distinct
     scores = head_scores(
         _hidden(policy, batch),
         head_of(_plain(policy)),
         ref_hidden,
         ref_head,
-        batch.target_ids,
+        batch.target_ids if distinct is None else batch.target_ids[distinct.rows],
         temperature=temperature.expand(mask.shape)[mask] if isinstance(temperature, Tensor) else temperature,
         support=support,
         outputs=outputs,
         chunk_tokens=chunk_tokens,
     )
 
-    def spread(values: Tensor | None) -> Tensor | None:
+    if distinct is not None:
+        scores = spread(scores, distinct.copies)
+
+    def in_rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-    return TokenScores(*(spread(getattr(scores, name)) for name in TokenScores.__slots__))
+    return TokenScores(*map(in_rows, scores.values()))
 
 
 def completion_mask(input_ids: Tensor, prompt_tokens: int, stop_token_ids: int | Sequence[int] = ()) -> Tensor:
@@ -194,13 +203,14 @@ def _checked_layout(model: Any, checkpointing: bool, dtype: torch.dtype) -> str:
     ids = torch.arange(72, device=model.device).view(3, 24) * 7919 % vocab  # any will do; these are spread out
     mask = torch.arange(24, device=model.device) < lengths[:, None]
     mask[:, 0] = False
+    ids[1, :2], ids[2, :5] = ids[0, :2], ids[0, :5]  # the layout "shared" is tried on a tree
     half = model.dtype in (torch.bfloat16, torch.float16)
     was_training = model.training
     model.eval()
     try:
         check_head(model, ids[0].tolist(), tolerance=0.02 if half else 1e-3)
-        layouts = ("padded",) if checkpointing else ("packed", "padded")
-        batch = _packed(ids, mask, None)
+        layouts = ("padded",) if checkpointing else ("shared", "packed", "padded")
+        batch = _packed(ids, mask, None, find_equal=True)
         tolerance = backbone.HALF_TOLERANCE if half else 1e-3
         return backbone.choose_layout(model, batch, dtype, tolerance=tolerance, layouts=layouts)[0]
     except UserError:
@@ -212,14 +222,17 @@ def _checked_layout(model: Any, checkpointing: bool, dtype: torch.dtype) -> str:
 
 
 def _hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Hidden states [N, H] that predict the batch's scored tokens."""
+    """Hidden states [U, H] that predict the batch's distinct scored tokens."""
     layout, model = layout_of(model), _plain(model)
     with backbone.scoring(model, layout):
         return backbone.hidden_states(model, batch, layout)
 
 
-def _packed(input_ids: Tensor, mask: Tensor, attention_mask: Tensor | None) -> PackedBatch:
-    """The rows without their padding, cut after their last scored token; rows without one have length zero."""
+def _packed(input_ids: Tensor, mask: Tensor, attention_mask: Tensor | None, *, find_equal: bool) -> PackedBatch:
+    """The rows without their padding, cut after their last scored token; rows without one have length zero.
+
+    find_equal: equal tokens after equal ones are one row for the heads.
+    """
     exists = torch.ones_like(mask)
     if attention_mask is not None:
         exists = _same_shape("attention_mask", attention_mask, input_ids)
@@ -233,19 +246,29 @@ def _packed(input_ids: Tensor, mask: Tensor, attention_mask: Tensor | None) -> P
         raise UserError("completion_mask marks the first token of a row, which nothing predicts; mark later ones only.")
     lengths = exists.sum(1).tolist()
     num_rows, device = len(mask), input_ids.device
+    packed_ids, starts = input_ids[exists], torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
+    sequences = [tuple(row.tolist()) for row in packed_ids.cpu().split(lengths)]
+    tree = tree_of(sequences, starts, len(packed_ids))
     packed_position = (exists.flatten().long().cumsum(0) - 1).view(mask.shape)
+    score_positions, target_ids = packed_position[mask] - 1, input_ids[mask]  # the token before, in the same row
+    distinct = None
+    if find_equal:
+        found = score_positions.cpu(), target_ids.cpu()
+        distinct = distinct_of(tree, *found, torch.zeros_like(found[1]), 1)
     return PackedBatch(
-        input_ids=input_ids[exists],
+        input_ids=packed_ids,
         position_ids=positions[exists],
         cu_seqlens=cumulative(lengths, device),
-        score_positions=packed_position[mask] - 1,  # the token before, in the same row
-        target_ids=input_ids[mask],
+        score_positions=score_positions,
+        target_ids=target_ids,
         completion_cu_seqlens=cumulative(mask.sum(1).tolist(), device),
         completion_positions=(mask.long().cumsum(1) - 1)[mask],
         engine_logprobs=torch.zeros(int(mask.sum()), device=device),
         rewards=torch.zeros(num_rows, 1, device=device),
         valid=mask.any(1, keepdim=True),
         lengths=tuple(lengths),
+        tree=tree.to(input_ids.device),
+        distinct=distinct.to(input_ids.device) if distinct else None,
     )
 
 

@@ -12,12 +12,13 @@ import transformers
 from cases import slow
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from toy import STOP, toy_model
+from toy import STOP, norms_in_float64, toy_model
 
 from fastkl import Support, TokenScores
 from fastkl.errors import UserError
 from fastkl.integrations import transformers as integration
 from fastkl.integrations.transformers import backbone_and_head, completion_mask, head_scores, layout_of, score_tokens
+from fastkl.scoring import score_tokens as score_tokens_module
 
 VOCAB, PAD, TEMPERATURE = 29, 0, 0.7
 COMMON = {
@@ -53,15 +54,15 @@ def make_model(family: str, seed: int = 0) -> nn.Module:
     for module in model.modules():
         if getattr(module, "bias", None) is not None:
             nn.init.normal_(module.bias)  # zero as they are made, which would hide a bias that is left out
-    return model.double().train()
+    return norms_in_float64(model.double()).train()
 
 
 @pytest.fixture(scope="module")
 def rows() -> tuple[Tensor, Tensor, Tensor]:
     """(ids, attention_mask, completion_mask): prompts padded on the left, completions on the right, one row whose
-    completion has a gap (a tool's words), one without any completion."""
+    completion has a gap (a tool's words), one without any completion; one comes twice, and one begins as that does."""
     g = torch.Generator().manual_seed(5)
-    lengths = [(3, 9), (1, 5), (7, 1), (4, 6), (5, 0)]
+    lengths = [(3, 9), (1, 5), (7, 1), (4, 6), (5, 0), (3, 9), (3, 5)]
     ids, exists, scored = [], [], []
     for prompt, completion in lengths:
         left = 7 - prompt
@@ -69,6 +70,7 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
         ids.append(torch.cat([torch.full((left,), PAD), row]))
         exists.append(torch.cat([torch.zeros(left), torch.ones(prompt + completion)]).bool())
         scored.append(torch.cat([torch.zeros(7), torch.ones(completion)]).bool())
+    ids[5], ids[6][: 7 + 2] = ids[0].clone(), ids[0][: 7 + 2]
     scored[3][8:10] = False
     return tuple(pad_sequence(x, batch_first=True) for x in (ids, exists, scored))
 
@@ -133,6 +135,33 @@ def test_scores_and_gradients_are_those_of_the_models_own_logits(family, rows):
     assert tied == policy.config.tie_word_embeddings
 
 
+def test_what_rows_begin_with_alike_is_computed_once_and_equal_tokens_are_one_row_for_the_heads(rows, monkeypatch):
+    """Unless they may have other temperatures or other ids to be chosen from."""
+    model, (ids, exists, scored) = make_model("llama_tied"), rows
+    sequences = [tuple(row[there].tolist()) for row, there in zip(ids, exists, strict=True)]
+    sequences[4] = ()  # nothing of it is scored
+    marks = [tuple(row[there].tolist()) for row, there in zip(scored, exists, strict=True)]
+    beginnings = {ids[:end] for ids in sequences for end in range(1, len(ids))}
+    kinds = {ids[: at + 1] for ids, mark in zip(sequences, marks, strict=True) for at, m in enumerate(mark) if m}
+    layout_of(model)
+    computed, heads, score = [], [], score_tokens_module.head_token_scores
+    hook = model.model.register_forward_pre_hook(
+        lambda m, a, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+
+    def noted(hidden, *rest, **options):
+        heads.append(len(hidden))
+        return score(hidden, *rest, **options)
+
+    monkeypatch.setattr(score_tokens_module, "head_token_scores", noted)
+    for options in ({}, {"temperature": torch.ones(ids.shape)}, {"support": Support(top_k=5)}):
+        score_tokens(model, None, ids, scored, attention_mask=exists, **options)
+    hook.remove()
+    num_scored = int(scored.sum())
+    assert computed == [len(beginnings)] * 3 and len(beginnings) < sum(map(len, sequences)) - 7
+    assert heads == [len(kinds), num_scored, num_scored] and len(kinds) == num_scored - 9 - 2
+
+
 @pytest.mark.parametrize("family", ["llama_tied", "gemma2", *slow("gpt2", "cohere", "granite", "phi")])
 def test_backbone_and_head_feed_the_operators(family, rows):
     """The long way round: [B, T, H] hidden states of left-padded rows, selected by hand."""
@@ -191,9 +220,11 @@ def test_supports_are_those_of_each_scored_token(rows):
 
 def test_a_temperature_may_differ_from_row_to_row(rows):
     model, (ids, exists, scored) = make_model("llama_tied"), rows
-    temperatures = torch.tensor([0.5, 0.7, 1.0, 1.5, 2.0])[:, None]
+    temperatures = torch.tensor([0.5, 0.7, 1.0, 1.5, 2.0, 0.8, 0.6])[:, None]
     mixed = score_tokens(model, None, ids, scored, attention_mask=exists, temperature=temperatures)
-    for row, temperature in enumerate(temperatures[:4, 0].tolist()):
+    for row, temperature in enumerate(temperatures[:, 0].tolist()):
+        if not scored[row].any():
+            continue
         one = slice(row, row + 1)
         alone = score_tokens(model, None, ids[one], scored[one], attention_mask=exists[one], temperature=temperature)
         torch.testing.assert_close(mixed.policy_logprobs[one], alone.policy_logprobs, rtol=0, atol=1e-12)
@@ -208,7 +239,7 @@ def test_gradient_checkpointing_changes_no_gradient(rows):
 
     model = make_model("llama_tied")
     plain = gradient(model)
-    assert layout_of(model) == "packed"
+    assert layout_of(model) == "shared"
     model.gradient_checkpointing_enable()
     assert layout_of(model) == "padded"
     for name, values in gradient(model).items():
