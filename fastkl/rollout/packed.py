@@ -22,6 +22,9 @@ ROUNDING = 2.0
 """How much more a product of K terms may be off than a random walk of K roundings to 24 bits, sqrt(K) 2^-24 relative to
 the products' root mean square. Measured for equal weights: 0.1 to 0.3."""
 
+PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+"""vLLM's ways with layers that are not quantised: what they pack is the matrix that was loaded."""
+
 
 class Products:
     """The policy's products with the probes, for all matrices that the engine multiplies with in packed form."""
@@ -57,21 +60,39 @@ class Products:
         return product
 
 
-def packed_layers(model: nn.Module, places: Places) -> dict[str, list[nn.Module]]:
+def packed_layers(model: nn.Module, places: Places) -> dict[str, list[Any]]:
     """By parameter: the layers that multiply with it in packed form, a tied head among them."""
+    return {
+        name: used
+        for name, layers in packing_layers(model, places).items()
+        if name not in places.altered and _by_rows(places, name)
+        if (used := [layer for layer in layers if _multiplies(layer, model)])
+    }
+
+
+def packed_as_they_are(model: nn.Module, places: Places) -> set[str]:
+    """Parameters that the engine packs without changing a number: the matrices of plain layers."""
+    return {
+        name
+        for name, layers in packing_layers(model, places).items()
+        if _by_rows(places, name) and all(map(_is_plain, layers))
+    }
+
+
+def packing_layers(model: nn.Module, places: Places) -> dict[str, list[Any]]:
+    """By parameter: the layers that have a packed form of it, those that only look rows up among them."""
     by_storage = {
         parameter.untyped_storage().data_ptr(): name
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.numel() and name in places.of_parameter
     }
-    found: dict[str, list[nn.Module]] = {}
+    found: dict[str, list[Any]] = {}
     for path, layer in model.named_modules():
-        if not hasattr(layer, "cpu_linear") or (_is_embedding(layer) and getattr(model, "lm_head", None) is not layer):
-            continue
-        own = f"{path}.weight"
-        name = own if own in places.of_parameter else by_storage.get(layer.weight.untyped_storage().data_ptr(), "")
-        if name and name not in places.altered and _by_rows(places, name):
-            found.setdefault(name, []).append(layer)
+        if hasattr(layer, "cpu_linear"):
+            own = f"{path}.weight"
+            name = own if own in places.of_parameter else by_storage.get(layer.weight.untyped_storage().data_ptr(), "")
+            if name:
+                found.setdefault(name, []).append(layer)
     return found
 
 
@@ -91,17 +112,23 @@ def alike(have: torch.Tensor, want: torch.Tensor, terms: int) -> bool:
     that has moved to its neighbour does not show; of a step's many some do.
     """
     known = ~want.isnan()
-    have, want = have[known], want[known]
+    if not known.all():  # picking takes longer than all the rest
+        have, want = have[known], want[known]
     noise = ROUNDING * math.sqrt(terms) * 2.0**-24
     if have.dtype == torch.float32:
         return bool((have - want).square().mean().sqrt() <= noise * want.square().mean().sqrt())
     rounded_otherwise = (have != want.to(have.dtype)).sum()
-    return bool(rounded_otherwise <= 2 + 2**9 * noise * len(want))
+    return bool(rounded_otherwise <= 2 + 2**9 * noise * want.numel())
 
 
-def _is_embedding(layer: nn.Module) -> bool:
-    """Looks rows up; it has a packed copy that nobody multiplies with, unless it is the head, too."""
-    return type(layer).__name__ == "VocabParallelEmbedding"
+def _multiplies(layer: nn.Module, model: nn.Module) -> bool:
+    """Embeddings look rows up: nobody multiplies with their packed copy, unless they are the head, too."""
+    return type(layer).__name__ != "VocabParallelEmbedding" or getattr(model, "lm_head", layer) is layer
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer packs its weight and nothing else, by itself; those of latent attention are split elsewhere."""
+    return type(layer.quant_method).__name__ in PLAIN and not getattr(layer, "_cpu_skip_gemm_dispatch", False)
 
 
 def _by_rows(places: Places, name: str) -> bool:

@@ -22,10 +22,11 @@ to 15 GB a second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ from torch import nn
 from fastkl.distributed.world import ALONE, World
 from fastkl.rollout.agreement import StaleEngineError
 from fastkl.rollout.fingerprint import fingerprint
-from fastkl.rollout.packed import Products
+from fastkl.rollout.packed import Products, packed_as_they_are, packing_layers
 from fastkl.rollout.places import Part, Place, Places, Watch, covered
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -78,6 +79,21 @@ class Push:
             pack()
             self.packed |= {full: fingerprint(parameter) for full, parameter in self._of_interest(path, layer)}
 
+    def pack_anew(self, name: str, weight: torch.Tensor, layers: Sequence[Any]) -> None:
+        """Lets the first of the layers that multiply with a parameter pack it, by the engine's own function, and the
+        others, as a tied head beside the embedding, use what came of it."""
+        for layer in layers[:1]:
+            kept = layer.weight
+            if name in (self.names or ()):  # empty, until it is loaded
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+            try:
+                path, method = name.rpartition(".")[0], layer.quant_method
+                self.pack(path, layer, partial(method.process_weights_after_loading, layer))
+            finally:
+                layer.weight = kept
+        for layer in layers[1:]:
+            layer.cpu_linear = layers[0].cpu_linear
+
     def _of_interest(self, path: str, layer: nn.Module) -> list[tuple[str, torch.Tensor]]:
         named = ((f"{path}.{name}", parameter) for name, parameter in layer.named_parameters(recurse=False))
         return [(full, parameter) for full, parameter in named if self.names is None or full in self.names]
@@ -112,27 +128,50 @@ class PushCheck:
     def knows_all(self, model: nn.Module) -> bool:
         """Whether every parameter of the engine is known to be a copy of the policy's, and to be read as it is used.
 
-        Never on CPUs, where an engine may multiply with packed copies beside them.
+        On CPUs, where an engine may multiply with packed copies, this is known of vectors. Matrices have to be those of
+        plain layers, which pack them as they are.
         """
-        if self.packs != frozenset() or self.places.altered:
+        if self.packs is None or self.places.altered:
             return False
         engine = dict(model.named_parameters(remove_duplicate=False))
-        places = self.places.of_parameter
-        copies = {id(engine[name]) for name in places if name in engine and self.places.filled(name)}
-        return all(id(p) in copies and p.device.type not in PACKING_DEVICES for p in engine.values()) and all(
-            engine[name].dtype == place.dtype and place.target.within(engine[name])
-            for name, found in places.items()
+        known = packed_as_they_are(model, self.places) | {name for name in engine if self._is_read(name, engine[name])}
+        copies = {id(engine[name]) for name in known if self.places.filled(name)}
+        return all(id(parameter) in copies for parameter in engine.values()) and all(
+            engine[name].dtype == place.dtype and (name in self.packs or place.target.within(engine[name]))
+            for name, found in self.places.of_parameter.items()
             for place in found
         )
 
+    def _is_read(self, name: str, parameter: torch.Tensor) -> bool:
+        """Whether the engine surely computes with the parameter that it holds."""
+        return name not in (self.packs or ()) and (parameter.device.type not in PACKING_DEVICES or parameter.ndim < 2)
+
     @torch.no_grad()
     def place_all(self, model: nn.Module, weights: Weights) -> Push:
-        """Copies the policy's weights to their places; for an engine of which `knows_all` is true."""
+        """Copies the policy's weights to their places, for an engine of which `knows_all` is true.
+
+        A matrix is packed as soon as it has all its parts. One of which the engine keeps the packed form alone is put
+        together in new memory, which is free again then.
+        """
         engine, at = dict(model.named_parameters(remove_duplicate=False)), self.places.of_sent()
-        for name, tensor in weights:
-            for place in at.get(name, ()):
-                place.target(engine[place.parameter]).copy_(place.source(tensor))
-        return Push(self.places, None, frozenset())
+        push, layers = Push(self.places, None, self.packs), packing_layers(model, self.places)
+        missing = {name: len(found) for name, found in self.places.of_parameter.items()}
+        begun: dict[str, torch.Tensor] = {}
+        for sent, tensor in weights:
+            for place in at.get(sent, ()):
+                name = place.parameter
+                if name not in begun:
+                    begun[name] = self._to_fill(name, engine[name])
+                place.target(begun[name]).copy_(place.source(tensor))
+                missing[name] -= 1
+                if not missing[name]:
+                    push.pack_anew(name, begun.pop(name), layers.get(name, ()))
+        return push
+
+    def _to_fill(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """What takes a parameter's parts: itself, or what will be packed where it is empty."""
+        packed = name in (self.packs or ())
+        return torch.empty(self.places.shapes[name], dtype=parameter.dtype) if packed else parameter
 
     @torch.no_grad()
     def verify(self, model: nn.Module, weights: Callable[[], Weights], push: Push, step: int) -> None:

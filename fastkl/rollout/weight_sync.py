@@ -1,7 +1,7 @@
 """Weight sync: the policy's weights into the running vLLM engine, and the proof that they arrived.
 
-vLLM reloads weights in place (after the first push they are copied to where its loader has put them, if that is all it
-does), but three things can go wrong without a word: a packed, tied output head on CPUs keeps
+vLLM reloads weights in place (after the first push they are copied to where its loader has put them, and plain matrices
+packed, if that is all it does), but three things can go wrong without a word: a packed, tied output head on CPUs keeps
 the old weights; packed experts on CPUs get plain ones; a prefix cache survives with the old keys and values. All three
 are cured here, and push_check.py compares what the engine holds in the end, tensor by tensor.
 """

@@ -36,20 +36,6 @@ def test_two_engines_draw_the_samples_of_one_and_hold_the_policys_weights(one, t
     assert_agreed(tmp_path / "run")
 
 
-class Spoiled:
-    """vLLM, but one tensor of what is pushed is another on its way."""
-
-    def __init__(self, llm, name: str) -> None:
-        self.llm, self.name = llm, name
-
-    def __getattr__(self, name: str):
-        return getattr(self.llm, name)
-
-    def collective_rpc(self, method: str, kwargs: dict) -> None:
-        weights = ((n, 1.01 * w if n == self.name else w) for n, w in kwargs["weights_iterator"])
-        self.llm.collective_rpc(method, kwargs={"weights_iterator": weights})
-
-
 def sharing(config: TrainConfig, spoiled: str) -> tuple[float, list[str], str, str]:
     """A run whose two processes share an engine, and what becomes of it after the last step.
 
@@ -81,10 +67,13 @@ def sharing(config: TrainConfig, spoiled: str) -> tuple[float, list[str], str, s
     share = held / sum(parameter.numel() for parameter in run.policy.model.parameters())
     over = type(get_tp_group().device_communicator.dist_module).__name__  # a module: torch.distributed, so gloo
     in_the_way = [] if over == "module" else [over]
-    llm, is_second = generator.llm, run.world.rank == 1
-    generator.weights.llm = Spoiled(llm, spoiled) if is_second else llm
+    check, is_second = generator.weights.check, run.world.rank == 1
+    place_all, factor = check.place_all, 1.01 if is_second else 1.0
+    check.place_all = lambda model, weights: place_all(
+        model, ((name, factor * w if name == spoiled else w) for name, w in weights)
+    )
     pushed = said(lambda: generator.sync(run.policy.model, 3))
-    generator.weights.llm = llm
+    check.place_all = place_all
     generator.sync(run.policy.model, 4)
     requests = requests_of(run.prompts.take(1), 4, seed=0, step=9)
     drawn = said(lambda: generate(generator, requests[::-1] if is_second else requests, run.world))

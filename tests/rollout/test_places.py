@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+
 import pytest
 import torch
 from cases import slow_rows
@@ -177,3 +180,140 @@ def test_an_engine_that_does_more_than_copy_is_left_to_its_own_loader(as_on_a_gp
     push(check, plain, plain_policy())
     monkeypatch.setattr(push_check, "PACKING_DEVICES", ("cpu",))
     assert not check.knows_all(plain), "it may pack what it multiplies with"
+
+
+# ------------------------------------------------------------------------------------------------- packed, as on a CPU
+
+
+class UnquantizedLinearMethod:
+    """Packs as vLLM's of this name does."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        packed = layer.weight.detach().clone()
+        layer.cpu_linear = lambda x, weight, bias: x @ packed.T
+        self.remove(layer)
+
+    def remove(self, layer: nn.Module) -> None:
+        if not layer.looks_up:
+            layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+
+class Forgetful(UnquantizedLinearMethod):
+    """Leaves the packed form as it is."""
+
+    process_weights_after_loading = UnquantizedLinearMethod.remove
+
+
+class Matrix(nn.Module):
+    """Multiplies with a packed form; one that looks rows up keeps the plain one, too."""
+
+    def __init__(self, *shape: int, looks_up: bool = False) -> None:
+        super().__init__()
+        self.looks_up, self.quant_method = looks_up, UnquantizedLinearMethod()
+        self.weight = nn.Parameter(torch.zeros(shape), requires_grad=False)
+
+
+class VocabParallelEmbedding(Matrix):
+    """Looks rows up, and keeps a packed form all the same."""
+
+
+class PackingEngine(nn.Module):
+    """A fused matrix, a vector, and embeddings that the head is tied to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.norm = Matrix(6, 4), nn.Parameter(torch.zeros(4), requires_grad=False)
+        self.embedding, self.lm_head = VocabParallelEmbedding(5, 4, looks_up=True), Matrix(5, 4, looks_up=True)
+        self.lm_head.weight = self.embedding.weight
+
+    def load(self, weights, pack) -> None:
+        self.fused.weight = nn.Parameter(torch.zeros(6, 4), requires_grad=False)
+        parts = {"q": self.fused.weight[:2], "v": self.fused.weight[2:], "embedding": self.embedding.weight}
+        for name, weight in weights:
+            parts.get(name, self.norm).data.copy_(weight)
+        for path, layer in self.named_modules():
+            if isinstance(layer, Matrix):
+                pack(path, layer, partial(layer.quant_method.process_weights_after_loading, layer))
+
+
+def parts(seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    shapes = {"v": (4, 4), "embedding": (5, 4), "norm": (4,), "q": (2, 4)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def packing_engine(engine: PackingEngine | None = None) -> tuple[PackingEngine, PushCheck]:
+    """After the first push."""
+    engine, check, weights = engine or PackingEngine(), PushCheck(torch.float32), parts(0)
+    with check.watching(engine) as seen:
+        engine.load(seen.through(weights.items()), seen.pack)
+    check.verify(engine, weights.items, seen, 0)
+    return engine, check
+
+
+def test_after_the_first_push_matrices_are_put_together_and_packed_anew():
+    engine, check = packing_engine()
+    assert check.packs == {"fused.weight"} and check.knows_all(engine)
+    weights, x, empty = parts(1), torch.eye(4), engine.fused.weight
+    check.verify(engine, weights.items, check.place_all(engine, weights.items()), 1)
+    assert torch.equal(engine.fused.cpu_linear(x, None, None).T, torch.cat((weights["q"], weights["v"])))
+    for layer in (engine.embedding, engine.lm_head):
+        assert torch.equal(layer.cpu_linear(x, None, None).T, weights["embedding"])
+        assert torch.equal(layer.weight, weights["embedding"])
+    assert torch.equal(engine.norm, weights["norm"])
+    assert engine.fused.weight is empty, "as the engine left it"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: {"q": w["q"].flip(0)}, "q (unlike the policy's), v (packed from other weights)"),
+        (lambda w: {"q": w["v"][:2]}, "q (unlike the policy's), v (packed from other weights)"),
+        (lambda w: {"norm": parts(0)["norm"]}, "norm (of an earlier push)"),
+        (lambda w: {"embedding": 1.01 * w["embedding"]}, "embedding (unlike the policy's)"),
+        (lambda w: {"q": None}, "v (not loaded), q (not loaded)"),
+        (lambda w: {"embedding": None}, "embedding (of an earlier push)"),
+    ],
+)
+def test_parts_that_are_wrong_or_missing_are_named(change, words):
+    engine, check = packing_engine()
+    weights = parts(1)
+    sent = {name: weight for name, weight in (weights | change(weights)).items() if weight is not None}
+    with pytest.raises(StaleEngineError, match=re.escape(f"arrive: {words}; no")):
+        check.verify(engine, weights.items, check.place_all(engine, sent.items()), 1)
+    check.verify(engine, weights.items, check.place_all(engine, weights.items()), 2)
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_layer_that_is_not_packed_anew_is_named(has_head):
+    """Where there is no other head, the embedding is it."""
+    engine = PackingEngine()
+    if not has_head:
+        del engine.lm_head
+    _, check = packing_engine(engine)
+    for seed, (layer, named) in enumerate(((engine.fused, ["v", "q"]), (engine.embedding, ["embedding"])), start=1):
+        layer.quant_method, weights = Forgetful(), parts(seed)
+        words = ", ".join(rf"{name} \(packed from other weights\)" for name in named)
+        with pytest.raises(StaleEngineError, match=f"arrive: {words}; no"):
+            check.verify(engine, weights.items, check.place_all(engine, weights.items()), 1)
+        layer.quant_method = UnquantizedLinearMethod()
+    check.verify(engine, weights.items, check.place_all(engine, weights.items()), 2)
+
+
+def test_an_engine_that_packs_in_another_way_is_left_to_its_own_loader():
+    engine, check = packing_engine()
+    engine.fused._cpu_skip_gemm_dispatch = True
+    assert not check.knows_all(engine), "others have copies of it"
+    del engine.fused._cpu_skip_gemm_dispatch
+    assert check.knows_all(engine)
+    engine.fused.quant_method = Forgetful()
+    assert not check.knows_all(engine), "its class is not known"
+    engine, check = packing_engine()
+    engine.lm_head.weight = nn.Parameter(engine.lm_head.weight.data, requires_grad=False)
+    assert not check.knows_all(engine), "tied by its storage alone"
+    engine, check = packing_engine()
+    engine.matrix = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+    assert not check.knows_all(engine), "nothing was copied to it"
+    engine, check = packing_engine()
+    del engine.fused.cpu_linear
+    assert not check.knows_all(engine), "it cannot be read, and nobody multiplies with it"

@@ -8,6 +8,7 @@ bfloat16 moves one number in a hundred.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from toy import STOP, ToyTokenizer, draw
 from fastkl.rollout import weight_sync
 from fastkl.rollout.agreement import AGREEMENT_NATS, StaleEngineError
 from fastkl.rollout.fingerprint import WORDS, fingerprint
+from fastkl.rollout.push_check import Push, PushCheck
 from fastkl.rollout.vllm import VllmGenerator
 from fastkl.sampling.params import Sampling
 
@@ -88,8 +90,21 @@ class Spoiled:
         self.llm.collective_rpc(method, kwargs={"weights_iterator": iter(self.change(kwargs["weights_iterator"]))})
 
 
+@contextmanager
+def spoiled(engine: VllmGenerator, change) -> Iterator[None]:
+    """What is pushed goes through `change` first, whichever way it takes. None: nothing is pushed at all."""
+    check, llm = engine.weights.check, engine.llm
+    place_all = check.place_all
+    check.place_all = lambda model, weights: place_all(model, change(weights) if change else ())
+    engine.weights.llm = Spoiled(llm, change)
+    try:
+        yield
+    finally:
+        check.place_all, engine.weights.llm = place_all, llm
+
+
 @pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
-def engine(request, tmp_path_factory) -> Iterator[VllmGenerator]:
+def running(request, tmp_path_factory) -> Iterator[VllmGenerator]:
     folder = tmp_path_factory.mktemp(request.param)
     some_model().save_pretrained(folder)
     generator = VllmGenerator(
@@ -98,6 +113,18 @@ def engine(request, tmp_path_factory) -> Iterator[VllmGenerator]:
     )  # fmt: skip
     yield generator
     generator.close()
+
+
+@pytest.fixture(params=["loader", "places"])
+def engine(running, request, monkeypatch) -> VllmGenerator:
+    """On each of the two ways that weights take after the first push."""
+    if request.param == "loader":
+        monkeypatch.setattr(PushCheck, "knows_all", lambda *_: False)
+        return running
+    running.sync(some_model())
+    (inside,) = running.llm.apply_model(lambda found: found)
+    assert running.weights.check.knows_all(inside)
+    return running
 
 
 def some_model() -> torch.nn.Module:
@@ -122,17 +149,16 @@ def small_step(model: torch.nn.Module) -> None:
 
 def pushed(engine: VllmGenerator, change) -> str:
     """What is said when the second of two pushes goes through change(weights, old weights); empty if nothing is."""
-    model, llm = some_model(), engine.llm
+    model = some_model()
     engine.sync(model, step=1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     small_step(model)
-    engine.weights.llm = Spoiled(llm, change and (lambda weights: change(weights, before)))
     try:
-        engine.sync(model, step=2)
+        with spoiled(engine, change and (lambda weights: change(weights, before))):
+            engine.sync(model, step=2)
     except StaleEngineError as complaint:
         return str(complaint)
     finally:
-        engine.weights.llm = llm
         engine.sync(model, step=3)
     return ""
 
@@ -233,7 +259,9 @@ def needs_packed(layer: torch.nn.Module) -> None:
 def test_a_tied_head_that_is_not_packed_anew_is_named(engine, monkeypatch):
     (inside,) = engine.llm.apply_model(lambda found: found)
     needs_packed(inside.lm_head)
+    pack_anew = Push.pack_anew
     monkeypatch.setattr(weight_sync, "_repack_tied_head", lambda model: None)
+    monkeypatch.setattr(Push, "pack_anew", lambda push, name, *of: name == HEAD or pack_anew(push, name, *of))
     model = some_model()
     with pytest.raises(StaleEngineError, match=f"{HEAD} \\(packed from other weights\\)"):
         for step in range(2):
@@ -265,18 +293,44 @@ def test_a_matrix_that_is_packed_from_other_weights_after_all_is_named(engine):
 
 
 @pytest.mark.vllm
-def test_looking_changes_nothing(engine, monkeypatch):
+def test_a_matrix_that_the_engine_does_not_pack_anew_is_named(engine, monkeypatch):
+    from vllm.model_executor.layers import utils
+
+    (inside,) = engine.llm.apply_model(lambda found: found)
+    left_out, pack = inside.model.layers[1].self_attn.qkv_proj, utils.dispatch_cpu_unquantized_gemm
+    needs_packed(left_out)
+
+    def instead(layer, remove_weight):
+        if layer is not left_out:
+            return pack(layer, remove_weight)
+        layer.weight = torch.nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+    model = some_model()
+    engine.sync(model, 1)
+    small_step(model)
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", instead)
+    with pytest.raises(StaleEngineError, match=r"layers\.1\.self_attn\.k_proj\.weight \(packed from other weights\)"):
+        engine.sync(model, 2)
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", pack)
+    engine.sync(model, 3)
+
+
+def drawn(engine: VllmGenerator) -> list:
+    """After each of three pushes."""
+    model, found = some_model(), []
+    for step in range(3):
+        engine.sync(model, step)
+        found.append(draw(engine, PROMPTS, 8, seed=3, step=step))
+        small_step(model)
+    return found
+
+
+@pytest.mark.vllm
+def test_neither_looking_nor_the_way_of_the_weights_changes_anything(running, monkeypatch):
     """With and without the check the engine draws the same tokens with the same log-probs."""
-
-    def drawn():
-        model, found = some_model(), []
-        for step in range(3):
-            engine.sync(model, step)
-            found.append(draw(engine, PROMPTS, 8, seed=3, step=step))
-            small_step(model)
-        return found
-
-    looked = drawn()
-    monkeypatch.setattr(engine.weights.check, "verify", lambda *_: None)
-    assert drawn() == looked
-    assert gaps(some_model(), PROMPTS, looked[0]).mean() < AGREEMENT_NATS[engine.weights.check.dtype]
+    looked = drawn(running)
+    monkeypatch.setattr(running.weights.check, "verify", lambda *_: None)
+    assert drawn(running) == looked
+    monkeypatch.setattr(running.weights.check, "knows_all", lambda _: False)
+    assert drawn(running) == looked
+    assert gaps(some_model(), PROMPTS, looked[0]).mean() < AGREEMENT_NATS[running.weights.check.dtype]
