@@ -101,6 +101,7 @@ class PrefixTree:
         torch.Tensor
     )  # i64 [M]; where each packed token stands in the row; m for the last of a sequence, not computed
     starts: tuple[int, ...]  # where a sequence begins to differ from all before it, ascending
+    paths: tuple[torch.Tensor, ...]  # i64, on the CPU: the row's tokens that the one at each of `starts` sees before it
     depth: (
         torch.Tensor
     )  # i64 [m], on the CPU, where attention is laid out; how many tokens of its sequences come before

@@ -203,7 +203,7 @@ def blocks_of(tree: PrefixTree, device: torch.device) -> Branches:
     order = sorted(range(len(keys)), key=lambda block: -len(keys[block]))
     runs: list[list[int]] = []
     for block in order:
-        if not runs or 2 * len(keys[block]) + width < len(keys[runs[-1][0]]):
+        if not runs or len(keys[block]) + width < len(keys[runs[-1][0]]):
             runs.append([])
         runs[-1].append(block)
     if len(runs) == 1:

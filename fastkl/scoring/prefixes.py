@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from fastkl.types import Distinct, PrefixTree
@@ -52,11 +53,11 @@ def tree_of(sequences: Sequence[Ids], starts: Sequence[int], num_packed: int) ->
     Sorted sequences are the tree's in depth-first order: each has all of its beginning in common with the one before it
     that it has in common with any.
     """
-    place = torch.full((num_packed,), -1)
-    row = torch.zeros(max(map(len, sequences), default=0), dtype=torch.int64)  # the last sequence's tokens in the row
-    end = torch.zeros(num_packed, dtype=torch.int64)
+    place, end = np.full(num_packed, -1), np.zeros(num_packed, dtype=np.int64)
+    row = np.zeros(max(map(len, sequences), default=0), dtype=np.int64)  # the last sequence's tokens in the row
     source, depth = [row[:0]], [row[:0]]
     begins: list[int] = []
+    paths: list[torch.Tensor] = []
     last: Ids = ()
     computed = 0
     for ids, start in sorted((ids[:-1], start) for ids, start in zip(sequences, starts, strict=True)):
@@ -64,15 +65,18 @@ def tree_of(sequences: Sequence[Ids], starts: Sequence[int], num_packed: int) ->
         end[row[shared : len(last)]] = computed
         if length > shared:
             begins.append(computed)
-            row[shared:length] = torch.arange(computed, computed + length - shared)
-            source.append(torch.arange(start + shared, start + length))
-            depth.append(torch.arange(shared, length))
+            paths.append(torch.from_numpy(row[:shared].copy()))
+            row[shared:length] = np.arange(computed, computed + length - shared)
+            source.append(np.arange(start + shared, start + length))
+            depth.append(np.arange(shared, length))
             computed += length - shared
         place[start : start + length] = row[:length]
         last = ids
     end[row[: len(last)]] = computed
     place[place < 0] = computed  # no state: to ask for one is an error
-    return PrefixTree(torch.cat(source), place, tuple(begins), torch.cat(depth), end[:computed].clone())
+    numbers = np.concatenate(source), place, np.concatenate(depth), end[:computed].copy()
+    found = [torch.from_numpy(values) for values in numbers]
+    return PrefixTree(found[0], found[1], tuple(begins), tuple(paths), found[2], found[3])
 
 
 def distinct_of(

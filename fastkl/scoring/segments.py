@@ -83,12 +83,10 @@ def whole_sequences(lengths: Sequence[int], device: torch.device) -> Segments:
 
 def behind_prefixes(tree: PrefixTree, device: torch.device) -> Segments:
     """A tree's row: what a sequence has for itself sees what it shares with others before it, and itself."""
-    bounds = [*tree.starts, len(tree.end)]
-    seen = [
-        torch.cat([tree.before(start), torch.arange(start, end)])
-        for start, end in zip(bounds, bounds[1:], strict=False)
-    ]
-    queries, keys = torch.tensor(bounds).diff().tolist(), [len(found) for found in seen]
+    bounds, row = [*tree.starts, len(tree.end)], torch.arange(len(tree.end))
+    queries = torch.tensor(bounds).diff().tolist()
+    seen = [part for runs in zip(tree.paths, row.split(queries), strict=True) for part in runs]
+    keys = [len(path) + count for path, count in zip(tree.paths, queries, strict=True)]
     return Segments(
         torch.cat(seen).to(device), _cumulative(queries, device), _cumulative(keys, device), max(queries), max(keys)
     )

@@ -114,7 +114,8 @@ def measure(generator, policy, reference, s: Sampling, tokens: int) -> Measured:
         completions = draw(generator, PROMPTS, NUM_SAMPLES, seed=5, step=step)
         rewards = torch.zeros(len(PROMPTS), NUM_SAMPLES)
         batch = RolloutBatch(PROMPTS, completions, rewards, torch.ones_like(rewards, dtype=torch.bool), 0)
-        for _, micro in pack(batch, [0, 1, 2], 1 << 30, torch.device("cpu")):
+        for _, packed in pack(batch, [0, 1, 2], 1 << 30, torch.device("cpu")):
+            micro = dataclasses.replace(packed, distinct=None)  # a row for each token
             scores, logits = scored(micro, policy, reference, s)
             logp, ref, kl = sampled_logprobs(scores), sampled_ref_logprobs(scores), support_kl(scores)
             cu = micro.completion_cu_seqlens

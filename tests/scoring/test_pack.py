@@ -120,6 +120,9 @@ def test_a_tree_is_the_tree_of_all_beginnings(seed):
         seen = {rows[a[:end]] for end in range(1, len(a))}
         assert set(tree.before(row).tolist()) == seen
         assert all((row <= other < tree.end[row]) == (b[: len(a)] == a) for b, other in rows.items())
+    assert len(tree.starts) == len(tree.paths) > 3 and tree.starts[0] == 0
+    for start, path in zip(tree.starts, tree.paths, strict=True):
+        assert torch.equal(path, tree.before(start))
     flat = [token for ids in sequences for token in ids]
     assert [flat[at] for at in tree.source] == [ids[-1] for ids, _ in sorted(rows.items(), key=lambda item: item[1])]
 
