@@ -40,7 +40,7 @@ def test_a_forward_takes_the_memory_that_was_measured_on_short_ones():
     assert done.returncode == 0, done.stderr
     expected, taken = map(int, done.stdout.split())
     assert expected > 200 << 20
-    assert 0.8 * expected < taken < 1.3 * expected  # what attention holds for a moment comes on top
+    assert 0.8 * expected < taken < 1.4 * expected  # longer sequences have their keys copied for more blocks
 
 
 @pytest.fixture
