@@ -94,17 +94,14 @@ class PrefixTree:
     """Packed tokens as a tree of sequences that begin alike: the m tokens of a row in which none is computed twice.
 
     The row is in depth-first order, so that the tokens which see one, directly or not, stand end to end behind it.
+    What says how attention is to be laid out stays on the CPU.
     """
 
     source: torch.Tensor  # i64 [m]; the packed position of every token of the row
-    place: (
-        torch.Tensor
-    )  # i64 [M]; where each packed token stands in the row; m for the last of a sequence, not computed
+    place: torch.Tensor  # i64 [M]; where each packed token stands in the row; m for a sequence's last, not computed
     starts: tuple[int, ...]  # where a sequence begins to differ from all before it, ascending
     paths: tuple[torch.Tensor, ...]  # i64, on the CPU: the row's tokens that the one at each of `starts` sees before it
-    depth: (
-        torch.Tensor
-    )  # i64 [m], on the CPU, where attention is laid out; how many tokens of its sequences come before
+    depth: torch.Tensor  # i64 [m], on the CPU; how many tokens of its sequences come before it
     end: torch.Tensor  # i64 [m], on the CPU; row[i : end[i]] see token i
 
     def before(self, token: int) -> torch.Tensor:
@@ -158,6 +155,11 @@ class PackedBatch:
     def state_positions(self) -> torch.Tensor:
         """The packed positions whose states the heads take, i64 [U]: N of them, or one for each distinct token."""
         return self.score_positions if self.distinct is None else self.score_positions[self.distinct.rows]
+
+    @property
+    def state_target_ids(self) -> torch.Tensor:
+        """The token ids that these states are to predict, i64 [U]."""
+        return self.target_ids if self.distinct is None else self.target_ids[self.distinct.rows]
 
     @property
     def completion_lengths(self) -> torch.Tensor:

@@ -100,21 +100,20 @@ def score_tokens(
         check_same_logits(head_of(_plain(policy)), ref_head)  # before any forward
         with torch.no_grad():
             ref_hidden = _hidden(reference, batch)
-    distinct = batch.distinct
     scores = head_scores(
         _hidden(policy, batch),
         head_of(_plain(policy)),
         ref_hidden,
         ref_head,
-        batch.target_ids if distinct is None else batch.target_ids[distinct.rows],
+        batch.state_target_ids,
         temperature=temperature.expand(mask.shape)[mask] if isinstance(temperature, Tensor) else temperature,
         support=support,
         outputs=outputs,
         chunk_tokens=chunk_tokens,
     )
 
-    if distinct is not None:
-        scores = spread(scores, distinct.copies)
+    if batch.distinct is not None:
+        scores = spread(scores, batch.distinct.copies)
 
     def in_rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)

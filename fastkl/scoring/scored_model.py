@@ -130,9 +130,8 @@ class ScoredModel(nn.Module):
         """
         policy = self._hidden(batch)  # a hook around `hidden` would take it for another forward
         models = policy.states, policy.head, *((reference.states, reference.head) if reference else (None, None))
-        distinct, target_ids, positions = batch.distinct, batch.target_ids, batch.completion_positions
-        if distinct:
-            target_ids, positions = target_ids[distinct.rows], positions[distinct.rows]
+        distinct, target_ids = batch.distinct, batch.state_target_ids
+        positions = batch.completion_positions[distinct.rows] if distinct else batch.completion_positions
         options: dict[str, Any] = {
             "temperature": sampling.temperature,
             "support": support_of(sampling, positions, len(policy.head.weight)),

@@ -2,7 +2,7 @@
 
 In: queries, keys and values of M packed tokens, and which keys each run of queries sees. Out: what each token sees. No
 token is laid next to a pad, no mask is read, and one call serves all sequences of a micro-batch: laid side by side
-(attention.py), every group of samples takes calls of its own, and masked scores are computed to be thrown away.
+(attention.py) or in blocks, masked scores are computed to be thrown away, and keys are copied for blocks.
 
 A segment is a run of queries that stand end to end, and its keys, of which the queries' own are the last: a sequence
 sees itself; one that begins as another does sees what they share, computed once, and itself. Query i of n sees all but
