@@ -151,22 +151,22 @@ def seen_by(width: int, window: int, device: torch.device) -> torch.Tensor:
 
 
 class OnGpu:
-    """Sequences as segments where the kernel takes them; else as `side_by_side` lays them, which is found out then."""
+    """Sequences as segments where the kernel takes them; else as `otherwise` lays them, which is found out then."""
 
-    def __init__(self, packed: Segments, side_by_side: Callable[[], Row]) -> None:
+    def __init__(self, packed: Segments, otherwise: Callable[[], Row]) -> None:
         self.packed = packed
-        self._side_by_side = side_by_side
+        self._otherwise = otherwise
 
     @cached_property
-    def padded(self) -> Row:
-        """The sequences side by side."""
-        return self._side_by_side()
+    def laid_out(self) -> Row:
+        """The sequences without the kernel: side by side, or in blocks."""
+        return self._otherwise()
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
-        """By the kernel, or side by side."""
+        """By the kernel, or without it."""
         if segments.takes(query, value):
             return self.packed.attend(query, key, value, how.scale, how.window)
-        return self.padded.attend(query, key, value, how)
+        return self.laid_out.attend(query, key, value, how)
 
 
 def has_kernel(device: torch.device) -> bool:
